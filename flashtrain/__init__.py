@@ -1,0 +1,1 @@
+"""Pre-training of GPT models on one to thousands of GPUs."""
