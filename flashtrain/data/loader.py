@@ -1,0 +1,224 @@
+"""Micro-batches of any optimizer step, for one data-parallel rank, read ahead in the background.
+
+Samples are the blocks of `sequence_length` tokens that lie end to end in the data, each read with
+one token more for the shifted labels. Step s takes positions s * batch_size up to
+(s + 1) * batch_size - 1 of the order (sampler.py) and rank r of n its r-th contiguous part. So the
+global batch depends on the seed and the step only, and resuming means asking for another step.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flashtrain.data.sampler import sample_index
+from flashtrain.data.shards import DataError, Dataset
+
+PREFETCH = 2  # steps read ahead: one hides reading, the second a slow disk's occasional pause
+
+
+class Batch(NamedTuple):
+    tokens: Tensor  # [b, T] int64
+    labels: Tensor  # [b, T] int64: the token after each one
+
+
+class DataLoader:
+    """`step(s)` for training, from a background thread; `evaluation(n)` over held-out tokens.
+
+    `data_time` is the number of seconds that `step` has waited for data since the start: close to
+    0 while reading keeps up. Close the loader, or use it in a `with` block.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        sequence_length: int,
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        data_rank: int = 0,
+        data_size: int = 1,
+        device: torch.device | str = "cpu",
+        validation: Dataset | None = None,
+    ) -> None:
+        """Sizes as in DataConfig; `data_rank` of `data_size` is this rank on the data axis.
+
+        Raises DataError for a batch that does not divide and for less data than one sequence.
+        """
+        if not 0 <= data_rank < data_size:
+            raise DataError(f"data rank {data_rank} is not one of {data_size} data ranks")
+        if batch_size % (micro_batch_size * data_size):
+            raise DataError(
+                f"batch_size={batch_size} is not divisible by micro_batch_size={micro_batch_size} "
+                f"x {data_size} data ranks"
+            )
+        self.dataset, self.validation = dataset, validation
+        self.sequence_length, self.batch_size = sequence_length, batch_size
+        self.micro_batch_size, self.seed = micro_batch_size, seed
+        self.data_rank, self.data_size = data_rank, data_size
+        self.device = torch.device(device)
+        self.n_samples = count_samples(dataset, sequence_length)
+        self.n_validation_samples = (
+            count_samples(validation, sequence_length) if validation is not None else 0
+        )
+        self.data_time = 0.0
+        self._reader = _Reader(
+            lambda step: self._read(self.dataset, self._samples(step)), self.device
+        )
+
+    def step(self, step: int) -> list[Batch]:
+        """The micro-batches of optimizer step `step` (from 0) on the device; any step, any order.
+
+        Steps in sequence come from the prefetched ones. An error of the background thread is
+        raised here. Copies to a GPU are queued on the current stream; the host does not wait.
+        """
+        began = time.perf_counter()
+        block = self._reader.get(step)
+        self.data_time += time.perf_counter() - began
+        return self._to_batches(block)
+
+    def evaluation(self, n_sequences: int) -> Iterator[Batch]:
+        """This rank's part of the first `n_sequences` held-out samples, in their order."""
+        if self.validation is None:
+            raise DataError("this loader was given no validation data to evaluate on")
+        if n_sequences % self.data_size:
+            raise DataError(
+                f"{n_sequences} evaluation sequences do not divide over {self.data_size} data ranks"
+            )
+        if not 0 < n_sequences <= self.n_validation_samples:
+            raise DataError(
+                f"{n_sequences} evaluation sequences were asked for and {self.validation.name} "
+                f"holds {self.n_validation_samples} of {self.sequence_length} tokens: set "
+                "trainer.evaluate_sequences within that or prepare more held-out text"
+            )
+        part = n_sequences // self.data_size
+        first = self.data_rank * part
+        for start in range(first, first + part, self.micro_batch_size):
+            stop = min(start + self.micro_batch_size, first + part)
+            block = self._read(self.validation, np.arange(start, stop))
+            yield from self._to_batches(block)
+
+    def close(self) -> None:
+        """End the background thread and wait for it. Closing twice does nothing."""
+        self._reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _samples(self, step: int) -> NDArray[np.int64]:
+        """Sample numbers [batch_size / data_size] of this rank in step `step`."""
+        part = self.batch_size // self.data_size
+        first = step * self.batch_size + self.data_rank * part
+        return sample_index(self.seed, np.arange(first, first + part), self.n_samples)
+
+    def _read(self, dataset: Dataset, samples: NDArray[np.int64]) -> Tensor:
+        """[2, n, T] int64, tokens and labels, in pinned memory if the device is a GPU."""
+        length = self.sequence_length
+        pin = self.device.type == "cuda"
+        block = torch.empty((2, len(samples), length), dtype=torch.int64, pin_memory=pin)
+        ids = np.stack([dataset.read(i * length, length + 1) for i in samples.tolist()])
+        tokens, labels = block.numpy()
+        tokens[:], labels[:] = ids[:, :-1], ids[:, 1:]
+        return block
+
+    def _to_batches(self, block: Tensor) -> list[Batch]:
+        # one copy for tokens and labels of all micro-batches; pinned memory is not used again
+        # before it is through, which PyTorch's allocator sees to
+        moved = block.to(self.device, non_blocking=True)
+        return [Batch(part[0], part[1]) for part in torch.split(moved, self.micro_batch_size, 1)]
+
+
+def count_samples(dataset: Dataset, sequence_length: int) -> int:
+    """Blocks of `sequence_length` tokens in `dataset`, each with a token after it; at least 1."""
+    n_samples = (dataset.tokens - 1) // sequence_length
+    if n_samples < 1:
+        raise DataError(
+            f"{dataset.name} has {dataset.tokens:,} tokens and one sequence needs "
+            f"{sequence_length + 1:,}: set a smaller data.sequence_length or prepare more text"
+        )
+    return n_samples
+
+
+class _Reader:
+    """A thread that reads the step wanted next and the PREFETCH - 1 after it."""
+
+    def __init__(self, read: Callable[[int], Tensor], device: torch.device) -> None:
+        self._read, self._device = read, device
+        self._changed = threading.Condition()  # guards all below
+        self._ready: dict[int, Tensor | BaseException] = {}
+        self._wanted: int | None = None  # first step not handed out yet; None: nobody knows
+        self._next = 0  # step the thread reads next
+        self._jumps = 0  # times the sequence was left, so that a read begun before is dropped
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def get(self, step: int) -> Tensor:
+        with self._changed:
+            if step != self._wanted:
+                self._ready.clear()
+                self._wanted = self._next = step
+                self._jumps += 1
+            if self._thread is None and not self._closed:
+                # only now: before the first step nobody knows where the run resumes
+                self._thread = threading.Thread(target=self._run, name="data", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: step in self._ready or self._closed)
+            if self._closed:
+                raise RuntimeError("this DataLoader is closed")
+            block = self._ready.pop(step)
+            # after an error the next call begins anew, whichever step it asks for
+            self._wanted = None if isinstance(block, BaseException) else step + 1
+            self._changed.notify_all()
+        if isinstance(block, BaseException):
+            raise block
+        return block
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._ready.clear()
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        if self._device.type == "cuda":
+            # a new thread stands on GPU 0, and pinning there would open a context on it
+            torch.cuda.set_device(self._device)
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._may_read)
+                if self._closed:
+                    return
+                step, jumps = self._next, self._jumps
+                self._next += 1
+            block: Tensor | BaseException
+            try:
+                block = self._read(step)
+            except BaseException as error:  # handed over to the thread that trains
+                block = error
+            with self._changed:
+                if jumps == self._jumps:
+                    self._ready[step] = block
+                    self._changed.notify_all()
+
+    def _may_read(self) -> bool:
+        if self._closed:
+            return True
+        return self._wanted is not None and self._next < self._wanted + PREFETCH

@@ -1,0 +1,263 @@
+"""Token shards: a folder of raw token files and the manifest that says what they hold.
+
+    manifest.json     format, dtype, vocabulary, tokenizer, source, splits; written last
+    tokenizer.json    the tokenizer that made them
+    train-00000.bin   little-endian uint16 or uint32 ids, nothing else; documents end with the
+    ...               end-of-text token and run on over the ends of files
+    validation-00000.bin
+
+Opening checks everything that costs no reading: a folder that opens has files of the right sizes
+and ids inside the vocabulary. `TokenShards.verify` reads it all and compares checksums.
+"""
+
+import functools
+import json
+from bisect import bisect_right
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from flashtrain.data.sampler import splitmix64
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+PREPARE = "make it again with `python scripts/prepare_data.py INPUT... --output FOLDER`"
+# an open map holds a file descriptor, of which a process has 1024 by default
+OPEN_MAPS = 256
+CHUNK = 1 << 24  # tokens that full passes take at a time: 64 MiB at most
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on, said in one sentence."""
+
+
+class Dataset(Protocol):
+    """A line of `tokens` token ids, read anywhere."""
+
+    name: str  # for messages
+    tokens: int
+    vocabulary: int  # ids are in [0, vocabulary)
+
+    def read(self, start: int, length: int) -> NDArray[Any]:
+        """Ids [length] from `start`, of any unsigned dtype; maybe a read-only view."""
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    name: str
+    tokens: int
+    bytes: int
+    max_id: int
+    xxh3: str  # 64 bits, hex
+
+
+@dataclass(frozen=True)
+class Split:
+    tokens: int
+    documents: int  # pieces that end with the end-of-text token
+    text_bytes: int  # UTF-8 bytes the tokens stand for
+    unigram_entropy: float  # nats per token: the loss of a model that knows frequencies only
+    files: tuple[ShardFile, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    dtype: str
+    vocabulary: int  # size of the tokenizer
+    end_of_text: int
+    tokenizer: str  # its fingerprint
+    source: str  # where the text comes from, and its licence
+    recipe: dict[str, Any]  # options it was prepared with
+    bad_documents: dict[str, int]  # reason -> how many were left out
+    splits: dict[str, Split]
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @staticmethod
+    def load(folder: Path) -> "Manifest":
+        """The checked manifest of `folder`; DataError names what is missing or unknown."""
+        if not folder.is_dir():
+            raise DataError(f"there is no folder of token shards at {folder}; {PREPARE}")
+        file = folder / MANIFEST
+        if not file.is_file():
+            raise DataError(
+                f"{folder} holds no {MANIFEST}, so it is no finished folder of token shards; "
+                f"{PREPARE}"
+            )
+        try:
+            tree = json.loads(file.read_text(encoding="utf-8"))
+            version = tree.pop("format")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise DataError(f"{file} is damaged ({error!r}); {PREPARE}") from error
+        if version != FORMAT:
+            raise DataError(
+                f"{file} has format {version!r} and this version of flashtrain reads {FORMAT}; "
+                f"{PREPARE}"
+            )
+        try:
+            for name, split in tree["splits"].items():
+                files = tuple(ShardFile(**item) for item in split.pop("files"))
+                tree["splits"][name] = Split(files=files, **split)
+            manifest = Manifest(**tree)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{file} lacks or misnames a field ({error}); {PREPARE}") from error
+        if manifest.dtype not in DTYPES:
+            raise DataError(
+                f"{file} has dtype {manifest.dtype!r}, which is not one of {', '.join(DTYPES)}; "
+                f"{PREPARE}"
+            )
+        return manifest
+
+
+class TokenShards:
+    """One split of a folder of token shards as one line of tokens, memory-mapped."""
+
+    def __init__(
+        self, folder: str | Path, split: str = "train", *, vocabulary: int | None = None
+    ) -> None:
+        """`vocabulary`, if given, is the model's: every id must lie below it."""
+        self.folder = Path(folder)
+        self.manifest = Manifest.load(self.folder)
+        self.name = f"the {split} split of {self.folder}"
+        if split not in self.manifest.splits or not self.manifest.splits[split].files:
+            held = [name for name, part in self.manifest.splits.items() if part.files]
+            raise DataError(
+                f"{self.folder} has no {split} tokens (it has: {', '.join(held) or 'none'}); "
+                "prepare it with a --validation-share between 0 and 1 that leaves both splits text"
+            )
+        self.split = self.manifest.splits[split]
+        self.vocabulary = self.manifest.vocabulary
+        self.end_of_text = self.manifest.end_of_text
+        self.fingerprint = self.manifest.tokenizer
+        self.text_bytes = self.split.text_bytes
+        self.dtype = DTYPES[self.manifest.dtype]
+        if vocabulary is not None and self.vocabulary > vocabulary:
+            raise DataError(
+                f"{self.folder} has a tokenizer of {self.vocabulary} ids and the model's "
+                f"vocabulary is {vocabulary}; set model.vocabulary to {self.vocabulary} or more"
+            )
+        self._starts = [0]  # token at which each file begins
+        for file in self.split.files:
+            self._check(file)
+            self._starts.append(self._starts[-1] + file.tokens)
+        self.tokens = self._starts.pop()
+        if self.tokens != self.split.tokens:
+            raise DataError(
+                f"{self.folder / MANIFEST} counts {self.split.tokens:,} tokens in {split} but its "
+                f"files hold {self.tokens:,}; {PREPARE}"
+            )
+        # thread-safe, and a bound on file descriptors
+        self._map = functools.lru_cache(maxsize=OPEN_MAPS)(self._open)
+
+    def _check(self, file: ShardFile) -> None:
+        path = self.folder / file.name
+        if not path.is_file():
+            raise DataError(f"{path} is named in {MANIFEST} but is not there; copy it or {PREPARE}")
+        size, promised = path.stat().st_size, file.tokens * self.dtype.itemsize
+        if file.tokens == 0 or size == 0:
+            raise DataError(
+                f"{path} is empty ({size} bytes, {file.tokens} tokens in {MANIFEST}); {PREPARE}"
+            )
+        if size != promised or file.bytes != promised:
+            state = "too long" if size > promised else "truncated"
+            if size == promised:
+                state = f"listed with {file.bytes:,} bytes"
+            raise DataError(
+                f"{path} is {state}: it has {size:,} bytes, and {file.tokens:,} tokens of "
+                f"{self.manifest.dtype} are {promised:,}; copy it again or {PREPARE}"
+            )
+        if file.max_id >= self.vocabulary:
+            raise DataError(
+                f"{path} holds id {file.max_id}, outside its tokenizer's {self.vocabulary} ids; "
+                f"{PREPARE}"
+            )
+
+    def _open(self, index: int) -> NDArray[Any]:
+        path = self.folder / self.split.files[index].name
+        # a plain array over the map: indexing np.memmap itself is ten times slower
+        return np.asarray(np.memmap(path, dtype=self.dtype, mode="r"))
+
+    def read(self, start: int, length: int) -> NDArray[Any]:
+        """Ids [length] from token `start`: a view inside one file, a copy across files."""
+        stop = start + length
+        if start < 0 or length < 0 or stop > self.tokens:
+            raise DataError(
+                f"tokens {start:,} to {stop:,} were asked of {self.name}, which has {self.tokens:,}"
+            )
+        index = bisect_right(self._starts, start) - 1
+        offset = start - self._starts[index]
+        if offset + length <= self.split.files[index].tokens:
+            return self._map(index)[offset : offset + length]
+        parts = []
+        while length:
+            part = self._map(index)[offset : offset + length]
+            parts.append(part)
+            index, offset, length = index + 1, 0, length - len(part)
+        return np.concatenate(parts)
+
+    def verify(self) -> None:
+        """Read every byte: DataError for the first file whose checksum or largest id is not so."""
+        for index, file in enumerate(self.split.files):
+            data, checksum, top = self._map(index), xxhash.xxh3_64(), 0
+            for at in range(0, len(data), CHUNK):
+                part = data[at : at + CHUNK]
+                checksum.update(part.data)
+                top = max(top, int(part.max()))
+            if checksum.hexdigest() != file.xxh3:
+                raise DataError(
+                    f"{self.folder / file.name} is damaged: its xxh3 is {checksum.hexdigest()} and "
+                    f"{MANIFEST} says {file.xxh3}; copy it again or {PREPARE}"
+                )
+            if top != file.max_id:
+                raise DataError(
+                    f"{self.folder / file.name} holds id {top} and {MANIFEST} says that "
+                    f"{file.max_id} is the largest; {PREPARE}"
+                )
+
+
+class RandomTokens:
+    """Uniform ids without a file: token i is a hash of (seed, i), so every reader sees the same."""
+
+    def __init__(self, vocabulary: int, seed: int, tokens: int = 1 << 40) -> None:
+        if vocabulary < 1:
+            raise DataError(f"random tokens need a vocabulary of at least 1, got {vocabulary}")
+        self.name = f"random tokens of seed {seed}"
+        self.vocabulary = vocabulary
+        self.tokens = tokens
+        self._key = splitmix64(np.uint64(seed & ((1 << 64) - 1)))
+
+    def read(self, start: int, length: int) -> NDArray[Any]:
+        """Ids [length] uint32."""
+        where = np.arange(start, start + length, dtype=np.uint64)
+        return (splitmix64(where ^ self._key) % np.uint64(self.vocabulary)).astype(np.uint32)
+
+
+def count_tokens(dataset: Dataset) -> NDArray[np.int64]:
+    """How often each id occurs: [vocabulary] int64, one pass over all tokens."""
+    counts = np.zeros(dataset.vocabulary, np.int64)
+    for start in range(0, dataset.tokens, CHUNK):
+        ids = dataset.read(start, min(CHUNK, dataset.tokens - start))
+        counts += np.bincount(ids, minlength=dataset.vocabulary)
+    return counts
+
+
+def entropy(counts: NDArray[np.int64]) -> float:
+    """Shannon entropy in nats of the distribution that `counts` are proportional to."""
+    share = counts[counts > 0] / counts.sum()
+    return float((share * -np.log(share)).sum())
+
+
+def unigram_entropy(shards: Dataset) -> float:
+    """Nats per token that a model which knows only how frequent each token is would lose.
+
+    A training loss below it shows that context is being used. The manifest stores the same number
+    for each split (`TokenShards.split.unigram_entropy`); this counts it again.
+    """
+    return entropy(count_tokens(shards))

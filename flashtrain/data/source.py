@@ -1,0 +1,54 @@
+"""Which tokens a config names: makes them when they can be made here, opens them, checks they fit."""
+
+import dataclasses
+
+from flashtrain.config import Config, ConfigError, Source, TokenizerKind, check_layout
+from flashtrain.data.loader import count_samples
+from flashtrain.data.prepare import prepare_shakespeare
+from flashtrain.data.shards import RandomTokens, TokenShards
+
+VOCABULARY_STEP = 128  # a head whose width is a multiple of 128 fills the matrix units' tiles
+
+
+def prepare_source(config: Config, world_size: int) -> Config:
+    """The config with `data.path` and `model.vocabulary` known; makes the embedded text's shards.
+
+    Called once, on one process. Raises ConfigError or DataError before anything else is touched.
+    """
+    data, model = config.data, config.model
+    if data.source is Source.random:
+        return config
+    if data.source is Source.shakespeare and data.path is None:
+        size = f"-{data.tokenizer_vocabulary}" if data.tokenizer is TokenizerKind.bpe else ""
+        data = dataclasses.replace(data, path=f"data/shakespeare-{data.tokenizer.name}{size}")
+        assert data.path is not None
+        prepare_shakespeare(data.path, data.tokenizer.name, data.tokenizer_vocabulary)
+    assert data.path is not None
+    shards = TokenShards(data.path, "train")
+    count_samples(shards, data.sequence_length)
+    held_out = count_samples(TokenShards(data.path, "validation"), data.sequence_length)
+    if config.trainer.evaluate_sequences > held_out:
+        raise ConfigError(
+            f"trainer.evaluate_sequences={config.trainer.evaluate_sequences} is more than the "
+            f"{held_out} held-out sequences of {data.sequence_length} tokens in {data.path}: "
+            "lower it or prepare more text"
+        )
+    vocabulary = model.vocabulary or -(-shards.vocabulary // VOCABULARY_STEP) * VOCABULARY_STEP
+    if vocabulary < shards.vocabulary:
+        raise ConfigError(
+            f"model.vocabulary={vocabulary} is smaller than the {shards.vocabulary} tokens of "
+            f"{data.path}: raise it to {shards.vocabulary} or more, or leave it null"
+        )
+    model = dataclasses.replace(model, vocabulary=vocabulary)
+    config = dataclasses.replace(config, model=model, data=data)
+    check_layout(config, world_size)
+    return config
+
+
+def open_source(config: Config, split: str) -> TokenShards | RandomTokens:
+    """The tokens of `split` (train | validation), after `prepare_source`."""
+    if config.data.source is Source.random:
+        assert config.model.vocabulary is not None
+        return RandomTokens(config.model.vocabulary, config.seed + (split != "train"))
+    assert config.data.path is not None
+    return TokenShards(config.data.path, split)
