@@ -1,0 +1,168 @@
+"""The folder of checkpoints of one run: which are there, which is the newest whole one.
+
+Only `step-00000100` is a checkpoint. `.tmp` is one being written or deleted; `.broken` and
+`.abandoned` were renamed out of the way and are never deleted; `.replaced` is the old one while a
+new one of the same step takes its name.
+"""
+
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+from flashtrain.checkpoint.integrity import (
+    CheckpointError,
+    Manifest,
+    NewerFormatError,
+    file_faults,
+    read_manifest,
+    sync_folder,
+)
+from flashtrain.checkpoint.peers import ALONE, Peers
+
+log = logging.getLogger("flashtrain.checkpoint")
+NAME = re.compile(r"step-(\d{8,})")
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Newest first; whether they are whole is not looked at."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    match = NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def find_latest(folder: Path, peers: Peers = ALONE) -> Path | None:
+    """The newest checkpoint of which every byte is as written; None where there never was one.
+
+    Every rank of `peers` calls it and gets the same answer. Each checks a share of the files and
+    rank 0 decides. A broken checkpoint is named in one warning and renamed `step-N.broken`. When
+    only broken ones are left this raises CheckpointError: training from step 0 again over a damaged
+    disk is a decision for a human.
+    """
+    names: list[str] = []
+    if peers.rank == 0:
+        restore_replaced(folder)
+        names = [path.name for path in checkpoints(folder)]
+    names = peers.broadcast(names)
+    for name in names:
+        fault = _first_fault(folder / name, peers)
+        if fault is None:
+            return folder / name
+        if peers.rank == 0:
+            aside = _set_aside(folder / name, "broken")
+            log.warning("checkpoint %s is broken and not used: %s", aside, fault)
+    broken = sorted(folder.glob("step-*.broken*")) if peers.rank == 0 else []
+    failure = None
+    if broken:
+        failure = (
+            f"every checkpoint in {folder} is broken, the last one is now {broken[-1].name}: "
+            "restore one from a copy, or start again from step 0 with checkpoint.resume=never"
+        )
+    failure = peers.broadcast(failure)
+    if failure is not None:
+        raise CheckpointError(failure)
+    return None
+
+
+def verify(path: Path, peers: Peers = ALONE) -> None:
+    """Read every byte of one checkpoint; raise CheckpointError on all ranks if any is wrong."""
+    fault = _first_fault(path, peers)
+    if fault is not None:
+        raise CheckpointError(f"checkpoint {path} is broken: {fault}")
+
+
+def _first_fault(path: Path, peers: Peers) -> str | None:
+    """What is wrong with a checkpoint, equal on all ranks."""
+    faults: list[str] = []
+    newer = None
+    try:
+        manifest = read_manifest(path)
+        faults = _share_faults(path, manifest, peers)
+    except NewerFormatError as error:
+        newer = str(error)
+    except CheckpointError as error:
+        faults = [str(error)]
+    gathered = peers.gather([newer, faults])
+    answer: list[str | None] = [None, None]
+    if gathered is not None:
+        answer = [
+            next((item[0] for item in gathered if item[0]), None),
+            next((item[1][0] for item in gathered if item[1]), None),
+        ]
+    newer, fault = peers.broadcast(answer)
+    if newer is not None:
+        raise NewerFormatError(newer)
+    return fault if fault is None else str(fault)
+
+
+def _share_faults(path: Path, manifest: Manifest, peers: Peers) -> list[str]:
+    if NAME.fullmatch(path.name) and _step(path) != manifest.step:
+        return [f"its manifest is of step {manifest.step}, so it was copied over another's"]
+    share = sorted(manifest.files)[peers.rank :: peers.size]
+    return file_faults(path, {name: manifest.files[name] for name in share})
+
+
+def restore_replaced(folder: Path) -> None:
+    """Finish or undo a replacement that died between its two renames."""
+    for old in folder.glob("step-*.replaced"):
+        final = old.with_suffix("")
+        if final.exists():
+            remove(old)
+        else:
+            os.rename(old, final)
+
+
+def clean(folder: Path) -> None:
+    """Remove what crashed runs left half-written or half-deleted."""
+    restore_replaced(folder)
+    for path in folder.glob("step-*.tmp"):
+        shutil.rmtree(path)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep`. Called once the newest is complete."""
+    for path in checkpoints(folder)[keep:]:
+        try:
+            remove(path)
+        except OSError as error:  # disk space, not data: the new checkpoint is there
+            log.warning("cannot delete the old checkpoint %s: %s", path, error.strerror)
+
+
+def set_aside_later(folder: Path, step: int) -> None:
+    """Rename checkpoints beyond `step`: the run went back, and they are not its future any more."""
+    for path in checkpoints(folder):
+        if _step(path) > step:
+            aside = _set_aside(path, "abandoned")
+            log.warning(
+                "the run went back to step %d: kept its later checkpoint as %s", step, aside
+            )
+
+
+def remove(path: Path) -> None:
+    """Out of sight first: a deletion that is cut short leaves no half checkpoint."""
+    doomed = path.with_name(path.name + ".tmp")
+    os.rename(path, doomed)
+    sync_folder(path.parent)
+    shutil.rmtree(doomed)
+
+
+def _set_aside(path: Path, why: str) -> Path:
+    target = path.with_name(f"{path.name}.{why}")
+    number = 2
+    while target.exists():
+        target = path.with_name(f"{path.name}.{why}-{number}")
+        number += 1
+    os.rename(path, target)
+    return target
