@@ -1,0 +1,141 @@
+"""Differentiable collectives over one mesh axis: each op's docstring is its algebra.
+
+Dims: B batch, T tokens of the whole sequence, D features, n ranks. `x_r` is what rank r holds,
+`dx_r` its gradient. Every op is the identity on an axis of one.
+
+Below are PyTorch's functional collectives (out of place, group by name), the only ones that
+`torch.compile(fullgraph=True)` traces. They are called by operator, since their Python wrappers
+were renamed in 2.13; and inside our own autograd Functions, since their own backward is of 2.13
+too. A wait on CUDA holds up the stream, not the host.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtrain.parallel.mesh import Axis
+
+_c10d = torch.ops._c10d_functional
+
+
+def gather_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """The whole sequence from its parts: [B, T/n, D] -> [B, T, D].
+
+    forward   y = concat over s of x_s, along T
+    backward  dx_r = (sum over s of dy_s)[part r of T]
+    """
+    return x if axis.group is None else _GatherSequence.apply(x, axis.size, axis.name)
+
+
+def scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's part of the sum over ranks: [B, T, D] -> [B, T/n, D].
+
+    forward   y_r = (sum over s of x_s)[part r of T]
+    backward  dx_r = concat over s of dy_s, along T
+
+    Raises ValueError when n does not divide T.
+    """
+    if axis.group is None:
+        return x
+    check_divides(x.size(1), axis.size)
+    y: Tensor = _ScatterSequence.apply(x, axis.size, axis.name)
+    return y
+
+
+def slice_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's part of a tensor that every rank holds: [B, T, D] -> [B, T/n, D], a view.
+
+    forward   y_r = x[part r of T]
+    backward  dx_r = dy_r in part r of T, zero elsewhere: a term of the gradient, still to be summed
+
+    Raises ValueError when n does not divide T.
+    """
+    check_divides(x.size(-2), axis.size)
+    length = x.size(-2) // axis.size
+    return x.narrow(-2, axis.rank * length, length)
+
+
+def gather_features(x: Tensor, axis: Axis) -> Tensor:
+    """The whole last dimension from its parts, on every rank: [..., D/n] -> [..., D].
+
+    forward   y = concat over s of x_s, along D
+    backward  dx_r = dy[part r of D]
+
+    The backward takes dy as equal on all ranks: right where they all go on with the same work.
+    """
+    return x if axis.group is None else _GatherFeatures.apply(x, axis.size, axis.rank, axis.name)
+
+
+def check_divides(tokens: int, size: int) -> None:
+    if tokens % size:
+        raise ValueError(
+            f"a sequence of {tokens} tokens does not divide over {size} tensor ranks: pad it to "
+            f"{-(-tokens // size) * size}"
+        )
+
+
+def start_gather(x: Tensor, size: int, name: str) -> Tensor:
+    """[B, T/n, D] -> [n, B, T/n, D], to be read only through `finish_gather`. No gradient."""
+    pending: Tensor = _c10d.all_gather_into_tensor(x.contiguous().unsqueeze(0), size, name)
+    return pending
+
+
+def finish_gather(pending: Tensor) -> Tensor:
+    """[n, B, T/n, D] -> [B, T, D], a view for B = 1 and one copy for more."""
+    return _wait(pending).transpose(0, 1).flatten(1, 2)
+
+
+def start_scatter(x: Tensor, size: int, name: str) -> Tensor:
+    """[B, T, D] -> [1, B, T/n, D], to be read only through `finish_scatter`. No gradient."""
+    parts = x.unflatten(1, (size, -1)).transpose(0, 1).contiguous()  # [n, B, T/n, D]
+    pending: Tensor = _c10d.reduce_scatter_tensor(parts, "sum", size, name)
+    return pending
+
+
+def finish_scatter(pending: Tensor) -> Tensor:
+    """[1, B, T/n, D] -> [B, T/n, D]"""
+    return _wait(pending).squeeze(0)
+
+
+def all_gather(x: Tensor, size: int, name: str) -> Tensor:
+    """[...] -> [n, ...], no gradient."""
+    return _wait(_c10d.all_gather_into_tensor(x.contiguous().unsqueeze(0), size, name))
+
+
+def _wait(pending: Tensor) -> Tensor:
+    done: Tensor = _c10d.wait_tensor(pending)
+    return done
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, name: str) -> Tensor:
+        ctx.size, ctx.name = size, name
+        return finish_gather(start_gather(x, size, name))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return finish_scatter(start_scatter(grad, ctx.size, ctx.name)), None, None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, name: str) -> Tensor:
+        ctx.size, ctx.name = size, name
+        return finish_scatter(start_scatter(x, size, name))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return finish_gather(start_gather(grad, ctx.size, ctx.name)), None, None
+
+
+class _GatherFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, rank: int, name: str) -> Tensor:
+        ctx.size, ctx.rank = size, rank
+        return all_gather(x, size, name).movedim(0, -2).flatten(-2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad.chunk(ctx.size, -1)[ctx.rank], None, None, None

@@ -1,0 +1,90 @@
+"""Cross-entropy over logits whose vocabulary is split over the tensor ranks.
+
+Dims: N tokens, V_local this rank's vocabulary, n ranks.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtrain.parallel.collectives import all_gather
+from flashtrain.parallel.mesh import Axis
+
+IGNORED = -100  # the label of a token that does not count, as in torch
+
+# Logits are widened to fp32 this many at a time (128 MiB), never all at once: for 16k tokens and
+# 50k words the whole would be 3.3 GB. Under torch.compile nothing is widened in memory anyway.
+CHUNK = 2**25
+
+
+def cross_entropy_sum(
+    logits: Tensor, labels: Tensor, axis: Axis, vocabulary_start: int = 0
+) -> Tensor:
+    """Sum over tokens of -log softmax(logits)[label], exact over vocabulary shards.
+
+    Args:
+        logits: [..., V_local], words `vocabulary_start` to `vocabulary_start + V_local`; computed
+            in fp32 (fp64 stays fp64) whatever their dtype.
+        labels: [...] int64, numbered in the whole vocabulary; -100 does not count. A label outside
+            [0, vocabulary) otherwise is undefined, as nothing here waits for the device to look.
+        axis: the ranks that hold the shards. Logits of padding words count as any other.
+
+    Returns:
+        0-dim tensor, equal on all ranks. The gradient is that of this rank's logits, in their
+        dtype. Between forward and backward only `logits` and [N] fp32 are kept.
+    """
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} need labels of shape "
+            f"{tuple(logits.shape[:-1])}, not {tuple(labels.shape)}"
+        )
+    size, name = (1, "") if axis.group is None else (axis.size, axis.name)
+    loss: Tensor = _CrossEntropySum.apply(
+        logits.reshape(-1, logits.size(-1)), labels.flatten(), vocabulary_start, size, name
+    )
+    return loss
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """loss = sum over counted tokens of lse - logit[label]; dlogit = softmax - onehot(label)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, start: int, size: int, name: str
+    ) -> Tensor:
+        local = labels - start
+        here = (local >= 0) & (local < logits.size(-1))  # a label -100 is on no rank
+        local = local.clamp(0, logits.size(-1) - 1).unsqueeze(-1)  # [N, 1]
+        wide = torch.promote_types(logits.dtype, torch.float32)
+
+        picked = logits.gather(-1, local).squeeze(-1).to(wide).masked_fill(~here, 0)  # [N]
+        lse = torch.cat([c.to(wide).logsumexp(-1) for c in logits.split(_rows(logits))])  # [N]
+        if size > 1:  # both in one gather: [n, 2, N]
+            lses, picks = all_gather(torch.stack([lse, picked]), size, name).unbind(1)
+            lse, picked = lses.logsumexp(0), picks.sum(0)
+
+        counted = labels != IGNORED
+        ctx.save_for_backward(logits, local, here, counted, lse)
+        return (lse - picked).masked_fill(~counted, 0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
+        logits, local, here, counted, lse = ctx.saved_tensors
+        scale = grad_loss * counted.to(lse.dtype)  # [N]
+        grad, rows = torch.empty_like(logits), _rows(logits)
+        parts = (grad, logits, local, here, lse, scale)
+        for out, chunk, words, mine, total, factor in zip(
+            *(part.split(rows) for part in parts), strict=True
+        ):
+            minus_onehot = -mine.to(lse.dtype).unsqueeze(-1)
+            wide = (chunk - total.unsqueeze(-1)).exp_()  # softmax; the subtraction widens
+            out.copy_(wide.scatter_add_(-1, words, minus_onehot).mul_(factor.unsqueeze(-1)))
+        return grad, None, None, None, None
+
+
+def _rows(logits: Tensor) -> int:
+    """Rows of one chunk; all of them under torch.compile, which fuses the widening away."""
+    if torch.compiler.is_compiling():
+        return max(logits.size(0), 1)
+    return max(CHUNK // logits.size(-1), 1)

@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from flashtrain.parallel.mesh import SINGLE, build_mesh
+from tests.harness import run_ranks
+
+
+def test_one_process_needs_no_groups() -> None:
+    mesh = build_mesh(tensor=1)
+    assert (mesh.world_size, mesh.rank, mesh.tensor, mesh.data) == (1, 0, SINGLE, SINGLE)
+
+
+@pytest.mark.parametrize("tensor", [0, 2])
+def test_a_degree_that_does_not_divide_names_both_numbers(tensor: int) -> None:
+    with pytest.raises(ValueError, match=f"parallel.tensor={tensor} .* the 1 processes"):
+        build_mesh(tensor)
+
+
+def test_an_axis_of_one_has_no_group_name() -> None:
+    with pytest.raises(ValueError, match="no process group"):
+        _ = SINGLE.name
+
+
+def test_tensor_ranks_are_neighbours(tmp_path: Path) -> None:
+    run_ranks(check_tensor_ranks_are_neighbours, 4, tmp_path)
+
+
+def check_tensor_ranks_are_neighbours() -> None:
+    rank = dist.get_rank()
+    mesh = build_mesh(tensor=2)
+    assert (mesh.world_size, mesh.rank) == (4, rank)
+    assert (mesh.tensor.size, mesh.tensor.rank) == (2, rank % 2)
+    assert (mesh.data.size, mesh.data.rank) == (2, rank // 2)
+    for axis, members in (
+        (mesh.tensor, {rank // 2 * 2, rank // 2 * 2 + 1}),
+        (mesh.data, {rank % 2, rank % 2 + 2}),
+    ):
+        seen = torch.zeros(4)
+        seen[rank] = 1
+        dist.all_reduce(seen, group=axis.group)
+        assert set(seen.nonzero().flatten().tolist()) == members
+
+    whole = build_mesh(tensor=4)
+    assert (whole.tensor.size, whole.tensor.rank, whole.data) == (4, rank, SINGLE)
+    assert build_mesh(tensor=1).data.size == 4
+    with pytest.raises(ValueError, match=r"parallel.tensor=3 .* the 4 processes"):
+        build_mesh(tensor=3)
