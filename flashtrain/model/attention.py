@@ -1,0 +1,75 @@
+"""The attention half of a block: projections and positions around the fused kernel.
+
+Dims: B batch, T tokens, D head size, H query heads and K key/value heads *of this rank*.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flashtrain.config import ModelConfig, PositionConfig, PositionKind, Target
+from flashtrain.model.linear import Linear
+from flashtrain.model.norm import RMSNorm
+from flashtrain.model.rope import rotate
+from kernels.attention import attention
+
+HEADS = (Target.q, Target.k, Target.v)  # their order in the fused projection
+
+
+class Attention(nn.Module):
+    """Causal self-attention, grouped queries, any kind of position on any of q, k, v.
+
+    Runs whole or as a shard: head counts are read off the projections, and `first_head` is this
+    rank's first query head in the whole model.
+    """
+
+    def __init__(self, model: ModelConfig, position: PositionConfig, backend: str) -> None:
+        super().__init__()
+        assert model.head_size is not None and model.n_kv_heads is not None
+        size = model.head_size
+        self.head_size, self.backend, self.first_head = size, backend, 0
+        rows = (model.n_heads + 2 * model.n_kv_heads) * size  # [q heads | k heads | v heads]
+        self.qkv = Linear(model.d_model, rows, model.bias)
+        self.out = Linear(model.n_heads * size, model.d_model, model.bias)
+        self.q_norm = RMSNorm(size, model.norm_eps) if model.qk_norm else None
+        self.k_norm = RMSNorm(size, model.norm_eps) if model.qk_norm else None
+        self.targets = [HEADS.index(t) for t in position.applies_to if t in HEADS]
+        self.adds = position.kind in (PositionKind.learned, PositionKind.sinusoidal)
+        self.rotates = position.kind is PositionKind.rope
+        self.slopes = position.kind is PositionKind.alibi
+
+    def forward(self, x: Tensor, position: Tensor | None) -> Tensor:
+        """`x [B, T, d_model]` (or its part of the sequence), `position` as in `position.py`.
+
+        T is that of the projection's output: under tensor parallelism x holds fewer tokens.
+        """
+        q, k, v = self._heads(x, position)
+        own = None
+        if self.slopes:
+            assert position is not None
+            own = position[self.first_head : self.first_head + q.shape[2]]
+        mixed = attention(q, k, v, causal=True, alibi_slopes=own, backend=self.backend)
+        y: Tensor = self.out(mixed.flatten(2))
+        return y
+
+    def _heads(self, x: Tensor, position: Tensor | None) -> list[Tensor]:
+        """q [B, T, H, D], k and v [B, T, K, D]: views of the fused projection where untouched."""
+        fused: Tensor = self.qkv(x)
+        wide = self.out.in_features
+        narrow = (fused.shape[-1] - wide) // 2
+        parts = list(torch.split(fused, [wide, narrow, narrow], dim=-1))
+        if position is not None and self.adds:
+            # W (x + p) = W x + W p: [T, ..] more work, where x + p would unfuse the projection
+            weights = torch.split(self.qkv.weight, [wide, narrow, narrow])
+            vectors = position.to(fused.dtype)
+            for i in self.targets:
+                parts[i] = parts[i] + F.linear(vectors, weights[i].to(fused.dtype))
+        heads = [part.view(*part.shape[:-1], -1, self.head_size) for part in parts]
+        # after vectors that went into the projection, before a rotation, which keeps lengths
+        if self.q_norm is not None and self.k_norm is not None:
+            heads[0], heads[1] = self.q_norm(heads[0]), self.k_norm(heads[1])
+        if self.rotates:
+            assert position is not None
+            for i in self.targets:
+                heads[i] = rotate(heads[i], position)
+        return heads
