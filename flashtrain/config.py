@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -59,7 +60,7 @@ class ModelConfig:
     mlp: Mlp = Mlp.gelu
     bias: bool = False  # in linear layers and LayerNorm
     tied_head: bool = True  # the head shares the embedding's weight
-    qk_norm: bool = False  # RMSNorm on each head of q and k, before positions
+    qk_norm: bool = False  # RMSNorm on each head of q and k, before a rotation
     logit_softcap: float | None = None  # c: logits become c tanh(logits / c)
     init_std: float = 0.02
     word_vectors: str | None = None  # word2vec / GloVe file that token embeddings start from
@@ -98,7 +99,8 @@ class DataConfig:
     tokenizer_vocabulary: int = 4096  # likewise
     sequence_length: int = 1024
     batch_size: int = MISSING  # sequences per optimizer step, over all GPUs
-    micro_batch_size: int = MISSING  # sequences per forward pass on one data-parallel rank
+    # sequences per forward pass on one data-parallel rank; null: its whole share of the batch
+    micro_batch_size: int | None = None
 
 
 @dataclass
@@ -207,8 +209,14 @@ def load(overrides: list[str], world_size: int = 1, configs: Path = CONFIGS) -> 
     Raises ConfigError for every key, type or combination that cannot run on `world_size` ranks.
     """
     for override in overrides:
-        if override.startswith("-"):
+        if override.startswith(("-", "=")):
             raise ConfigError(f"{override!r} is not a Hydra override: write key=value")
+    # Hydra takes a group out with ~group only; group=null is what people write
+    overrides = [
+        f"~{group}" if null and not value and (configs / group).is_dir() else override
+        for override in overrides
+        for group, null, value in [override.partition("=null")]
+    ]
     try:
         with initialize_config_dir(str(configs), version_base="1.3"):
             tree = compose("train", overrides)
@@ -217,6 +225,8 @@ def load(overrides: list[str], world_size: int = 1, configs: Path = CONFIGS) -> 
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from error
+    except ValueError as error:  # Hydra's own word on group=3
+        raise ConfigError(f"{' '.join(overrides)}: {error}") from error
     assert isinstance(config, Config)
     return resolve(config, world_size)
 
@@ -298,8 +308,8 @@ def resolve(config: Config, world_size: int) -> Config:
         positive = value is None or (value > 0 and math.isfinite(value))
         _need(positive, f"{key}={value} must be a number above 0")
     for key, value, low, high in (
-        ("optimizer.beta1", config.optimizer.beta1, 0, 1),
-        ("optimizer.beta2", config.optimizer.beta2, 0, 1),
+        ("optimizer.beta1", config.optimizer.beta1, 0, 0.99999),  # 1 would divide by 1 - beta = 0
+        ("optimizer.beta2", config.optimizer.beta2, 0, 0.99999),
         ("schedule.final_ratio", config.schedule.final_ratio, 0, 1),
         ("schedule.decay_share", config.schedule.decay_share, 0, 1),
         ("position.partial_rotary_factor", config.position.partial_rotary_factor, 0, 1),
@@ -308,12 +318,20 @@ def resolve(config: Config, world_size: int) -> Config:
     ):
         _need(low <= value <= high, f"{key}={value} must lie between {low} and {high}")
 
+    _need(
+        re.fullmatch(r"[\w.+-]+", config.name) is not None,
+        f"name={config.name!r} must be letters, digits and . _ + - only: it names a folder",
+    )
+    _need(config.run_dir != "", "run_dir is empty: name a folder or leave it null")
+    _need(0 <= config.seed < 2**63, f"seed={config.seed} must lie between 0 and 2^63 - 1")
     tensor = config.parallel.tensor
     if tensor is None:
         tensor = 2 if world_size % 2 == 0 else 1
+    micro_batch = data.micro_batch_size or max(1, data.batch_size * tensor // world_size)
     config = dataclasses.replace(
         config,
         model=resolve_model(model),
+        data=dataclasses.replace(data, micro_batch_size=micro_batch),
         parallel=dataclasses.replace(config.parallel, tensor=tensor),
     )
     check_position(config.model, config.position)
@@ -395,6 +413,7 @@ def check_layout(config: Config, world_size: int) -> None:
     """Refuse degrees that do not multiply or divide, naming both numbers."""
     model, data, tensor = config.model, config.data, config.parallel.tensor
     assert tensor is not None and model.n_kv_heads is not None and model.d_ff is not None
+    assert data.micro_batch_size is not None
     _need(
         world_size % tensor == 0,
         f"parallel.tensor={tensor} does not divide the {world_size} processes of this run",

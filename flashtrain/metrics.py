@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flashtrain.config import Compute, Config, Mlp, ModelConfig, Norm, PositionConfig, PositionKind
+from flashtrain.config import Compute, Config, Mlp, ModelConfig
 
 GIB = 1 << 30
 
@@ -73,19 +73,6 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
     _, size, _, _ = _sizes(model)
     square = 12 * model.n_layers * model.n_heads * size * sequence_length
     return Flops(6 * matrix_parameters(model), square)
-
-
-def n_parameters(model: ModelConfig, position: PositionConfig, sequence_length: int) -> int:
-    """Every trained value of the whole model; a tied head counts once."""
-    kv, size, d_ff, vocabulary = _sizes(model)
-    width = model.d_model
-    norm = width * (2 if model.norm is Norm.layernorm and model.bias else 1)
-    up = d_ff * (2 if model.mlp is Mlp.swiglu else 1)
-    biases = (model.n_heads + 2 * kv) * size + width + up + width if model.bias else 0
-    block = 2 * norm + biases + (2 * size if model.qk_norm else 0)
-    table = sequence_length * width if position.kind is PositionKind.learned else 0
-    embedding = 0 if model.tied_head else vocabulary * width
-    return matrix_parameters(model) + model.n_layers * block + norm + table + embedding
 
 
 def _sizes(model: ModelConfig) -> tuple[int, int, int, int]:

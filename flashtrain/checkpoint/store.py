@@ -229,7 +229,8 @@ def _read_json(path: Path) -> Any:
 def load(path: Path, state: State) -> None:
     """Fill the tensors and scalars of `state` in place from a checkpoint of any layout.
 
-    Reads only the boxes that this rank holds; optimizer state only if `state` holds any. Checksums are `find_latest`'s and `verify`'s work.
+    Reads only the boxes that this rank holds; optimizer state only if `state` holds any. Checksums
+    are `find_latest`'s and `verify`'s work.
     Raises CheckpointError for a missing or surplus tensor or another shape or dtype, before
     anything is written to.
     """

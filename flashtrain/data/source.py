@@ -1,9 +1,11 @@
-"""Which tokens a config names: makes them when they can be made here, opens them, checks they fit."""
+"""The tokens a config names: made here where they can be, opened, and held against the config."""
 
 import dataclasses
 
+import torch
+
 from flashtrain.config import Config, ConfigError, Source, TokenizerKind, check_layout
-from flashtrain.data.loader import count_samples
+from flashtrain.data.loader import DataLoader, count_samples
 from flashtrain.data.prepare import prepare_shakespeare
 from flashtrain.data.shards import RandomTokens, TokenShards
 
@@ -45,8 +47,23 @@ def prepare_source(config: Config, world_size: int) -> Config:
     return config
 
 
-def open_source(config: Config, split: str) -> TokenShards | RandomTokens:
-    """The tokens of `split` (train | validation), after `prepare_source`."""
+def open_loader(config: Config, data_rank: int, data_size: int, device: torch.device) -> DataLoader:
+    """The batches of one data-parallel rank, training and held-out, after `prepare_source`."""
+    assert config.data.micro_batch_size is not None
+    return DataLoader(
+        _open(config, "train"),
+        sequence_length=config.data.sequence_length,
+        batch_size=config.data.batch_size,
+        micro_batch_size=config.data.micro_batch_size,
+        seed=config.seed,
+        data_rank=data_rank,
+        data_size=data_size,
+        device=device,
+        validation=_open(config, "validation"),
+    )
+
+
+def _open(config: Config, split: str) -> TokenShards | RandomTokens:
     if config.data.source is Source.random:
         assert config.model.vocabulary is not None
         return RandomTokens(config.model.vocabulary, config.seed + (split != "train"))

@@ -1,7 +1,8 @@
 """Differentiable collectives over one mesh axis: each op's docstring is its algebra.
 
 Dims: B batch, T tokens of the whole sequence, D features, n ranks. `x_r` is what rank r holds,
-`dx_r` its gradient. Every op is the identity on an axis of one.
+`dx_r` its gradient. On an axis of one all are the identity. What starts and finishes a transfer
+apart, for overlap with other work, has no gradient of its own.
 
 Below are PyTorch's functional collectives (out of place, group by name), the only ones that
 `torch.compile(fullgraph=True)` traces. They are called by operator, since their Python wrappers
@@ -54,17 +55,6 @@ def slice_sequence(x: Tensor, axis: Axis) -> Tensor:
     check_divides(x.size(-2), axis.size)
     length = x.size(-2) // axis.size
     return x.narrow(-2, axis.rank * length, length)
-
-
-def gather_features(x: Tensor, axis: Axis) -> Tensor:
-    """The whole last dimension from its parts, on every rank: [..., D/n] -> [..., D].
-
-    forward   y = concat over s of x_s, along D
-    backward  dx_r = dy[part r of D]
-
-    The backward takes dy as equal on all ranks: right where they all go on with the same work.
-    """
-    return x if axis.group is None else _GatherFeatures.apply(x, axis.size, axis.rank, axis.name)
 
 
 def check_divides(tokens: int, size: int) -> None:
@@ -128,14 +118,3 @@ class _ScatterSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return finish_gather(start_gather(grad, ctx.size, ctx.name)), None, None
-
-
-class _GatherFeatures(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, rank: int, name: str) -> Tensor:
-        ctx.size, ctx.rank = size, rank
-        return all_gather(x, size, name).movedim(0, -2).flatten(-2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad.chunk(ctx.size, -1)[ctx.rank], None, None, None

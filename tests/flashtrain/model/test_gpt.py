@@ -45,7 +45,7 @@ def tiny(**settings: Any) -> ModelConfig:
 
 def build(model: ModelConfig, position: PositionConfig, **settings: Any) -> GPT:
     """A filled model, with norms and biases that are not ones and zeros."""
-    gpt = GPT(model, position, max_length=16, backend="reference", **settings)
+    gpt = GPT(model, position, max_length=16, **settings)
     init_weights(gpt, seed=3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():

@@ -1,0 +1,1 @@
+"""Engines: how gradients are made, summed and applied. The trainer sees `base.Engine` only."""

@@ -1,0 +1,98 @@
+"""What happens between steps: log, evaluate, sample, save. Each hook runs on every rank."""
+
+import math
+
+from flashtrain.data.loader import DataLoader
+from flashtrain.model.sample import sample
+from flashtrain.run import Run
+from flashtrain.trainer import Step
+
+
+class TrainingError(RuntimeError):
+    """A run whose numbers went bad, said in one sentence."""
+
+
+def _due(step: Step, every: int) -> bool:
+    return step.number % every == 0 or step.last
+
+
+class Log:
+    """Reads loss and norm, which waits for the device: only every `trainer.log_every` steps."""
+
+    def __init__(self, run: Run, loader: DataLoader) -> None:
+        self.run, self.loader = run, loader
+
+    def after_step(self, step: Step) -> None:
+        if not _due(step, self.run.config.trainer.log_every):
+            return
+        loss, norm = float(step.loss), float(step.gradient_norm)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise TrainingError(
+                f"step {step.number}: loss is {loss} and gradient norm {norm}, so nothing further "
+                f"is saved; checkpoints in {self.run.folder} are from before: lower optimizer.lr "
+                "or raise schedule.warmup_steps"
+            )
+        self.run.trackers.log(
+            step.number,
+            {
+                "train/loss": loss,
+                "train/grad_norm": norm,
+                "train/lr": step.learning_rate,
+                **self.run.speed.read(step.number, self.loader.data_time),
+            },
+        )
+
+
+class Evaluate:
+    """Loss and perplexity on the same held-out sequences each time, whatever the layout."""
+
+    def __init__(self, run: Run, loader: DataLoader) -> None:
+        self.run, self.loader = run, loader
+
+    def after_step(self, step: Step) -> None:
+        trainer = self.run.config.trainer
+        if not _due(step, trainer.evaluate_every):
+            return
+        with self.run.speed.pause():
+            batches = self.loader.evaluation(trainer.evaluate_sequences)
+            loss = float(self.run.engine.evaluate(batches))
+        self.run.trackers.log(
+            step.number,
+            {"validation/loss": loss, "validation/perplexity": math.exp(min(loss, 700.0))},
+        )
+
+
+class Sample:
+    """A paragraph from the model as it is now. Ranks that share the model draw alike."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def after_step(self, step: Step) -> None:
+        trainer, tokenizer = self.run.config.trainer, self.run.tokenizer
+        if tokenizer is None or not _due(step, trainer.sample_every):
+            return
+        with self.run.speed.pause():
+            ids = sample(
+                self.run.engine.next_token_logits,
+                tokenizer.encode(trainer.sample_prompt) or [tokenizer.end_of_text],
+                trainer.sample_tokens,
+                max_length=self.run.config.data.sequence_length,
+                temperature=0.8,
+                seed=self.run.config.seed + step.number,
+                device=self.run.device,
+                n_ids=tokenizer.size,
+            )
+        self.run.trackers.text(step.number, "sample", tokenizer.decode(ids))
+
+
+class Save:
+    """A checkpoint every `checkpoint.every` steps and at the end."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def after_step(self, step: Step) -> None:
+        if _due(step, self.run.config.checkpoint.every):
+            with self.run.speed.pause():
+                self.run.save(step.number)

@@ -1,0 +1,119 @@
+"""Start a run on this machine: `python -m flashtrain.launch [--nproc N] [key=value ...]`.
+
+Checks the configuration and prepares the data once, before any worker exists, so that a mistake is
+one line and not N tracebacks; then torchrun takes over, one process per GPU, or two on a machine
+without one. On several nodes start `torchrun ... -m flashtrain.train key=value ...` instead.
+"""
+
+import json
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+
+USAGE = """usage: python -m flashtrain.launch [--nproc N] [key=value ...]
+
+  --nproc N        processes on this machine (default: one per GPU, two without a GPU)
+  key=value        Hydra overrides of configs/train.yaml, for example
+                     experiment=position_alibi   trainer.steps=1000   optimizer.lr=1e-3
+                     data=shards data.path=FOLDER   parallel=tensor2   model=gpt2_124m
+  --show           print the whole resolved configuration and stop
+"""
+REFUSED = 2  # exit status of a run that was refused with one line
+
+
+def main(arguments: list[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(USAGE)
+        return 0
+    from flashtrain.config import ConfigError, load, to_dict
+
+    try:
+        n_processes, overrides = _processes(arguments)
+        show = "--show" in overrides
+        overrides = [item for item in overrides if item != "--show"]
+        config = load(overrides, n_processes)
+        if show:
+            print(json.dumps(to_dict(config), indent=2))
+            return 0
+        from flashtrain.data.source import prepare_source
+        from flashtrain.tracking.wandb import choose_mode
+
+        choose_mode(config.tracking.wandb.mode)  # refuses a W&B that is asked for and missing
+        config = prepare_source(config, n_processes)
+    except (ConfigError, ValueError, OSError) as error:
+        print(f"flashtrain: {error}", file=sys.stderr)
+        return REFUSED
+    assert config.run_dir is not None
+    folder = Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"launch-{os.getpid()}.json"
+    path.write_text(json.dumps(to_dict(config), indent=2))
+    try:
+        status = _torchrun(n_processes, path)
+    finally:
+        path.unlink(missing_ok=True)
+    if status == 0:
+        print(_what_next(config.run_dir, arguments))
+    return status
+
+
+def _processes(arguments: list[str]) -> tuple[int, list[str]]:
+    """How many processes, and the arguments that are left."""
+    rest = list(arguments)
+    if "--nproc" in rest:
+        at = rest.index("--nproc")
+        value = rest[at + 1] if at + 1 < len(rest) else ""
+        if not value.isdigit() or int(value) < 1:
+            raise ValueError(f"--nproc {value!r} must be a whole number of processes, 1 or more")
+        del rest[at : at + 2]
+        return int(value), rest
+    import torch
+
+    return torch.cuda.device_count() or 2, rest
+
+
+def _torchrun(n_processes: int, config: Path) -> int:
+    """`torchrun --standalone --nproc-per-node N -m flashtrain.train --config PATH`, in-process.
+
+    In-process, so that a refusal by the workers (exit status 2, already explained in one line) is
+    not followed by torchrun's own report.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # fewer threads than cores / processes would idle cores, more would fight over them
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_processes)))
+    worker = ["-m", "flashtrain.train", "--config", str(config)]
+    try:
+        run(parse_args(["--standalone", f"--nproc-per-node={n_processes}", *worker]))
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        if REFUSED not in codes:
+            print(f"flashtrain: a worker failed.\n{error}", file=sys.stderr)
+        return REFUSED if REFUSED in codes else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _what_next(folder: str, overrides: list[str]) -> str:
+    """The three commands a user wants after a run."""
+    root = os.path.relpath(Path(__file__).resolve().parent.parent)
+    python = os.path.relpath(sys.executable) if sys.prefix != sys.base_prefix else "python"
+    again = shlex.join([f"{root}/scripts/train.sh", *overrides])
+    return "\n".join(
+        f"{label:<9}{command}"
+        for label, command in (
+            ("run", folder),
+            ("resume", f"{again}   (goes on where it stopped)"),
+            ("sample", f"{python} {root}/scripts/generate.py run={folder} prompt='ROMEO:'"),
+            ("curve", f"{python} {root}/scripts/report.py {folder}   (writes report.html there)"),
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,112 @@
+"""One run as it lies on disk: its folder, its checkpoints, who follows it, how fast it goes.
+
+<run_dir>/config.json              resolved configuration of the latest start
+<run_dir>/tokenizer.json           what turns its ids back into text
+<run_dir>/checkpoints/step-N/      see checkpoint/store.py
+<run_dir>/metrics.jsonl            one line a logged step; samples.jsonl likewise
+<run_dir>/wandb/                   W&B's own files
+"""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from flashtrain import checkpoint
+from flashtrain.build import start_from_vectors
+from flashtrain.config import Config, Source, to_dict
+from flashtrain.data.tokenizer import Tokenizer, load_tokenizer
+from flashtrain.engine.base import Engine
+from flashtrain.metrics import Speedometer
+from flashtrain.parallel.mesh import Mesh
+from flashtrain.tracking import Trackers
+
+
+class Run:
+    """Everything hooks share. Use it in a `with` block: trackers are told how the run ended."""
+
+    def __init__(self, config: Config, engine: Engine, mesh: Mesh, device: torch.device) -> None:
+        assert config.run_dir is not None
+        self.config, self.engine, self.mesh, self.device = config, engine, mesh, device
+        self.folder = Path(config.run_dir)
+        self.peers = checkpoint.Peers(dist.group.WORLD if mesh.world_size > 1 else None)
+        self.tokenizer = _tokenizer(config)
+        self.speed = Speedometer(config, mesh.world_size, device)
+        self.trackers = Trackers(config, self.folder) if mesh.rank == 0 else Trackers.silent()
+
+    def resume(self) -> int:
+        """Fill the engine from a checkpoint, or leave it as the seed made it; the first step."""
+        path = self._choose()
+        meta: dict[str, Any] = {}
+        if path is not None:
+            meta = checkpoint.read_meta(path)
+            checkpoint.restore(path, *self.engine.state())
+            rng = checkpoint.read_rng(path, self.mesh.rank, self.mesh.world_size)
+            if rng is not None:
+                checkpoint.set_rng_state(rng)
+        first = int(meta.get("step", 0))
+        if self.mesh.rank == 0:
+            self._write_folder()
+        notes = [f"resumes from {path}" if path else "starts from its seed"]
+        if path is None and self.config.model.word_vectors and self.tokenizer is not None:
+            notes.append(start_from_vectors(self.engine.state()[0], self.config, self.tokenizer))
+        self.trackers.start(first, meta.get("tracking", {}), notes)
+        return first
+
+    def _choose(self) -> Path | None:
+        """The checkpoint that `checkpoint.resume` means; collective, equal on all ranks."""
+        resume = self.config.checkpoint.resume
+        if resume == "never":
+            return None
+        if resume == "auto":
+            return checkpoint.find_latest(self.folder / "checkpoints", self.peers)
+        path = Path(resume)
+        if not (path / "manifest.json").is_file():
+            raise checkpoint.CheckpointError(
+                f"checkpoint.resume={resume} is not a checkpoint (it has no manifest.json): name a "
+                "folder like runs/NAME/checkpoints/step-00000100, or auto, or never"
+            )
+        checkpoint.verify(path, self.peers)
+        return path
+
+    def save(self, step: int) -> Path:
+        """Collective. Parameters come from data rank 0: the others hold copies."""
+        meta = {
+            "config": to_dict(self.config),
+            "tracking": self.peers.broadcast(self.trackers.state()),
+        }
+        return checkpoint.save(
+            self.folder / "checkpoints",
+            step,
+            checkpoint.collect(*self.engine.state()),
+            meta,
+            peers=self.peers,
+            writes=self.mesh.data.rank == 0,
+            keep=self.config.checkpoint.keep,
+        )
+
+    def _write_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.json").write_text(json.dumps(to_dict(self.config), indent=2))
+        if self.tokenizer is not None:
+            self.tokenizer.save(self.folder / "tokenizer.json")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.trackers.finish(failed=kind is not None)
+
+
+def _tokenizer(config: Config) -> Tokenizer | None:
+    if config.data.source is Source.random or config.data.path is None:
+        return None
+    return load_tokenizer(config.data.path)

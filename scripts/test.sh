@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Tests: scripts/test.sh [pytest arguments]      paths are relative to the repository.
+# Runs what needs no GPU and ends within minutes; `-m gpu`, `-m slow` or `-m ""` choose otherwise.
+# Makes the virtual environment first where there is none.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+"$root/scripts/setup_venv.sh"
+python=${FLASHTRAIN_VENV:-$root/.venv}/bin/python
+[ "${python:0:1}" = / ] || python=$PWD/$python
+cd "$root"
+exec "$python" -m pytest -m "not gpu and not slow" "$@"  # of two -m, pytest takes the last
