@@ -1,0 +1,1 @@
+"""GPU kernels. Each op is a folder: reference, kernels, tiles, op, README."""

@@ -1,0 +1,187 @@
+"""Attention, backward, dK and dV: one program owns BN keys and walks the queries that see them.
+
+Dims: B batch, T queries, S keys, H heads, D head size, BD = D padded to a power of two,
+BM / BN rows of a query / key tile. Maths: backward.py.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.attention.portable.score import (
+    LOG2_E,
+    RAMP,
+    load_rows,
+    load_tile,
+    log2_scores,
+    ramp_level,
+    seen_range,
+)
+
+
+@triton.jit
+def walk_queries(
+    dk, dv, k, v,  # [BN, BD] each, dk and dv fp32
+    q_src, d_out_src, dq_dst, lse_base, delta_base, q_at, d_out_at, dq_at, b, h,
+    stride_qt, stride_dot, stride_dqt,
+    cols, first_col, first_seen, last_seen,  # [BN] key places, the first, the rows that see each
+    begin, end, T, shift, scale, out_scale, cap, slope,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, FUSED: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """Add to dk and dv what the query tiles of [begin, end) of one head give them.
+
+    Scores are computed transposed, [BN, BM]: P^T and dS^T are then left operands of the products
+    for dV and dK straight out of registers.
+    """
+    dims, lanes = tl.arange(0, BD), tl.arange(0, BM)
+    ramp = slope * tl.arange(0, BN).to(tl.float32)
+    if not TMA:
+        q_src += begin.to(tl.int64) * stride_qt
+        d_out_src += begin.to(tl.int64) * stride_dot
+        if FUSED:
+            dq_dst += begin.to(tl.int64) * stride_dqt
+    for start in tl.range(begin, end, BM):
+        rows = start + lanes
+        q = load_tile(q_src, q_at, b, start, h, T, BM, D, BD, MASKED, TMA)  # [BM, BD]
+        d_out = load_tile(d_out_src, d_out_at, b, start, h, T, BM, D, BD, MASKED, TMA)  # [BM, BD]
+        if MASKED:
+            level = tl.load(lse_base + rows, mask=rows < T, other=0.0) * LOG2_E
+            delta = tl.load(delta_base + rows, mask=rows < T, other=0.0)
+        else:
+            level = tl.load(lse_base + rows) * LOG2_E
+            delta = tl.load(delta_base + rows)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BN, BM]
+        factor = scale
+        if ALIBI or SOFTCAP:
+            place = rows + shift
+            s, bent = log2_scores(
+                s, place[None, :], cols[:, None], ramp[:, None], scale, cap, slope, ALIBI, SOFTCAP
+            )
+            factor = 1.0
+        if ALIBI == RAMP:
+            level -= ramp_level(first_col, rows + shift, slope)
+        p = tl.exp2(s * factor - level[None, :])  # [BN, BM]
+        if MASKED:
+            seen = (rows[None, :] >= first_seen[:, None]) & (rows[None, :] <= last_seen[:, None])
+            p = tl.where(seen, p, 0.0)
+        dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")  # [BN, BM]
+        ds = p * (dp - delta[None, :])
+        if SOFTCAP:
+            ds = ds * (1.0 - bent * bent)
+        ds = ds.to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision="ieee")
+        if FUSED:
+            dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * out_scale
+            if TMA:  # the copy engine adds in L2, and drops rows and dims past the end
+                dq_dst.atomic_add([b, start, h, 0], dq.reshape([1, BM, 1, BD]))
+            else:
+                inside = (rows[:, None] < T) & (dims[None, :] < D)
+                tl.atomic_add(dq_dst + dq_at, dq, mask=inside, sem="relaxed")
+                dq_dst += BM * stride_dqt
+        if not TMA:
+            q_src += BM * stride_qt
+            d_out_src += BM * stride_dot
+    return dk, dv
+
+
+@triton.jit
+def attention_bwd_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, d_out_ptr,  # q, d_out (and dq, when FUSED) are descriptors with TMA
+    dq_ptr, dk_ptr, dv_ptr,  # contiguous; dq fp32 zeros, None unless FUSED
+    lse_ptr, delta_ptr,  # [B, H, T] fp32
+    slopes_ptr, bounds_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh, stride_dob, stride_dot, stride_doh,
+    scale, out_scale, cap, before, after, H, T, S,
+    D: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DOCUMENTS: tl.constexpr,
+    BEFORE: tl.constexpr, AFTER: tl.constexpr,
+    EDGE: tl.constexpr,  # the last query tile of some key tile needs a mask
+    FUSED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """One program owns BN keys of one kv head and walks the queries of its GROUP heads."""
+    n_tiles, H_kv = tl.cdiv(S, BN), H // GROUP
+    tile, bh = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles
+    b, h_kv = bh // H_kv, bh % H_kv
+    b_far, h_far = b.to(tl.int64), h_kv.to(tl.int64)
+    lanes, query_lanes, dims = tl.arange(0, BN), tl.arange(0, BM), tl.arange(0, BD)
+    cols = tile * BN + lanes
+
+    far = (tile * BN).to(tl.int64)
+    k_base = k_ptr + b_far * stride_kb + h_far * stride_kh + far * stride_ks
+    v_base = v_ptr + b_far * stride_vb + h_far * stride_vh + far * stride_vs
+    k_at = lanes[:, None] * stride_ks + dims[None, :]
+    v_at = lanes[:, None] * stride_vs + dims[None, :]
+    k = load_rows(k_base, k_at, cols, dims, S, D, BD, True)  # [BN, BD]
+    v = load_rows(v_base, v_at, cols, dims, S, D, BD, True)  # [BN, BD]
+    q_at = query_lanes[:, None] * stride_qt + dims[None, :]
+    d_out_at = query_lanes[:, None] * stride_dot + dims[None, :]
+    dq_at = query_lanes[:, None] * (H * D) + dims[None, :]
+    bounds = bounds_ptr
+    if DOCUMENTS:
+        bounds += b_far * 2 * T
+
+    # seen from a key, the sides of the window change places: rows in [col - after, col + before]
+    shift = S - T
+    first_col, last_col = tile * BN, tl.minimum(tile * BN + BN, S) - 1
+    first_a, last_a = seen_range(
+        first_col, S, -shift, after, before, T, bounds, AFTER, BEFORE, DOCUMENTS
+    )
+    first_z, last_z = seen_range(
+        last_col, S, -shift, after, before, T, bounds, AFTER, BEFORE, DOCUMENTS
+    )
+    first_seen, last_seen = seen_range(
+        cols, S, -shift, after, before, T, bounds, AFTER, BEFORE, DOCUMENTS
+    )
+    begin, end = first_a // BM * BM, last_z + 1
+    full_begin = (first_z + BM - 1) // BM * BM
+    full_end = tl.maximum(last_a + 1, 0) // BM * BM
+    if FUSED:  # keys past the end must add exactly nothing to dQ, so a ragged tile masks always
+        full_end = tl.where(tile * BN + BN > S, full_begin, full_end)
+        last_seen = tl.where(cols < S, last_seen, -1)
+    near_end, far_begin = tl.minimum(full_begin, end), tl.maximum(full_begin, full_end)
+
+    dk, dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32)
+    for member in range(GROUP):
+        h = h_kv * GROUP + member
+        q_src, d_out_src = q_ptr, d_out_ptr
+        if not TMA:
+            q_src += b_far * stride_qb + h.to(tl.int64) * stride_qh
+            d_out_src += b_far * stride_dob + h.to(tl.int64) * stride_doh
+        dq_dst = dq_ptr
+        if FUSED and not TMA:
+            dq_dst += (b_far * T * H + h) * D
+        lse_base, delta_base = lse_ptr + (b_far * H + h) * T, delta_ptr + (b_far * H + h) * T
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(slopes_ptr + h) * LOG2_E
+        if AFTER or DOCUMENTS:
+            dk, dv = walk_queries(
+                dk, dv, k, v, q_src, d_out_src, dq_dst, lse_base, delta_base,
+                q_at, d_out_at, dq_at, b, h, stride_qt, stride_dot, H * D,
+                cols, first_col, first_seen, last_seen, begin, near_end,
+                T, shift, scale, out_scale, cap, slope,
+                D, BD, BM, BN, ALIBI, SOFTCAP, True, FUSED, TMA,
+            )  # fmt: skip
+        dk, dv = walk_queries(
+            dk, dv, k, v, q_src, d_out_src, dq_dst, lse_base, delta_base,
+            q_at, d_out_at, dq_at, b, h, stride_qt, stride_dot, H * D,
+            cols, first_col, first_seen, last_seen, full_begin, full_end,
+            T, shift, scale, out_scale, cap, slope,
+            D, BD, BM, BN, ALIBI, SOFTCAP, False, FUSED, TMA,
+        )  # fmt: skip
+        if EDGE:
+            dk, dv = walk_queries(
+                dk, dv, k, v, q_src, d_out_src, dq_dst, lse_base, delta_base,
+                q_at, d_out_at, dq_at, b, h, stride_qt, stride_dot, H * D,
+                cols, first_col, first_seen, last_seen, far_begin, end,
+                T, shift, scale, out_scale, cap, slope,
+                D, BD, BM, BN, ALIBI, SOFTCAP, True, FUSED, TMA,
+            )  # fmt: skip
+
+    at = ((b_far * S + far) * H_kv + h_kv) * D + lanes[:, None] * (H_kv * D) + dims[None, :]
+    mask = (cols[:, None] < S) & (dims[None, :] < D)
+    tl.store(dk_ptr + at, (dk * out_scale).to(dk_ptr.dtype.element_ty), mask=mask)
+    tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=mask)

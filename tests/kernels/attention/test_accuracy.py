@@ -1,0 +1,90 @@
+"""The Triton kernels are as accurate as eager PyTorch: out, lse and every gradient."""
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+
+from kernels.attention import tiles
+from tests.accuracy import assert_as_accurate
+from tests.kernels.attention.cases import CASES, Case, Inputs, inputs_of, run, run_reference
+from tests.kernels.attention.conftest import Platform
+
+# what float16 and, on GPUs, float32 add over the dtype the other cases run in
+FEW = ("causal", "cross, more keys", "alibi", "everything")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_are_as_accurate_as_eager(name: str, platform: Platform) -> None:
+    check(inputs_of(sized(CASES[name], platform), platform.device, platform.dtype))
+
+
+@pytest.mark.parametrize("name", ["causal", "cross, more keys", "alibi", "everything"])
+def test_other_dtypes_are_as_accurate_as_eager(name: str, other_platform: Platform) -> None:
+    platform = other_platform
+    check(inputs_of(sized(CASES[name], platform), platform.device, platform.dtype))
+
+
+@pytest.mark.parametrize("head_size", [1, 8, 33, 64, 96, 128, 192, 256])
+def test_every_head_size_is_accurate(head_size: int, platform: Platform) -> None:
+    T = 300 if platform.on_gpu else 20
+    case = Case(T=T, S=T, D=head_size, H=1, H_kv=1, options={"causal": True})
+    check(inputs_of(case, platform.device, platform.dtype))
+
+
+@pytest.mark.parametrize("name", ["causal", "cross, more keys", "grouped", "everything"])
+def test_dq_by_atomics_is_accurate(
+    name: str, platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = tiles.choose
+
+    def fused(*args: object, **kwargs: object) -> tiles.Tiles:
+        usual = chosen(*args, **kwargs)  # type: ignore[arg-type]
+        # no TMA on the CPU: the interpreter has no reduction through a descriptor
+        dkdv = dataclasses.replace(usual.backward.dkdv, tma=platform.on_gpu)
+        return dataclasses.replace(usual, backward=tiles.BackwardTiles(dkdv, None))
+
+    # by name in sys.modules: the package also exports a function called `backward`
+    module = importlib.import_module("kernels.attention.portable.backward")
+    monkeypatch.setattr(module, "choose", fused)
+    check(inputs_of(sized(CASES[name], platform), platform.device, platform.dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_long_sequences_are_accurate(head_size: int, causal: bool, backend: str) -> None:
+    case = Case(T=4096, S=4096, D=head_size, H=2, H_kv=1, options={"causal": causal})
+    check(inputs_of(case, "cuda", torch.bfloat16), backend)
+
+
+def sized(case: Case, platform: Platform) -> Case:
+    return case.on_gpu() if platform.on_gpu else case
+
+
+def check(inputs: Inputs, backend: str = "triton") -> None:
+    ours = run(inputs, backend)
+    eager = run_reference(inputs, inputs.tensors["q"].dtype)
+    exact = run_reference(inputs, torch.float64)
+    factor = 3.0 if "softcap" in inputs.extras else 2.0
+    terms = float32_terms(inputs) if inputs.d_out.dtype == torch.float32 else {}
+    for name in exact:
+        assert_as_accurate(
+            ours[name],
+            eager[name],
+            exact[name],
+            factor=factor,
+            name=name,
+            terms=terms.get(name, 0.0),
+        )
+
+
+def float32_terms(inputs: Inputs) -> dict[str, float]:
+    """How large the terms are that each result sums: P V, P^T dO, dS K and dS^T Q with |P| <= 1."""
+    q, k, v = (inputs.tensors[name].abs().max().item() for name in "qkv")
+    d_out = inputs.d_out.abs().max().item()
+    # dS = P (dO V^T - delta): a sum of D products, of about sqrt(D) times one product's size
+    ds = d_out * v  # times scale = D ** -0.5
+    return {"out": v, "dv": d_out, "dq": ds * k, "dk": ds * q, "dsinks": d_out * v}

@@ -1,0 +1,240 @@
+"""The public function: refusals, torch.library, torch.compile, layouts, determinism."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.attention import attention, explain
+from kernels.attention.op import document_bounds
+from kernels.attention.registration import attention_backward, attention_forward
+from tests.kernels.attention.cases import CASES, Case, inputs_of, run
+from tests.kernels.attention.conftest import Platform
+
+
+def qkv(*shape: int, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.randn(*(shape or (1, 4, 2, 8)), **options) for _ in range(3))
+    return q, k, v
+
+
+Q, K, V = torch.zeros(2, 5, 4, 8), torch.zeros(2, 7, 2, 8), torch.zeros(2, 7, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "options", "message"),
+    [
+        (Q[0], K, V, {}, r"\[5, 4, 8\]"),
+        (Q, K, V[:, :6], {}, r"k and v must share a shape, got \[2, 7, 2, 8\] and \[2, 6, 2, 8\]"),
+        (Q[:1], K, V, {}, "q has batch 1, k and v have 2"),
+        (Q[..., :4], K, V, {}, "q has head size 4, k and v have 8"),
+        (Q[:, :, :3], K, V, {}, "3 query heads are not a multiple of 2 kv heads"),
+        (*qkv(1, 2, 1, 257), {}, "head size 257 is not between 1 and 256"),
+        (Q, K.half(), V, {}, "share a dtype, got torch.float32, torch.float16"),
+        (Q.int(), K.int(), V.int(), {}, "must be floating point, got torch.int32"),
+        (Q, K, V, {"scale": 0.0}, "scale=0.0 must be above 0"),
+        (Q, K, V, {"softcap": -1.0}, "softcap=-1.0 must be above 0"),
+        (Q, K, V, {"window": (4, -2)}, r"window=\(4, -2\)"),
+        (Q, K, V, {"sinks": torch.zeros(3)}, r"sinks must be \[4\] on cpu, got \[3\]"),
+        (Q, K, V, {"alibi_slopes": torch.zeros(4).half()}, "must be torch.float32"),
+        (Q, K, V, {"alibi_slopes": torch.zeros(4, requires_grad=True)}, "no gradient"),
+        (Q, K, V, {"documents": torch.zeros(2, 5).int()}, "as many queries as keys, got 5 and 7"),
+        (Q, Q, Q, {"documents": torch.zeros(2, 4).int()}, r"documents must be \[2, 5\]"),
+        (Q, Q, Q, {"documents": torch.zeros(2, 5)}, "int32 or int64, got torch.float32"),
+        (Q, K, V, {"backend": "flash"}, "backend='flash' is not one of auto, hopper"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_sentence(
+    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        attention(q, k, v, causal=True, **options)
+    assert "\n" not in str(refusal.value)
+
+
+def test_backends_that_need_a_gpu_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for backend in ("triton", "hopper"):
+        with pytest.raises(ValueError, match=f"'{backend}' cannot run .* CUDA tensors, got cpu"):
+            attention(*qkv(), causal=True, backend=backend)
+
+
+def test_explain_names_the_backend_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert explain(*qkv(), causal=True) == "torch (PyTorch's fused CPU kernel)"
+    assert explain(*qkv(), causal=True, softcap=1.0) == (
+        "reference (scaled_dot_product_attention has no softcap)"
+    )
+    with pytest.raises(ValueError, match="got cpu"):
+        explain(*qkv(), causal=True, backend="triton")
+
+
+def test_triton_refuses_what_it_would_have_to_copy_or_widen(platform: Platform) -> None:
+    q, k, v = qkv(1, 8, 2, 4, device=platform.device, dtype=platform.dtype)
+    strided = torch.stack([k, k], -1).flatten(3)[..., ::2]
+    with pytest.raises(ValueError, match="last dimension of k has stride 2, not 1"):
+        attention(q, strided, v, causal=True, backend="triton")
+    with pytest.raises(ValueError, match="float16, bfloat16 and float32, got"):
+        attention(q.double(), k.double(), v.double(), causal=True, backend="triton")
+
+
+def test_library_checks_pass(platform: Platform) -> None:
+    q, k, v = qkv(1, 20, 2, 16, device=platform.device, dtype=platform.dtype)
+    sinks = torch.zeros(2, device=platform.device)
+    slopes = torch.ones(2, device=platform.device)
+    bounds = document_bounds(torch.zeros(1, 20, dtype=torch.int32, device=platform.device))
+    for optional in ((None, None, None), (slopes, sinks, bounds)):
+        options = (*optional, 0.25, -1, 0, 0.0, True, "triton")
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        torch.library.opcheck(attention_forward, (*leaves, *options))
+        out, lse = attention_forward(q, k, v, *options)
+        given = (torch.randn_like(q), torch.randn_like(lse), q, k, v, out, lse)
+        torch.library.opcheck(attention_backward, (*given, *options))
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto", "reference"])
+def test_compiles_without_a_graph_break(backend: str, platform: Platform) -> None:
+    inputs = inputs_of(
+        CASES["documents, both sides"] if backend == "reference" else CASES["documents"],
+        platform.device,
+        platform.dtype,
+    )
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = attention(q, k, v, **inputs.extras, return_lse=True, backend=backend)
+        return out * 1.0, lse
+
+    results = []
+    # inductor takes half a minute to build its first C++ kernel; on GPUs it is what users get
+    for function in (call, torch.compile(call, fullgraph=True, backend=_compiler(platform))):
+        leaves = [x.clone().requires_grad_() for x in inputs.tensors.values()]
+        out, lse = function(*leaves)
+        grads = torch.autograd.grad([out, lse], leaves, [inputs.d_out, inputs.d_lse])
+        results.append([out, lse, *grads])
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(plain, compiled)
+
+
+def _compiler(platform: Platform) -> str:
+    return "inductor" if platform.on_gpu else "aot_eager"
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_any_layout_gives_the_same_answer(backend: str, platform: Platform) -> None:
+    if backend == "torch" and platform.on_gpu:
+        pytest.skip("PyTorch picks another kernel for another layout")
+    fused = torch.randn(2, 21, 3 * 2 * 16, device=platform.device, dtype=platform.dtype)
+    d_out = torch.randn(2, 2, 16, 21, device=platform.device, dtype=platform.dtype)
+
+    def gradients(layout: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        q, k, v = (layout(x.unflatten(-1, (2, 16))) for x in fused.chunk(3, -1))
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves, causal=True, backend=backend)
+        arriving = d_out.permute(0, 3, 1, 2)  # last dimension not contiguous
+        if layout is packed:
+            arriving = arriving.contiguous()
+        return [out, *torch.autograd.grad(out, leaves, arriving)]
+
+    def packed(x: Tensor) -> Tensor:
+        return x.contiguous()
+
+    def view(x: Tensor) -> Tensor:
+        return x
+
+    def heads_first(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def unaligned(x: Tensor) -> Tensor:
+        room = x.new_zeros(2, 21, 2, 17)
+        room[..., 1:] = x
+        return room[..., 1:]
+
+    expected = gradients(packed)
+    for layout in (view, heads_first, unaligned):
+        torch.testing.assert_close(gradients(layout), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_through_one_output_alone_are_right(platform: Platform) -> None:
+    inputs = inputs_of(CASES["seventeen"], platform.device, torch.float32)
+    for pick in (0, 1):
+        grads = {}
+        for backend in ("triton", "reference"):
+            leaves = [x.clone().requires_grad_() for x in inputs.tensors.values()]
+            result = attention(*leaves, causal=True, return_lse=True, backend=backend)[pick]
+            # .sum() arrives as an expanded gradient: every stride is 0
+            grads[backend] = torch.autograd.grad(result.sum(), leaves, materialize_grads=True)
+        torch.testing.assert_close(grads["triton"], grads["reference"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["grouped", "everything"])
+def test_deterministic_gradients_repeat_bit_for_bit(name: str, platform: Platform) -> None:
+    case = CASES[name].on_gpu() if platform.on_gpu else CASES[name]
+    inputs = inputs_of(case, platform.device, platform.dtype)
+    first = run(inputs, "triton", deterministic=True)
+    for _ in range(20 if platform.on_gpu else 1):
+        again = run(inputs, "triton", deterministic=True)
+        for key, value in first.items():
+            assert torch.equal(value, again[key]), key
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_documents_are_separate_calls(backend: str, platform: Platform) -> None:
+    if backend == "torch" and platform.on_gpu:
+        pytest.skip("its lse is for the CPU")
+    q, k, v = qkv(1, 40, 2, 16, device=platform.device, dtype=platform.dtype)
+    # the same id comes back after another one: it is a new document
+    ids = torch.tensor([3] * 7 + [1] * 20 + [3] * 13, device=platform.device)[None]
+    out = attention(q, k, v, causal=True, documents=ids, backend=backend)
+    apart = [
+        attention(q[:, a:b], k[:, a:b], v[:, a:b], causal=True, backend=backend)
+        for a, b in ((0, 7), (7, 27), (27, 40))
+    ]
+    tolerance = 1e-5 if platform.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out, torch.cat(apart, 1), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4), (1, 0, 4), (1, 4, 0)])
+def test_empty_inputs_give_empty_or_zero_results(
+    shape: tuple[int, int, int], platform: Platform
+) -> None:
+    B, T, S = shape
+    case = Case(T=T, S=S, B=B, options={"causal": False})
+    inputs = inputs_of(case, platform.device, platform.dtype)
+    for backend in ("triton", "auto"):
+        results = run(inputs, backend)
+        assert results["out"].shape == (B, T, 2, 16)
+        for key, value in results.items():
+            expected = float("-inf") if key == "lse" else 0.0
+            assert bool((value == expected).all()), key
+
+
+def test_large_scores_do_not_overflow(platform: Platform) -> None:
+    inputs = inputs_of(CASES["causal"], platform.device, platform.dtype)
+    inputs.tensors["q"] *= 60  # scores of several hundred: exp would be infinite
+    for key, value in run(inputs, "triton").items():
+        assert value.isfinite().all(), key
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_with_new_inputs() -> None:
+    q, k, v = qkv(2, 300, 4, 64, device="cuda", dtype=torch.bfloat16)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def step() -> list[Tensor]:
+        out = attention(*leaves, causal=True)
+        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # warm up: compile outside the capture
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in leaves:
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    for value, expected in zip(captured, step(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=2e-2, atol=2e-2)
