@@ -3,15 +3,14 @@
 import torch
 from torch import nn
 
-from flashtrain.config import Compute, Config
+from flashtrain.config import Config
 from flashtrain.data.tokenizer import Tokenizer
+from flashtrain.model.dtypes import DTYPES
 from flashtrain.model.gpt import GPT
 from flashtrain.model.init import init_weights
 from flashtrain.model.word_vectors import load_word_vectors, start_from_word_vectors
 from flashtrain.parallel.mesh import Axis
 from flashtrain.parallel.plan import apply_plan, gpt_plan
-
-DTYPES = {Compute.bf16: torch.bfloat16, Compute.fp32: torch.float32}
 
 
 def build_model(config: Config, tensor: Axis, device: torch.device) -> GPT:

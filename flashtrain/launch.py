@@ -37,11 +37,9 @@ def main(arguments: list[str]) -> int:
         if show:
             print(json.dumps(to_dict(config), indent=2))
             return 0
-        from flashtrain.data.source import prepare_source
-        from flashtrain.tracking.wandb import choose_mode
+        from flashtrain.door import admit
 
-        choose_mode(config.tracking.wandb.mode)  # refuses a W&B that is asked for and missing
-        config = prepare_source(config, n_processes)
+        config = admit(config, n_processes, n_processes)
     except (ConfigError, ValueError, OSError) as error:
         print(f"flashtrain: {error}", file=sys.stderr)
         return REFUSED

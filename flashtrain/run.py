@@ -19,6 +19,7 @@ from flashtrain import checkpoint
 from flashtrain.build import start_from_vectors
 from flashtrain.config import Config, Source, to_dict
 from flashtrain.data.tokenizer import Tokenizer, load_tokenizer
+from flashtrain.door import describe_attention
 from flashtrain.engine.base import Engine
 from flashtrain.metrics import Speedometer
 from flashtrain.parallel.mesh import Mesh
@@ -50,7 +51,10 @@ class Run:
         first = int(meta.get("step", 0))
         if self.mesh.rank == 0:
             self._write_folder()
-        notes = [f"resumes from {path}" if path else "starts from its seed"]
+        notes = [
+            f"resumes from {path}" if path else "starts from its seed",
+            f"attention: {describe_attention(self.config)}",
+        ]
         if path is None and self.config.model.word_vectors and self.tokenizer is not None:
             notes.append(start_from_vectors(self.engine.state()[0], self.config, self.tokenizer))
         self.trackers.start(first, meta.get("tracking", {}), notes)
@@ -63,14 +67,8 @@ class Run:
             return None
         if resume == "auto":
             return checkpoint.find_latest(self.folder / "checkpoints", self.peers)
-        path = Path(resume)
-        if not (path / "manifest.json").is_file():
-            raise checkpoint.CheckpointError(
-                f"checkpoint.resume={resume} is not a checkpoint (it has no manifest.json): name a "
-                "folder like runs/NAME/checkpoints/step-00000100, or auto, or never"
-            )
-        checkpoint.verify(path, self.peers)
-        return path
+        checkpoint.verify(Path(resume), self.peers)
+        return Path(resume)
 
     def save(self, step: int) -> Path:
         """Collective. Parameters come from data rank 0: the others hold copies."""

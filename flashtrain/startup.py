@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from flashtrain.config import Config, from_dict, load, resolve, to_dict
 from flashtrain.data.source import prepare_source
+from flashtrain.door import admit
 from flashtrain.launch import REFUSED
 
 # a collective that waits longer than this is a hang, unless ranks compile or save meanwhile
@@ -78,6 +79,7 @@ def _compose(arguments: list[str], world: int) -> dict[str, object]:
             config = resolve(from_dict(json.loads(Path(arguments[1]).read_text())), world)
         else:
             config = load(arguments, world)
-        return {"config": to_dict(prepare_source(config, world))}
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return {"config": to_dict(admit(config, world, local))}
     except (ValueError, OSError) as error:
         return {"refused": str(error)}

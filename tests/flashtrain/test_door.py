@@ -1,0 +1,105 @@
+"""What is refused before a worker starts, each with one sentence that names the numbers."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flashtrain.config import Config, ConfigError, load
+from flashtrain.data.prepare import Recipe, prepare
+from flashtrain.data.shards import DataError
+from flashtrain.door import admit, describe_attention
+
+SMALL = ["data=shards", "data.sequence_length=16", "data.batch_size=4", "data.micro_batch_size=null",
+         "trainer.evaluate_sequences=4", "tracking.wandb.mode=disabled"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokens")
+    text = "\n\n".join(f"line {n} of a text about nothing in particular" for n in range(400))
+    (folder / "text.txt").write_text(text)
+    prepare([folder / "text.txt"], folder / "shards", Recipe("bytes", validation_share=0.2))
+    return folder / "shards"
+
+
+@pytest.fixture
+def shards(sound: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    shutil.copytree(sound, tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+def admitted(shards: Path, *overrides: str, world: int = 1) -> Config:
+    return admit(load([*SMALL, f"data.path={shards}", *overrides], world), world, world)
+
+
+def test_a_sound_folder_is_admitted_and_gives_the_vocabulary(shards: Path) -> None:
+    config = admitted(shards)
+    assert config.model.vocabulary == 384  # 257 rounded up to a multiple of 128
+
+
+def damage_manifest(key: str, value: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest[key] = value
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (shutil.rmtree, "no folder"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json"),
+    "manifest not JSON": (lambda f: (f / "manifest.json").write_text("{"), "damaged"),
+    "unknown dtype": (damage_manifest("dtype", "float16"), "float16"),
+    "unknown format": (damage_manifest("format", 999), "999"),
+    "missing shard": (lambda f: (f / "train-00000.bin").unlink(), "not there"),
+    "empty shard": (lambda f: (f / "train-00000.bin").write_bytes(b""), "empty"),
+    "truncated shard": (
+        lambda f: (f / "train-00000.bin").write_bytes((f / "train-00000.bin").read_bytes()[:-7]),
+        "truncated",
+    ),
+    "missing held-out shard": (lambda f: (f / "validation-00000.bin").unlink(), "not there"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_shards_are_refused_in_one_line(name: str, shards: Path) -> None:
+    damage, word = DAMAGES[name]
+    damage(shards)
+    with pytest.raises(DataError, match=word) as refusal:
+        admitted(shards)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.vocabulary=256"], ["256", "257"]),
+        (["trainer.evaluate_sequences=100000"], ["100000", "held-out"]),
+        (["data.sequence_length=100000000"], ["100,000,001"]),
+        (["model.word_vectors=/nowhere/vectors.txt"], ["/nowhere/vectors.txt"]),
+        (["checkpoint.resume=/nowhere/step-1"], ["/nowhere/step-1", "manifest.json"]),
+        (["model.d_model=1000000", "model.n_heads=10000"], ["GiB", "parallel.tensor"]),
+        (["attention=hopper"], ["hopper"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_what_does_not_fit_data_or_machine_is_refused(
+    overrides: list[str], words: list[str], shards: Path
+) -> None:
+    if overrides == ["attention=hopper"]:
+        overrides = [*overrides, "model.head_size=6"]  # no GPU's Hopper kernel takes it either
+    with pytest.raises((ConfigError, DataError)) as refusal:
+        admitted(shards, *overrides)
+    sentence = str(refusal.value)
+    assert "\n" not in sentence
+    for word in words:
+        assert word in sentence
+
+
+def test_the_chosen_attention_is_said(shards: Path) -> None:
+    assert describe_attention(admitted(shards, "attention=reference")).startswith("reference")
