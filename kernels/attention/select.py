@@ -1,8 +1,9 @@
 """Which backend runs a call, and why: never a silent fallback, and a refusal is one sentence."""
 
-import importlib.util
+import importlib
 import os
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -115,8 +116,6 @@ def _hopper_refusal(problem: Problem) -> str | None:
     capability = torch.cuda.get_device_capability(problem.device)
     if capability != HOPPER:
         return f"it needs compute capability 9.0, this GPU has {_dotted(capability)}"
-    if importlib.util.find_spec("kernels.attention.hopper") is None:
-        return "there is no kernels/attention/hopper here"
     windowed = problem.before != UNBOUNDED or problem.after > 0
     features = {
         "window": windowed,
@@ -127,8 +126,20 @@ def _hopper_refusal(problem: Problem) -> str | None:
     unsupported = [name for name, used in features.items() if used]
     if unsupported:
         return f"it has no {', '.join(unsupported)}"
+    missing = _hopper_missing()
+    if missing is not None:
+        return missing
     refusal: str | None = hopper().supports(problem)
     return refusal
+
+
+@cache  # looking for a module takes longer than launching a kernel
+def _hopper_missing() -> str | None:
+    try:
+        hopper()
+    except ImportError as reason:
+        return f"its kernels cannot be imported ({reason})"
+    return None
 
 
 def _hopper_backward(problem: Problem) -> tuple[str, str]:

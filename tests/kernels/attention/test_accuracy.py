@@ -26,7 +26,7 @@ def test_other_dtypes_are_as_accurate_as_eager(name: str, other_platform: Platfo
     check(inputs_of(sized(CASES[name], platform), platform.device, platform.dtype))
 
 
-@pytest.mark.parametrize("head_size", [1, 8, 33, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_size", [1, 33, 96, 192, 256])
 def test_every_head_size_is_accurate(head_size: int, platform: Platform) -> None:
     T = 300 if platform.on_gpu else 20
     case = Case(T=T, S=T, D=head_size, H=1, H_kv=1, options={"causal": True})
@@ -41,8 +41,9 @@ def test_dq_by_atomics_is_accurate(
 
     def fused(*args: object, **kwargs: object) -> tiles.Tiles:
         usual = chosen(*args, **kwargs)  # type: ignore[arg-type]
-        # no TMA on the CPU: the interpreter has no reduction through a descriptor
-        dkdv = dataclasses.replace(usual.backward.dkdv, tma=platform.on_gpu)
+        # the interpreter has no reduction through a descriptor, cards before Hopper have no TMA
+        tma = platform.on_gpu and torch.cuda.get_device_capability() >= (9, 0)
+        dkdv = dataclasses.replace(usual.backward.dkdv, tma=tma)
         return dataclasses.replace(usual, backward=tiles.BackwardTiles(dkdv, None))
 
     # by name in sys.modules: the package also exports a function called `backward`

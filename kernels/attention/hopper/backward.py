@@ -1,0 +1,371 @@
+"""Attention, backward, for Hopper: five products per tile in one kernel.
+
+Dims: B batch, T queries, S keys, H heads, D head size, GROUP = H / H_kv, BM queries of a tile
+(64 or 128), BN = 128 keys of a tile, 64 for each of two consumer warpgroups.
+
+A program owns a tile of keys, keeps its K and V in shared memory and dK and dV in registers, and
+walks over the query tiles of all heads of the group. With everything transposed, keys are rows:
+
+    S' = K Q'    P' = exp2(scale S' - lse)      dP' = V dO'    dS' = P' (dP' - delta)
+    dV += P' dO              dK += dS' Q         dQ += dS K    (dS through shared memory)
+
+dQ needs the dS of both consumers. So that neither waits for the other, dQ is a tile behind:
+
+    consumer W, tile i    S'i, dP'i, softmax, dV | dS'i -> buffer i % 2, arrive `ds_full`
+                          dK | wait `ds_full` of i - 1, its half of dQ(i-1), arrive `ds_empty`
+                          dQ(i-1) -> shared -> added to global memory, fp32, by the copy engine
+    producer              Q, lse, dO, delta of tile i + STAGES - 1; K, V of the next key tile
+
+Measured on one H200, D = 128: 544 TFLOP/s against 406 with both consumers in lockstep. The
+buffers need both barriers: without `ds_empty` dQ was off by 0.01 to 0.1 in some runs.
+
+Its half of dQ is half the columns when BM = 64 and 64 of the rows when BM = 128. In the first
+turn on a new key tile the product of "the tile before" is void: it is computed, since a branch
+around a product serialises the pipeline, and not added.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="untyped-decorator, misc"
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels.attention.hopper.schedule import TICKET, dealt, draw, following, publish, tile_at
+from kernels.attention.hopper.shim import tma_add, tma_load, tma_store
+
+BN = gl.constexpr(128)
+LOG2_E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.jit
+def _first_query(key, past, BM: gl.constexpr, CAUSAL: gl.constexpr):
+    """Where the first query tile that sees `key` starts; query t sees keys up to t + past."""
+    first = 0
+    if CAUSAL:
+        first = gl.maximum(key - past, 0) // BM * BM
+    return first
+
+
+@gluon.jit
+def _query_at(i, first, per_head, BM: gl.constexpr, GROUP: gl.constexpr):
+    """(head of the group, first query) of turn i: the heads of a group one after the other."""
+    member = 0
+    if GROUP > 1:
+        member = i // per_head
+    return member, first + (i - member * per_head) * BM
+
+
+@gluon.jit
+def _producer(
+    q_desc, k_desc, v_desc, do_desc, stats_desc, q_ring, do_ring, kv, ticket, counter_ptr, sizes,
+    BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    SCHEDULE: gl.constexpr,
+):  # fmt: skip
+    """One warp: loads Q, dO and their row statistics, and K and V of each key tile."""
+    q_smem, lse_smem, q_full, q_empty = q_ring
+    do_smem, delta_smem, do_full = do_ring
+    k_smem, v_smem, kv_full, kv_empty = kv
+    H_kv, T, S, n_heads, n_tiles, chunk = sizes
+    rows = (T + BM - 1) // BM  # of lse in `stats_desc`, per head; delta stands behind all lse
+    it = 0
+    turn = 0
+    position = gl.program_id(0)
+    while position < n_tiles * n_heads:
+        rank, head = tile_at(position, n_tiles, n_heads, chunk)
+        b = head // H_kv
+        h = head - b * H_kv
+        first = _first_query(rank * BN, S - T, BM, CAUSAL)
+        per_head = (T - first + BM - 1) // BM
+        for i in range(per_head * GROUP):
+            s = it % STAGES
+            member, query = _query_at(i, first, per_head, BM, GROUP)
+            row = (head * GROUP + member) * rows + query // BM
+            mbarrier.wait(q_empty.index(s), ((it // STAGES) & 1) ^ 1)
+            at = [b, query, h * GROUP + member, 0]
+            mbarrier.expect(
+                q_full.index(s), q_desc.block_type.nbytes + stats_desc.block_type.nbytes
+            )
+            tma_load(q_desc, at, q_full.index(s), q_smem.index(s))
+            tma_load(stats_desc, [row, 0], q_full.index(s), lse_smem.index(s))
+            if i == 0:
+                mbarrier.wait(kv_empty, (turn & 1) ^ 1)
+                mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+                tma_load(k_desc, [b, rank * BN, h, 0], kv_full, k_smem.index(0))
+                tma_load(v_desc, [b, rank * BN, h, 0], kv_full, v_smem.index(0))
+            mbarrier.expect(
+                do_full.index(s), do_desc.block_type.nbytes + stats_desc.block_type.nbytes
+            )
+            tma_load(do_desc, at, do_full.index(s), do_smem.index(s))
+            tma_load(stats_desc, [row + n_heads * GROUP * rows, 0], do_full.index(s), delta_smem.index(s))
+            it += 1
+        if SCHEDULE == TICKET:
+            position = draw(counter_ptr, n_tiles * n_heads)
+            publish(position, turn, ticket)
+        else:
+            position = dealt(turn + 1, SCHEDULE)
+        turn += 1
+
+
+@gluon.jit
+def _half_of_dq(ds, k, W: gl.constexpr, BM: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr):
+    """Issue this consumer's part of dS K. ds [BN, BM] and k [BN, D] lie in shared memory."""
+    if BM == 64:
+        k = k.slice(W * (D // 2), D // 2, 1)
+        nothing = gl.zeros([64, D // 2], gl.float32, LAYOUT)
+    else:
+        ds = ds.slice(W * 64, 64, 1)
+        nothing = gl.zeros([64, D], gl.float32, LAYOUT)
+    return warpgroup_mma(ds.permute((1, 0)), k, nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _add_to_dq(
+    dq_desc, dq_smem, dq, row, W: gl.constexpr, BM: gl.constexpr, D: gl.constexpr
+):  # fmt: skip
+    """Add this consumer's part of dQ to the query tile that starts at `row` of the buffer."""
+    tma.store_wait(0)  # the part before has left the staging buffer
+    dq_smem.index(W).store(dq)
+    fence_async_shared()
+    if BM == 64:
+        tma_add(dq_desc, [row, W * (D // 2)], dq_smem.index(W))
+    else:
+        tma_add(dq_desc, [row + W * 64, 0], dq_smem.index(W))
+
+
+@gluon.jit
+def _minus_delta(delta, nothing, BM: gl.constexpr, COL: gl.constexpr):
+    """[64 keys, BM], where dP' may start to add up: it saves 8 to 32 registers over a subtraction.
+
+    Not when dP' is issued while S' is in flight: ptxas then makes it wait for S' (C7517).
+    """
+    start, _ = gl.broadcast(delta.reshape([BM]).load(COL)[None, :], nothing)
+    return start
+
+
+@gluon.jit
+def _probabilities(
+    s, lse, places, ramp, scale, key, query, S, past,
+    BM: gl.constexpr, LAYOUT: gl.constexpr, CAUSAL: gl.constexpr, RAGGED: gl.constexpr,
+    ALIBI: gl.constexpr, LAST: gl.constexpr,
+):  # fmt: skip
+    """P' of S' [64 keys, BM queries]; the keys start at `key`, the key tile ends LAST later."""
+    # place numbers come out of shared memory: as constants they would stay in registers
+    if ALIBI:  # both parts counted from the tile's first key: small where P is not
+        keys = places.slice(0, 64).load(gl.SliceLayout(1, LAYOUT))
+        queries = places.slice(0, BM).load(gl.SliceLayout(0, LAYOUT))
+        lse = lse + ramp * (queries + (query + past - key)).to(gl.float32)
+        p = gl.exp2(s * scale - lse[None, :] + (ramp * keys.to(gl.float32))[:, None])
+    else:
+        p = gl.exp2(s * scale - lse[None, :])
+    if CAUSAL:
+        if query + past < key + LAST:  # also hides keys past the end: they are after all queries
+            keys = places.slice(0, 64).load(gl.SliceLayout(1, LAYOUT))
+            queries = places.slice(0, BM).load(gl.SliceLayout(0, LAYOUT))
+            p = gl.where((queries + (query + past - key))[None, :] >= keys[:, None], p, 0.0)
+    elif RAGGED:
+        if key + 64 > S:
+            keys = places.slice(0, 64).load(gl.SliceLayout(1, LAYOUT))
+            p = gl.where((keys < S - key)[:, None], p, 0.0)
+    return p
+
+
+@gluon.jit
+def _consumer(
+    dq_desc, dk_desc, dv_desc, slopes_ptr, q_ring, do_ring, kv, ds_ring, dq_smem, places,
+    ticket, scale, sizes,
+    W: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr, EARLY: gl.constexpr,
+    SCHEDULE: gl.constexpr,
+):  # fmt: skip
+    """Warpgroup W: keys [64 W, 64 W + 64) of every key tile."""
+    DQ_COLS: gl.constexpr = D // 2 if BM == 64 else D
+    ROOM: gl.constexpr = 2 * DQ_COLS // D
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLS, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
+    COL: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    DTYPE: gl.constexpr = dk_desc.dtype
+    q_smem, lse_smem, q_full, q_empty = q_ring
+    do_smem, delta_smem, do_full = do_ring
+    k_smem, v_smem, kv_full, kv_empty = kv
+    ds_smem, ds_full, ds_empty = ds_ring
+    H_kv, T, S, n_heads, n_tiles, chunk = sizes
+    past = S - T
+    padded = (T + BM - 1) // BM * BM  # rows of a head in the dQ buffer
+    nothing = gl.zeros([64, BM], gl.float32, S_LAYOUT)
+    it = 0
+    turn = 0
+    position = gl.program_id(0)
+    while position < n_tiles * n_heads:
+        rank, head = tile_at(position, n_tiles, n_heads, chunk)
+        first = _first_query(rank * BN, past, BM, CAUSAL)
+        per_head = (T - first + BM - 1) // BM
+        key = rank * BN + W * 64
+        row_before = 0
+        dk = gl.zeros([64, D], gl.float32, O_LAYOUT)
+        dv = gl.zeros([64, D], gl.float32, O_LAYOUT)
+        mbarrier.wait(kv_full, turn & 1)
+        for i in range(per_head * GROUP):
+            s = it % STAGES
+            phase = (it // STAGES) & 1
+            member, query = _query_at(i, first, per_head, BM, GROUP)
+            # always 0, but the compiler cannot know: else it keeps the 24 descriptors of the products
+            # with K and V in 48 registers through the loop, and spills
+            zero = it >> 30
+            k_all = k_smem.index(zero).reshape([BN, D])
+            k = k_all.slice(W * 64, 64, 0)
+            v = v_smem.index(zero).reshape([BN, D]).slice(W * 64, 64, 0)
+            q = q_smem.index(s).reshape([BM, D])
+            do = do_smem.index(s).reshape([BM, D])
+            mbarrier.wait(q_full.index(s), phase)
+            if EARLY:
+                mbarrier.wait(do_full.index(s), phase)
+                st = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                dp = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                st = warpgroup_mma_wait(1, deps=(st,))
+            else:
+                st = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                st = warpgroup_mma_wait(0, deps=(st,))
+            ramp = 0.0
+            if ALIBI:
+                ramp = gl.load(slopes_ptr + (head * GROUP + member) % (H_kv * GROUP)) * LOG2_E
+            lse = lse_smem.index(s).reshape([BM]).load(COL)
+            p = _probabilities(
+                st, lse, places, ramp, scale * LOG2_E, key, query, S, past,
+                BM, S_LAYOUT, CAUSAL, RAGGED, ALIBI, BN - 1 - W * 64,
+            )  # fmt: skip
+            if not EARLY:
+                mbarrier.wait(do_full.index(s), phase)
+                start = _minus_delta(delta_smem.index(s), nothing, BM, COL)
+                dp = warpgroup_mma(v, do.permute((1, 0)), start, is_async=True)
+            p16 = p.to(DTYPE)
+            if EARLY:
+                dp = warpgroup_mma_wait(0, deps=(dp,))
+                dv = warpgroup_mma(gl.convert_layout(p16, P_LAYOUT), do, dv, is_async=True)
+                dp = dp + _minus_delta(delta_smem.index(s), nothing, BM, COL)
+            else:
+                dv = warpgroup_mma(gl.convert_layout(p16, P_LAYOUT), do, dv, is_async=True)
+                dp = warpgroup_mma_wait(1, deps=(dp,))
+            ds = (p * dp).to(DTYPE)
+
+            here = it % 2
+            other = (it + 1) % 2
+            # both consumers have used what was here two tiles ago
+            mbarrier.wait(ds_empty.index(here), ((it // 2) & 1) ^ ((it + 1) & 1))
+            ds_smem.index(here).slice(W * 64, 64, 0).store(ds)
+            fence_async_shared()
+            mbarrier.arrive(ds_full.index(here), count=1)
+            dk = warpgroup_mma(gl.convert_layout(ds, P_LAYOUT), q, dk, is_async=True)
+            dv = warpgroup_mma_wait(1, deps=(dv,))
+
+            mbarrier.wait(ds_full.index(other), (((it + 1) // 2) & 1) ^ 1)  # passes at it = 0
+            dq = _half_of_dq(ds_smem.index(other), k_all, W, BM, D, DQ_LAYOUT)
+            dk = warpgroup_mma_wait(1, deps=(dk,))
+            mbarrier.arrive(q_empty.index(s), count=1)
+            dq = warpgroup_mma_wait(0, deps=(dq,))
+            mbarrier.arrive(ds_empty.index(other), count=1)
+            if i > 0:
+                _add_to_dq(dq_desc, dq_smem, dq, row_before, W, BM, D)
+            row_before = (head * GROUP + member) * padded + query
+            it += 1
+
+        last = it - 1
+        mbarrier.wait(ds_full.index(last % 2), (last // 2) & 1)
+        dq = _half_of_dq(ds_smem.index(last % 2), k_smem.index(0).reshape([BN, D]), W, BM, D, DQ_LAYOUT)
+        dq = warpgroup_mma_wait(0, deps=(dq,))
+        mbarrier.arrive(kv_empty, count=1)  # the next K and V load under what follows
+        _add_to_dq(dq_desc, dq_smem, dq, row_before, W, BM, D)
+        # dV, then dK leave through the staging buffer of dQ, which has room for one or for both
+        at = [head // H_kv, key, head % H_kv, 0]
+        stage = dq_smem.index(W)._reinterpret(DTYPE, [ROOM, 1, 64, 1, D], dk_desc.layout)
+        tma.store_wait(0)
+        stage.index(0).reshape([64, D]).store(dv.to(DTYPE))
+        fence_async_shared()
+        tma_store(dv_desc, at, stage.index(0))
+        if ROOM == 1:
+            tma.store_wait(0)
+        stage.index(ROOM - 1).reshape([64, D]).store((dk * scale).to(DTYPE))
+        fence_async_shared()
+        tma_store(dk_desc, at, stage.index(ROOM - 1))
+        turn += 1
+        position = following(turn, ticket, SCHEDULE)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["H_kv", "T", "S", "n_heads", "n_tiles", "chunk"])
+def attention_bwd_kernel(
+    q_desc, k_desc, v_desc, do_desc,  # [B, T or S, H or H_kv, D], blocks [1, rows, 1, D]
+    stats_desc,  # [2 * B * H * tiles of BM queries, BM] fp32: lse in log2 units, then -delta
+    dq_desc,  # [B * H * T padded to BM, D] fp32, zero; gets dQ / scale
+    dk_desc, dv_desc,  # [B, S, H_kv, D]
+    slopes_ptr,  # [H] fp32
+    counter_ptr,  # [1] int32, zero before and after
+    scale,
+    H_kv, T, S,
+    n_heads,  # B * H_kv
+    n_tiles,  # of a head
+    chunk,  # heads whose tiles stand together
+    D: gl.constexpr, BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr, EARLY: gl.constexpr,
+    SCHEDULE: gl.constexpr,
+):  # fmt: skip
+    """dK and dV of the key tiles this program gets, and what they add to dQ."""
+    DTYPE: gl.constexpr = q_desc.dtype
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BM], DTYPE)
+    DQ_COLS: gl.constexpr = D // 2 if BM == 64 else D
+    k_smem = gl.allocate_shared_memory(DTYPE, [1, 1, BN, 1, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(DTYPE, [1, 1, BN, 1, D], v_desc.layout)
+    q_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BM, 1, D], q_desc.layout)
+    do_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BM, 1, D], do_desc.layout)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM], stats_desc.layout)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM], stats_desc.layout)
+    ds_smem = gl.allocate_shared_memory(DTYPE, [2, BN, BM], DS_LAYOUT)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [2, 64, DQ_COLS], dq_desc.layout)
+    places = gl.allocate_shared_memory(gl.int32, [128], FLAT)
+    places.store(gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])))
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    kv_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    slot = gl.allocate_shared_memory(gl.int32, [1], FLAT)
+    ticket_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    ticket_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(do_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(ds_full.index(i), count=2)
+        mbarrier.init(ds_empty.index(i), count=2)
+    mbarrier.init(kv_full, count=1)
+    mbarrier.init(kv_empty, count=2)
+    mbarrier.init(ticket_full, count=1)
+    mbarrier.init(ticket_empty, count=2)
+
+    q_ring = (q_smem, lse_smem, q_full, q_empty)
+    do_ring = (do_smem, delta_smem, do_full)
+    kv = (k_smem, v_smem, kv_full, kv_empty)
+    ds_ring = (ds_smem, ds_full, ds_empty)
+    ticket = (slot, ticket_full, ticket_empty)
+    sizes = (H_kv, T, S, n_heads, n_tiles, chunk)
+    gl.warp_specialize(
+        [
+            (_consumer, (dq_desc, dk_desc, dv_desc, slopes_ptr, q_ring, do_ring, kv, ds_ring, dq_smem, places, ticket, scale, sizes, 0, D, BM, GROUP, STAGES, CAUSAL, RAGGED, ALIBI, EARLY, SCHEDULE)),
+            (_consumer, (dq_desc, dk_desc, dv_desc, slopes_ptr, q_ring, do_ring, kv, ds_ring, dq_smem, places, ticket, scale, sizes, 1, D, BM, GROUP, STAGES, CAUSAL, RAGGED, ALIBI, EARLY, SCHEDULE)),
+            (_producer, (q_desc, k_desc, v_desc, do_desc, stats_desc, q_ring, do_ring, kv, ticket, counter_ptr, sizes, BM, GROUP, STAGES, CAUSAL, SCHEDULE)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

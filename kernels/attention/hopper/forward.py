@@ -1,0 +1,299 @@
+"""Attention, forward, for Hopper: persistent programs, one warp that loads, warpgroups that compute.
+
+Dims: B batch, T queries, S keys, H heads, D head size, GROUP = H / H_kv, BN keys of a tile,
+CONSUMERS warpgroups of 64 query rows each, so a tile has BM = 64 * CONSUMERS queries.
+
+A program walks over tiles of queries. Per tile, from the last key tile (where the masks are) to
+the first, with x a barrier of shared memory and all loads and stores by the copy engine (TMA):
+
+    producer    load Q ........ load K0 V0 | K1 V1 | ... STAGES deep, into the next tile's Q and K
+    consumer    x Q x K0: S0 = Q K0'
+                softmax S0 -> P0
+                x K1: S1 = Q K1' issued, then x V0: O += P0 V0 issued behind it
+                softmax S1 while P0 V0 runs; rescale O
+                ...
+                O += Pn Vn, O / l -> shared -> global while the next tile's loads run
+
+S_j is issued before P_{j-1} V_{j-1}, so the tensor cores have work during the softmax: +6 to +16 %
+measured on one H200. Descriptors are 4-D over [B, T, H, D], any strides: what lies past the end of
+a sequence reads as zero and is not written, and no copy is made.
+
+Maths: Dao 2023, arXiv:2307.08691, Algorithm 1; scores stay unscaled, exponentials are powers of two.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="untyped-decorator, misc"
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels.attention.hopper.schedule import TICKET, dealt, draw, following, publish, tile_at
+from kernels.attention.hopper.shim import tma_load, tma_store
+
+# Finite, since a row that sees no key of its first tile must not become NaN; and a power of two, so
+# that `s * scale - shift` is exactly 0 for it: with -1e30 the fused multiply-add keeps the rounding
+# error of `shift`, about 1e22, and its power of two is inf (seen at 77 queries over 200 keys).
+MASKED = gl.constexpr(-(2.0**100))
+LN_2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def _key_tiles(last_row, S, past, BN: gl.constexpr, CAUSAL: gl.constexpr):
+    """How many key tiles the rows up to `last_row` see; row t sees keys up to t + past."""
+    end = S
+    if CAUSAL:
+        end = gl.minimum(S, last_row + 1 + past)
+    return (end + BN - 1) // BN
+
+
+@gluon.jit
+def _producer(
+    q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, ticket, counter_ptr, sizes,
+    GROUP: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, SCHEDULE: gl.constexpr,
+):  # fmt: skip
+    """One warp: loads Q, K and V of every tile as soon as their places are free."""
+    q_smem, q_full, q_empty = q_ring
+    k_smem, k_full, k_empty = k_ring
+    v_smem, v_full, v_empty = v_ring
+    H, T, S, n_heads, n_tiles, chunk = sizes
+    BM: gl.constexpr = CONSUMERS * 64
+    it = 0
+    turn = 0
+    position = gl.program_id(0)
+    while position < n_tiles * n_heads:
+        rank, head = tile_at(position, n_tiles, n_heads, chunk)
+        row = rank * BM
+        if CAUSAL:
+            row = (n_tiles - 1 - rank) * BM  # longest rows first
+        b = head // H
+        h = head - b * H
+        n_iter = _key_tiles(row + BM - 1, S, S - T, BN, CAUSAL)
+        for w in gl.static_range(CONSUMERS):
+            mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
+            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
+            tma_load(q_desc, [b, row + w * 64, h, 0], q_full.index(w), q_smem.index(w))
+        for i in range(n_iter):
+            s = it % STAGES
+            phase = (it // STAGES) & 1
+            key = (n_iter - 1 - i) * BN
+            mbarrier.wait(k_empty.index(s), phase ^ 1)
+            mbarrier.expect(k_full.index(s), k_desc.block_type.nbytes)
+            tma_load(k_desc, [b, key, h // GROUP, 0], k_full.index(s), k_smem.index(s))
+            mbarrier.wait(v_empty.index(s), phase ^ 1)
+            mbarrier.expect(v_full.index(s), v_desc.block_type.nbytes)
+            tma_load(v_desc, [b, key, h // GROUP, 0], v_full.index(s), v_smem.index(s))
+            it += 1
+        if SCHEDULE == TICKET:
+            position = draw(counter_ptr, n_tiles * n_heads)
+            publish(position, turn, ticket)
+        else:
+            position = dealt(turn + 1, SCHEDULE)
+        turn += 1
+
+
+@gluon.jit
+def _softmax_step(s, peak, total, scale):
+    """Online softmax: P of these scores, and by how much what came before shrinks."""
+    new_peak = gl.maximum(peak, gl.max(s, 1))
+    shift = new_peak * scale
+    p = gl.exp2(s * scale - shift[:, None])
+    shrink = gl.exp2(peak * scale - shift)
+    return p, new_peak, total * shrink + gl.sum(p, 1), shrink
+
+
+@gluon.jit
+def _shape_scores(s, cols, limit, origin, ramp, MASK: gl.constexpr, ALIBI: gl.constexpr):
+    """ALiBi and the mask. cols [BN] keys, limit [64]: row sees keys below it."""
+    if ALIBI:
+        s = s + (ramp * (cols - origin).to(gl.float32))[None, :]
+    if MASK:
+        s = gl.where(cols[None, :] < limit[:, None], s, MASKED)
+    return s
+
+
+@gluon.jit
+def _consumer(
+    out_desc, lse_ptr, slopes_ptr, q_ring, k_ring, v_ring, out_smem, ticket, scale, sizes,
+    W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, EDGE: gl.constexpr, SKIP: gl.constexpr,
+    ALIBI: gl.constexpr, SCHEDULE: gl.constexpr,
+):  # fmt: skip
+    """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    q_smem, q_full, q_empty = q_ring
+    k_smem, k_full, k_empty = k_ring
+    v_smem, v_full, v_empty = v_ring
+    H, T, S, n_heads, n_tiles, chunk = sizes
+    DTYPE: gl.constexpr = out_desc.dtype
+    BM: gl.constexpr = CONSUMERS * 64
+    past = S - T
+    cols = gl.arange(0, BN, gl.SliceLayout(0, S_LAYOUT))
+    nothing = gl.zeros([64, BN], gl.float32, S_LAYOUT)
+    q = q_smem.index(W).reshape([64, D])
+    it = 0
+    turn = 0
+    position = gl.program_id(0)
+    while position < n_tiles * n_heads:
+        rank, head = tile_at(position, n_tiles, n_heads, chunk)
+        row = rank * BM + W * 64
+        if CAUSAL:
+            row = (n_tiles - 1 - rank) * BM + W * 64
+        n_iter = _key_tiles(row + (BM - 1 - W * 64), S, past, BN, CAUSAL)
+        if SKIP:  # key tiles that only the later rows of this tile see
+            mine = _key_tiles(row + 63, S, past, BN, CAUSAL)
+            for _ in range(n_iter - mine):
+                s = it % STAGES
+                mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
+                mbarrier.arrive(k_empty.index(s), count=1)
+                mbarrier.wait(v_full.index(s), (it // STAGES) & 1)
+                mbarrier.arrive(v_empty.index(s), count=1)
+                it += 1
+            n_iter = mine
+        rows = row + gl.arange(0, 64, ROW)
+        limit = gl.full([64], 0, gl.int32, ROW) + S
+        if CAUSAL:
+            limit = gl.minimum(limit, rows + (past + 1))
+        ramp = 0.0
+        if ALIBI:
+            ramp = gl.load(slopes_ptr + head % H) / (scale * LN_2)  # in the unit of the scores
+        acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
+        peak = gl.full([64], MASKED, gl.float32, ROW)
+        total = gl.full([64], 0.0, gl.float32, ROW)
+
+        s = it % STAGES
+        key = (n_iter - 1) * BN
+        mbarrier.wait(q_full.index(W), turn & 1)
+        mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
+        k = k_smem.index(s).reshape([BN, D]).permute((1, 0))
+        qk = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+        qk = warpgroup_mma_wait(0, deps=(qk,))
+        mbarrier.arrive(k_empty.index(s), count=1)
+        qk = _shape_scores(qk, cols + key, limit, row + past, ramp, EDGE > 0, ALIBI)
+        p, peak, total, shrink = _softmax_step(qk, peak, total, scale)
+        p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+        it += 1
+        for i in range(1, n_iter):
+            s = it % STAGES
+            before = (it - 1) % STAGES
+            key = (n_iter - 1 - i) * BN
+            mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
+            k = k_smem.index(s).reshape([BN, D]).permute((1, 0))
+            qk = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(before), ((it - 1) // STAGES) & 1)
+            v = v_smem.index(before).reshape([BN, D])
+            acc = warpgroup_mma(p16, v, acc, is_async=True)
+            qk = warpgroup_mma_wait(1, deps=(qk,))
+            mbarrier.arrive(k_empty.index(s), count=1)
+            qk = _shape_scores(qk, cols + key, limit, row + past, ramp, False, ALIBI)
+            if EDGE > 1:
+                if i < EDGE:
+                    qk = gl.where((cols + key)[None, :] < limit[:, None], qk, MASKED)
+            p, peak, total, shrink = _softmax_step(qk, peak, total, scale)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(v_empty.index(before), count=1)
+            acc = acc * gl.convert_layout(shrink, ROW_O)[:, None]
+            p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+            it += 1
+        mbarrier.arrive(q_empty.index(W), count=1)
+        s = (it - 1) % STAGES
+        mbarrier.wait(v_full.index(s), ((it - 1) // STAGES) & 1)
+        acc = warpgroup_mma(p16, v_smem.index(s).reshape([BN, D]), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(v_empty.index(s), count=1)
+
+        lse = (peak * scale + gl.log2(total)) * LN_2
+        if ALIBI:
+            lse = lse - ramp * scale * LN_2 * (rows - row).to(gl.float32)
+        gl.store(lse_ptr + head.to(gl.int64) * T + rows, lse, mask=rows < T)
+        acc = acc * gl.convert_layout(1.0 / total, ROW_O)[:, None]
+        tma.store_wait(0)  # the tile before has left the staging buffer
+        out_smem.index(W).reshape([64, D]).store(acc.to(DTYPE))
+        fence_async_shared()
+        tma_store(out_desc, [head // H, row, head % H, 0], out_smem.index(W))
+        turn += 1
+        position = following(turn, ticket, SCHEDULE)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["H", "T", "S", "n_heads", "n_tiles", "chunk"])
+def attention_fwd_kernel(
+    q_desc, k_desc, v_desc, out_desc,  # [B, T or S, H or H_kv, D], blocks [1, rows, 1, D]
+    lse_ptr,  # [B, H, T] fp32, natural log
+    slopes_ptr,  # [H] fp32
+    counter_ptr,  # [1] int32, zero before and after
+    scale,  # of the scores, in log2 units
+    H, T, S,
+    n_heads,  # B * H
+    n_tiles,  # of a head
+    chunk,  # heads whose tiles stand together
+    D: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, CAUSAL: gl.constexpr,
+    EDGE: gl.constexpr,  # key tiles at the end of a row that may need the mask
+    SKIP: gl.constexpr,  # key tiles may be of no use to some warpgroups
+    ALIBI: gl.constexpr, SCHEDULE: gl.constexpr,
+):  # fmt: skip
+    """out and lse of the tiles this program gets; one launch has at most one program per SM."""
+    DTYPE: gl.constexpr = q_desc.dtype
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_smem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 64, 1, D], q_desc.layout)
+    out_smem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 64, 1, D], out_desc.layout)
+    k_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BN, 1, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BN, 1, D], v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    slot = gl.allocate_shared_memory(gl.int32, [1], FLAT)
+    ticket_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    ticket_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=CONSUMERS)
+        mbarrier.init(v_empty.index(i), count=CONSUMERS)
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+    mbarrier.init(ticket_full, count=1)
+    mbarrier.init(ticket_empty, count=CONSUMERS)
+
+    q_ring = (q_smem, q_full, q_empty)
+    k_ring = (k_smem, k_full, k_empty)
+    v_ring = (v_smem, v_full, v_empty)
+    ticket = (slot, ticket_full, ticket_empty)
+    sizes = (H, T, S, n_heads, n_tiles, chunk)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (out_desc, lse_ptr, slopes_ptr, q_ring, k_ring, v_ring, out_smem, ticket, scale, sizes, 0, D, CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, SCHEDULE)),
+                (_consumer, (out_desc, lse_ptr, slopes_ptr, q_ring, k_ring, v_ring, out_smem, ticket, scale, sizes, 1, D, CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, SCHEDULE)),
+                (_producer, (q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, ticket, counter_ptr, sizes, GROUP, CONSUMERS, BN, STAGES, CAUSAL, SCHEDULE)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (out_desc, lse_ptr, slopes_ptr, q_ring, k_ring, v_ring, out_smem, ticket, scale, sizes, 0, D, CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, SCHEDULE)),
+                (_consumer, (out_desc, lse_ptr, slopes_ptr, q_ring, k_ring, v_ring, out_smem, ticket, scale, sizes, 1, D, CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, SCHEDULE)),
+                (_consumer, (out_desc, lse_ptr, slopes_ptr, q_ring, k_ring, v_ring, out_smem, ticket, scale, sizes, 2, D, CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, SCHEDULE)),
+                (_producer, (q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, ticket, counter_ptr, sizes, GROUP, CONSUMERS, BN, STAGES, CAUSAL, SCHEDULE)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 24],
+        )  # fmt: skip

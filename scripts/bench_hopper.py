@@ -1,0 +1,332 @@
+"""The Hopper attention kernels on one GPU: right or not, and how fast each variant of them is.
+
+    python scripts/bench_hopper.py                     # all of it: about two minutes
+    python scripts/bench_hopper.py --json hopper.json  # and every number as JSON
+
+1. Features: out, lse, dq, dk, dv against float64, beside the error of eager PyTorch.
+2. Twelve shapes of 16k tokens, width 2048: against float32, beside cuDNN; dq over repeats, since a
+   race would show there first; TFLOP/s of the shipped tiles and of the variants below.
+3. Host time of a call.
+
+FLOPs: forward 4 B H S^2 D (half when causal), backward 2.5 x forward, its small kernels included.
+A worker process does the work. When it falls silent or dies, the launch it was at is named, left
+out, and the rest goes on: a kernel under work may hang.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import triton
+from hopper_variants import (
+    FEATURES,
+    SHAPES,
+    Shape,
+    backward_variants,
+    compile_all,
+    forward_variants,
+)
+from supervise import State, report, say, supervise
+from torch import Tensor
+
+from kernels.attention import hopper
+from kernels.attention.hopper import plan
+from kernels.attention.reference import attention_reference
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write every number here")
+    parser.add_argument("--seconds", type=float, default=140.0, help="time for all of it")
+    parser.add_argument("--shapes", default="", help="only shapes whose name holds this text")
+    parser.add_argument("--base", action="store_true", help="the shipped tiles only")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(arguments.shapes, arguments.base, State(**json.loads(arguments.worker)))
+        return
+    state = State(deadline=time.time() + arguments.seconds)
+    command = [__file__, "--shapes", arguments.shapes, *["--base"] * arguments.base]
+    results = supervise(command, state)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"bad": state.bad, "results": results}, indent=1))
+    print("hung or crashed:", state.bad or "nothing")
+
+
+def work(chosen: str, base: bool, state: State) -> None:
+    """The worker: whatever the ones before it have not finished."""
+    shapes = [shape for shape in SHAPES if chosen in shape.name]
+    if "compile" not in state.done:
+        name = torch.cuda.get_device_name()
+        say(f"{name}, torch {torch.__version__}, triton {triton.__version__}")
+        compile_all(shapes, base)
+        state.finish("compile")
+    if "features" not in state.done:
+        say("features: error of out, lse, dq, dk, dv against float64, ours/eager's")
+        for number, case in enumerate(FEATURES):
+            check_features(number, state, **case)
+        state.finish("features")
+    say("shapes: TFLOP/s; errors of out, dq, dk, dv against float32, ours(cuDNN's)")
+    for shape in shapes:
+        if shape.name not in state.done and time.time() < state.deadline:
+            Bench(shape, base, state).run()
+            state.finish(shape.name)
+    host_time()
+    state.finish("everything")
+
+
+def check_features(
+    number: int, state: State, *, D: int, causal: bool, T: int, S: int, H: int = 4,
+    H_kv: int = 0, alibi: bool = False, dtype: torch.dtype = torch.bfloat16, joint: bool = False,
+) -> None:  # fmt: skip
+    """One small call; `joint`: q, k, v are views into one projection."""
+    label = f"{D} {'causal' if causal else 'full'} {T}x{S} {H}/{H_kv or H}{' alibi' * alibi}"
+    torch.manual_seed(number)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(2, *size, D, device="cuda", dtype=dtype)
+
+    q, k, v = normal(T, H), normal(S, H_kv or H), normal(S, H_kv or H)
+    if joint:
+        q, k, v = normal(T, 3 * H).split(H, 2)
+    slopes = 0.5 ** torch.arange(1.0, H + 1, device="cuda") if alibi else None
+    d_out, d_lse = normal(T, H), torch.randn(2, H, T, device="cuda")
+
+    def ours() -> list[Tensor]:
+        call: dict[str, Any] = dict(causal=causal, scale=D**-0.5, alibi_slopes=slopes)
+        out, lse = hopper.forward(q, k, v, **call)
+        torch.cuda.synchronize()
+        return [out, lse, *hopper.backward(d_out, d_lse, q, k, v, out, lse, **call)]
+
+    def plain(compute: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(compute).requires_grad_() for x in (q, k, v)]
+        both = attention_reference(*leaves, causal=causal, alibi_slopes=slopes, compute=compute)
+        above = (d_out.to(both[0].dtype), d_lse.to(both[1].dtype))
+        return [*(x.detach() for x in both), *torch.autograd.grad(both, leaves, above)]
+
+    got = state.attempt(f"features {label}", ours)
+    if got is None:
+        return
+    exact, eager = plain(torch.float64), plain(dtype)
+    errors = [relative(a, b) for a, b in zip(got, exact, strict=True)]
+    floor = [max(relative(a, b), 1e-6) for a, b in zip(eager, exact, strict=True)]
+    bad = any(error > 2 * low for error, low in zip(errors, floor, strict=True))
+    numbers = " ".join(f"{a:.1e}/{b:.1e}" for a, b in zip(errors, floor, strict=True))
+    say(f"  {label:32s} {numbers}{'   <-- BAD' * bad}")
+    report(f"features {label}", errors=errors, eager=floor)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|; 1e9 for nan."""
+    value = ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+    return value if math.isfinite(value) else 1e9
+
+
+class Bench:
+    """All variants at one shape."""
+
+    def __init__(self, shape: Shape, base: bool, state: State) -> None:
+        self.shape, self.base, self.state = shape, base, state
+        size = (16384 // shape.S, shape.S, 2048 // shape.D, shape.D)
+        torch.manual_seed(1)
+        self.q, self.k, self.v, self.d_out = (
+            torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+        )
+        self.call: dict[str, Any] = dict(causal=shape.causal, scale=shape.D**-0.5)
+        self.exact = reference(self.q, self.k, self.v, self.d_out, shape.causal)
+
+    def run(self) -> None:
+        cudnn, cudnn_errors = self.cudnn()
+        forward, out, lse, errors = self.forward()
+        backward: dict[str, int] = {}
+        more: dict[str, Any] = {}
+        if out is not None and lse is not None:
+            backward, more = self.backward(out, lse)
+        errors += more.pop("errors", [1e9] * 3)
+        text = " ".join(f"{a:.1e}({b:.1e})" for a, b in zip(errors, cudnn_errors, strict=True))
+        say(f"{self.shape.name}: cuDNN {cudnn[0]}, {cudnn[1]}; errors {text}")
+        say("    forward  " + " | ".join(f"{name} {rate}" for name, rate in forward.items()))
+        say("    backward " + " | ".join(f"{name} {rate}" for name, rate in backward.items()))
+        say("    " + ", ".join(f"{name} {value}" for name, value in more.items()))
+        report(
+            self.shape.name,
+            cudnn=cudnn,
+            cudnn_errors=cudnn_errors,
+            forward=forward,
+            backward=backward,
+            errors=errors,
+            **more,
+        )
+
+    def rate(self, run: Callable[[], Any], factor: float) -> int:
+        ms = triton.testing.do_bench(run, warmup=8, rep=30, return_mode="median")
+        return round(factor * self.shape.flops / ms / 1e9)
+
+    def cudnn(self) -> tuple[list[int], list[float]]:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        leaves = [x.transpose(1, 2).detach().requires_grad_() for x in (self.q, self.k, self.v)]
+        above = self.d_out.transpose(1, 2)
+
+        def forward() -> Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(
+                *leaves, is_causal=self.shape.causal
+            )
+
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out = forward()
+
+            def backward() -> tuple[Tensor, ...]:
+                return torch.autograd.grad(out, leaves, above, retain_graph=True)
+
+            got = [x.transpose(1, 2) for x in (out, *backward())]
+            errors = [relative(a, b) for a, b in zip(got, self.exact, strict=True)]
+            return [self.rate(forward, 1.0), self.rate(backward, 2.5)], errors
+
+    def chosen(self, kind: str, variants: dict[str, Any]) -> list[tuple[str, Any]]:
+        """The variants to run: none that hung or crashed at another length."""
+        same = f"{self.shape.D} {self.shape.mask} "
+        bad = {x.split(f" {kind} ")[-1] for x in self.state.bad if x.startswith(same)}
+        return [(name, tile) for name, tile in variants.items() if name not in bad]
+
+    def wanted(self, name: str) -> bool:
+        return name == "shipped" or not (self.base or time.time() > self.state.deadline)
+
+    def forward(self) -> tuple[dict[str, int], Tensor | None, Tensor | None, list[float]]:
+        """Rates, out and lse of the first variant that runs, and its error."""
+        rates: dict[str, int] = {}
+        out, lse, errors = None, None, []
+        for name, tile in self.chosen("forward", forward_variants(self.shape)):
+            if not self.wanted(name):
+                continue
+
+            def run(tile: Any = tile) -> tuple[Tensor, Tensor]:
+                return hopper.forward(self.q, self.k, self.v, tile=tile, **self.call)
+
+            label = f"{self.shape.name} forward {name}"
+            got = self.state.attempt(label, run)
+            if got is None:
+                continue
+            error = relative(got[0], self.exact[0])
+            if out is None:
+                (out, lse), errors = got, [error]
+            if error > 0.01:
+                say(f"!! {label}: error {error:.1e}")
+            rates[name] = self.rate(run, 1.0)
+        return rates, out, lse, errors or [1e9]
+
+    def backward(self, out: Tensor, lse: Tensor) -> tuple[dict[str, int], dict[str, Any]]:
+        """Rates, and of the first variant: errors, dq over repeats, its main kernel alone."""
+        rates: dict[str, int] = {}
+        more: dict[str, Any] = {}
+        given = (self.d_out, None, self.q, self.k, self.v, out, lse)
+        for name, tile in self.chosen("backward", backward_variants(self.shape)):
+            if not self.wanted(name):
+                continue
+
+            def run(tile: Any = tile) -> tuple[Tensor, ...]:
+                return hopper.backward(*given, tile=tile, **self.call)
+
+            label = f"{self.shape.name} backward {name}"
+            got = self.state.attempt(label, run)
+            if got is None:
+                continue
+            errors = [relative(a, b) for a, b in zip(got, self.exact[1:], strict=True)]
+            if max(errors) > 0.02:
+                say(f"!! {label}: errors " + " ".join(f"{error:.1e}" for error in errors))
+            # only the order of fp32 additions may differ
+            repeats = max(relative(run()[0], got[0]) for _ in range(8 if not more else 2))
+            if repeats > 2e-3:
+                say(f"!! {label}: dq differs by {repeats:.1e} between repeats")
+            rates[name] = self.rate(run, 2.5)
+            if not more:
+                more = dict(
+                    errors=errors, dq_over_repeats=repeats, kernels=self.parts(out, lse, tile)
+                )
+        return rates, more
+
+    def parts(self, out: Tensor, lse: Tensor, tile: Any) -> dict[str, float]:
+        """Milliseconds of each of the three kernels, and the rate of the main one alone."""
+        options = plan.Options(self.call["causal"], self.call["scale"], False)
+        n_sm = torch.cuda.get_device_properties(0).multi_processor_count
+        launches = plan.plan_backward(self.q, self.k, self.d_out, options, tile, n_sm)
+        tensors: dict[str, Tensor | None] = dict(q=self.q, k=self.k, v=self.v, out=out, lse=lse)
+        tensors |= dict(d_out=self.d_out, d_lse=None, slopes=None)
+        tensors |= dict(counter=torch.zeros(1, dtype=torch.int32, device="cuda"))
+        tensors |= plan.backward_buffers(self.q, self.k, tile)
+        found = {}
+        for launch in launches:
+            ms = triton.testing.do_bench(
+                lambda launch=launch: launch.run(tensors), warmup=8, rep=30, return_mode="median"
+            )
+            found[launch.kernel.fn.__name__.split("_")[0] + " ms"] = round(ms, 4)
+        found["main TFLOP/s"] = round(2.5 * self.shape.flops / found["attention ms"] / 1e9)
+        return found
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, causal: bool) -> list[Tensor]:
+    """out, dq, dk, dv in float32, a few heads at a time."""
+    B, S, H, D = q.shape
+    n = max(1, 2**28 // (S * S))
+    results = [torch.empty(B * H, S, D, device=q.device) for _ in range(4)]
+    flat = [x.transpose(1, 2).reshape(B * H, S, D) for x in (q, k, v, d_out)]
+    hidden = torch.ones(S, S, device=q.device, dtype=torch.bool).triu(1) if causal else None
+    for i in range(0, B * H, n):
+        a, b, c, d = (x[i : i + n].float() for x in flat)
+        p = a @ b.mT * D**-0.5
+        if hidden is not None:
+            p.masked_fill_(hidden, float("-inf"))
+        p = p.softmax(-1)
+        out = p @ c
+        dv = p.mT @ d
+        ds = d @ c.mT
+        ds -= (d * out).sum(-1, keepdim=True)
+        ds *= p
+        parts = (out, ds @ b * D**-0.5, ds.mT @ a * D**-0.5, dv)
+        for whole, part in zip(results, parts, strict=True):
+            whole[i : i + n] = part
+        del p, ds
+    return [x.view(B, H, S, D).transpose(1, 2) for x in results]
+
+
+def host_time() -> None:
+    """Microseconds of Python per call: tiny tensors, many calls, no wait in between."""
+    from kernels.attention import attention
+
+    q, k, v, d_out = (
+        torch.randn(1, 128, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+    )
+    call: dict[str, Any] = dict(causal=True, scale=0.1)
+    out, lse = hopper.forward(q, k, v, **call)
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    calls: dict[str, Callable[[], Any]] = {
+        "forward": lambda: hopper.forward(q, k, v, **call),
+        "backward": lambda: hopper.backward(d_out, None, q, k, v, out, lse, **call),
+        "attention() without gradients": lambda: attention(q, k, v, causal=True),
+        "SDPA": lambda: sdpa(*heads_first, is_causal=True),
+    }
+    found = {}
+    for name, run in calls.items():
+        for _ in range(20):
+            run()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(200):
+            run()
+        found[name] = round((time.perf_counter() - start) / 200 * 1e6, 1)
+        torch.cuda.synchronize()
+    say("host microseconds per call: " + ", ".join(f"{name} {us}" for name, us in found.items()))
+    report("host", **found)
+
+
+if __name__ == "__main__":
+    main()
