@@ -3,6 +3,7 @@
 import importlib
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,7 @@ class Choice:
     why: str
 
 
+@lru_cache(maxsize=4096)  # asked at every call; a problem is plain numbers
 def resolve(problem: Problem, backend: str) -> Choice:
     """The backend for a problem.
 

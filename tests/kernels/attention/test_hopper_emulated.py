@@ -180,6 +180,7 @@ def test_emulator_names_the_barrier_that_never_fills(monkeypatch: pytest.MonkeyP
         multiply(times=0)
 
 
-def test_emulator_counts_arrivals() -> None:
+def test_emulator_counts_arrivals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gluon_emulator, "PATIENCE", 0.2)
     with pytest.raises(AssertionError, match="more arrivals"):
         multiply(times=2)
