@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     finally:
         path.unlink(missing_ok=True)
     if status == 0:
-        print(_what_next(config.run_dir, arguments))
+        print(_what_next(config.run_dir, config.trainer.sample_prompt, arguments))
     return status
 
 
@@ -78,6 +78,7 @@ def _torchrun(n_processes: int, config: Path) -> int:
     In-process, so that a refusal by the workers (exit status 2, already explained in one line) is
     not followed by torchrun's own report.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -92,23 +93,27 @@ def _torchrun(n_processes: int, config: Path) -> int:
         if REFUSED not in codes:
             print(f"flashtrain: a worker failed.\n{error}", file=sys.stderr)
         return REFUSED if REFUSED in codes else 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SignalException):
+        print(
+            "flashtrain: stopped by a signal; the same command goes on from the newest checkpoint",
+            file=sys.stderr,
+        )
         return 130
     return 0
 
 
-def _what_next(folder: str, overrides: list[str]) -> str:
+def _what_next(folder: str, prompt: str, overrides: list[str]) -> str:
     """The three commands a user wants after a run."""
-    root = os.path.relpath(Path(__file__).resolve().parent.parent)
+    scripts = os.path.relpath(Path(__file__).resolve().parent.parent / "scripts")
     python = os.path.relpath(sys.executable) if sys.prefix != sys.base_prefix else "python"
-    again = shlex.join([f"{root}/scripts/train.sh", *overrides])
+    again = shlex.join([f"{scripts}/train.sh", *overrides])
     return "\n".join(
         f"{label:<9}{command}"
         for label, command in (
             ("run", folder),
             ("resume", f"{again}   (goes on where it stopped)"),
-            ("sample", f"{python} {root}/scripts/generate.py run={folder} prompt='ROMEO:'"),
-            ("curve", f"{python} {root}/scripts/report.py {folder}   (writes report.html there)"),
+            ("sample", f"{python} {scripts}/generate.py run={folder} prompt={shlex.quote(prompt)}"),
+            ("curve", f"{python} {scripts}/report.py {folder}   (writes report.html there)"),
         )
     )
 

@@ -12,8 +12,10 @@ from flashtrain.data.prepare import Recipe, prepare
 from flashtrain.data.shards import DataError
 from flashtrain.door import admit, describe_attention
 
-SMALL = ["data=shards", "data.sequence_length=16", "data.batch_size=4", "data.micro_batch_size=null",
-         "trainer.evaluate_sequences=4", "tracking.wandb.mode=disabled"]  # fmt: skip
+SMALL = [
+    "data=shards", "data.sequence_length=16", "data.batch_size=4", "data.micro_batch_size=null",
+    "trainer.evaluate_sequences=4", "tracking.wandb.mode=disabled",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
