@@ -4,8 +4,7 @@
     python scripts/sweep_attention.py --head-sizes 128 --masks causal --length 16384
 
 A tile that gives another answer than the shipped one is reported, not timed. Of the backward, both
-kernels run each time: `dkdv` varies the dK/dV tile under the shipped dQ tile, `dq` the reverse,
-`fused` is the dK/dV kernel that adds dQ atomically.
+kernels run each time: `dkdv` varies the dK/dV tile under the shipped dQ tile, `dq` the reverse.
 """
 
 import argparse
@@ -15,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from bench_attention import Shape, environment, fresh, milliseconds
 from torch import Tensor
 
 from kernels.attention.portable import Features, backward, forward
-from kernels.attention.tiles import BackwardTiles, Tile, choose
+from kernels.attention.tiles import Tile, Tiles, choose
 
 # (query rows, key rows, warps, stages)
 FORWARD = [
@@ -59,7 +58,7 @@ DQ = [
 
 @dataclass(frozen=True)
 class Candidate:
-    part: str  # forward, dkdv, dq or fused
+    part: str  # forward, dkdv or dq
     tile: Tile
     run: Callable[[], tuple[Tensor, ...]]
     flops: float
@@ -75,22 +74,21 @@ class Sweep:
         self.features = Features(shape.head_size**-0.5, after=0 if shape.causal else -1)
         self.shipped = choose(self.q.device, shape.head_size, self.q.dtype, causal=shape.causal)
         self.out, self.lse = self.forward(self.shipped.forward)
-        self.grads = self.backward(self.shipped.deterministic)
+        self.grads = self.backward(self.shipped)
 
     def forward(self, tile: Tile) -> tuple[Tensor, ...]:
         return forward(self.q, self.k, self.v, self.features, tile=tile)
 
-    def backward(self, tiles: BackwardTiles) -> tuple[Tensor, ...]:
+    def backward(self, tiles: Tiles) -> tuple[Tensor, ...]:
         given = (self.q, self.k, self.v, self.out, self.lse)
         return backward(self.d_out, None, *given, self.features, tiles=tiles)[:3]
 
     def candidates(self) -> list[Candidate]:
-        dkdv, dq = self.shipped.deterministic.dkdv, self.shipped.deterministic.dq
+        shipped = self.shipped
         ways: dict[str, tuple[list[Tile], Callable[[Tile], tuple[Tensor, ...]]]] = {
             "forward": (tiles(FORWARD), self.forward),
-            "dkdv": (tiles(DKDV), lambda tile: self.backward(BackwardTiles(tile, dq))),
-            "dq": (tiles(DQ), lambda tile: self.backward(BackwardTiles(dkdv, tile))),
-            "fused": (tiles(DKDV), lambda tile: self.backward(BackwardTiles(tile, None))),
+            "dkdv": (tiles(DKDV), lambda tile: self.backward(replace(shipped, dkdv=tile))),
+            "dq": (tiles(DQ), lambda tile: self.backward(replace(shipped, dq=tile))),
         }
         return [
             Candidate(part, tile, lambda way=way, tile=tile: way(tile), self.flops(part))
@@ -131,12 +129,10 @@ def sweep(shape: Shape, rep: int) -> tuple[list[dict[str, Any]], str]:
         failures = list(pool.map(work.failure, candidates))
     rows = []
     never = float("inf")
-    shipped = work.shipped.deterministic
     best: dict[str, tuple[float, Tile]] = {
         "forward": (never, work.shipped.forward),
-        "dkdv": (never, shipped.dkdv),
-        "dq": (never, shipped.dq or shipped.dkdv),
-        "fused": (never, shipped.dkdv),
+        "dkdv": (never, work.shipped.dkdv),
+        "dq": (never, work.shipped.dq),
     }
     for candidate, failure in zip(candidates, failures, strict=True):
         ms = never if failure else milliseconds(candidate.run, warmup=10, rep=rep)
@@ -145,15 +141,12 @@ def sweep(shape: Shape, rep: int) -> tuple[list[dict[str, Any]], str]:
         rows.append({**asdict(shape), **asdict(candidate.tile), "part": candidate.part, "ms": ms})
         if ms < best[candidate.part][0]:
             best[candidate.part] = (ms, candidate.tile)
-    split = BackwardTiles(best["dkdv"][1], best["dq"][1])
-    split_ms = milliseconds(lambda: work.backward(split), warmup=10, rep=rep)
-    fused_ms, _ = best["fused"]
-    parts = ["forward", "dkdv", "dq"] + (["fused"] if fused_ms < split_ms else [])
+    pair = replace(work.shipped, dkdv=best["dkdv"][1], dq=best["dq"][1])
+    pair_ms = milliseconds(lambda: work.backward(pair), warmup=10, rep=rep)
     line = (
-        f"({shape.head_size}, {shape.causal}): _tiles("
-        f"{', '.join(spelt(best[part][1]) for part in parts)}),"
-        f"  # ms at {shape.length}: {best['forward'][0]:.3f}, split {split_ms:.3f},"
-        f" fused {fused_ms:.3f}"
+        f"({shape.head_size}, {shape.causal}): Tiles("
+        f"{', '.join(spelt(tile) for _, tile in best.values())}),"
+        f"  # ms at {shape.length}: {best['forward'][0]:.3f} and {pair_ms:.3f}"
     )
     return rows, line
 

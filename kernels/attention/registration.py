@@ -90,9 +90,7 @@ def attention_backward(
         return dq, dk, dv, q.new_empty(0)
     portable = _portable()
     features = portable.Features(scale, before, after, softcap, alibi_slopes, sinks, bounds)
-    dq, dk, dv, d_sinks = portable.backward(
-        d_out, d_lse, q, k, v, out, lse, features, deterministic=deterministic
-    )
+    dq, dk, dv, d_sinks = portable.backward(d_out, d_lse, q, k, v, out, lse, features)
     return dq, dk, dv, q.new_empty(0) if d_sinks is None else d_sinks
 
 

@@ -38,24 +38,12 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class BackwardTiles:
-    """Tiles of the two backward kernels; dq None: the dK/dV kernel adds dQ by fp32 atomics."""
-
-    dkdv: Tile
-    dq: Tile | None
-
-
-@dataclass(frozen=True)
 class Tiles:
+    """A tile for each kernel that multiplies matrices."""
+
     forward: Tile
-    backward: BackwardTiles  # the default
-    deterministic: BackwardTiles  # without atomics
-
-
-def _tiles(forward: Tile, dkdv: Tile, dq: Tile, fused: Tile | None = None) -> Tiles:
-    """Split backward kernels, or the fused one where it was measured faster."""
-    split = BackwardTiles(dkdv, dq)
-    return Tiles(forward, split if fused is None else BackwardTiles(fused, None), split)
+    dkdv: Tile
+    dq: Tile
 
 
 def _tma(queries: int, keys: int, warps: int, stages: int, spills: int = 0) -> Tile:
@@ -64,35 +52,35 @@ def _tma(queries: int, keys: int, warps: int, stages: int, spills: int = 0) -> T
 
 # (padded head size up to, causal) -> tiles, for two-byte types
 _SM90 = {
-    (32, False): _tiles(_tma(128, 64, 8, 3), _tma(64, 128, 8, 3), _tma(128, 64, 8, 3)),
-    (32, True): _tiles(_tma(128, 64, 8, 3), _tma(64, 128, 8, 3), _tma(128, 64, 8, 3)),
+    (32, False): Tiles(_tma(128, 64, 8, 3), _tma(64, 128, 8, 3), _tma(128, 64, 8, 3)),
+    (32, True): Tiles(_tma(128, 64, 8, 3), _tma(64, 128, 8, 3), _tma(128, 64, 8, 3)),
     # 64 and 128: swept at 16k tokens of length 4096 on one H200 (2026-11-22, triton 3.6)
-    (64, False): _tiles(Tile(128, 64, 8, 3), _tma(64, 64, 4, 3), Tile(128, 64, 8, 3)),
-    (64, True): _tiles(Tile(128, 64, 8, 3), _tma(64, 64, 4, 3), _tma(64, 64, 4, 3)),
-    (128, False): _tiles(_tma(128, 128, 8, 3), _tma(64, 64, 4, 2, 160), _tma(128, 64, 8, 3)),
-    (128, True): _tiles(_tma(128, 128, 8, 3), _tma(64, 64, 4, 2, 160), _tma(128, 64, 8, 3)),
-    (256, False): _tiles(_tma(128, 64, 8, 2), _tma(32, 64, 8, 2, 64), _tma(64, 64, 8, 2)),
-    (256, True): _tiles(_tma(128, 64, 8, 2), _tma(32, 64, 8, 2, 64), _tma(64, 64, 8, 2)),
+    (64, False): Tiles(Tile(128, 64, 8, 3), _tma(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+    (64, True): Tiles(Tile(128, 64, 8, 3), _tma(64, 64, 4, 3), _tma(64, 64, 4, 3)),
+    (128, False): Tiles(_tma(128, 128, 8, 3), _tma(64, 64, 4, 2, 160), _tma(128, 64, 8, 3)),
+    (128, True): Tiles(_tma(128, 128, 8, 3), _tma(64, 64, 4, 2, 160), _tma(128, 64, 8, 3)),
+    (256, False): Tiles(_tma(128, 64, 8, 2), _tma(32, 64, 8, 2, 64), _tma(64, 64, 8, 2)),
+    (256, True): Tiles(_tma(128, 64, 8, 2), _tma(32, 64, 8, 2, 64), _tma(64, 64, 8, 2)),
 }
 # sized for the 99 KB of sm_86, 89 and 120
 _SM80 = {
-    (32, False): _tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3, spills=32), Tile(64, 64, 4, 3)),
-    (32, True): _tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3, spills=32), Tile(64, 64, 4, 3)),
-    (64, False): _tiles(Tile(128, 64, 4, 3), Tile(64, 64, 8, 2, spills=128), Tile(64, 64, 4, 3)),
-    (64, True): _tiles(Tile(128, 64, 4, 3), Tile(64, 64, 8, 2, spills=128), Tile(64, 64, 4, 3)),
-    (128, False): _tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2, spills=16), Tile(64, 64, 8, 2)),
-    (128, True): _tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2, spills=16), Tile(64, 64, 8, 2)),
-    (256, False): _tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (256, True): _tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (32, False): Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3, spills=32), Tile(64, 64, 4, 3)),
+    (32, True): Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3, spills=32), Tile(64, 64, 4, 3)),
+    (64, False): Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 8, 2, spills=128), Tile(64, 64, 4, 3)),
+    (64, True): Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 8, 2, spills=128), Tile(64, 64, 4, 3)),
+    (128, False): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2, spills=16), Tile(64, 64, 8, 2)),
+    (128, True): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2, spills=16), Tile(64, 64, 8, 2)),
+    (256, False): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (256, True): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
 }
 # float32 multiplies without tensor cores (tf32 would miss the accuracy rule), so registers rule
 _FMA = Tile(32, 32, 8, 1, spills=192)
 _FLOAT32 = {
-    128: _tiles(_FMA, _FMA, _FMA),
-    256: _tiles(Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    128: Tiles(_FMA, _FMA, _FMA),
+    256: Tiles(Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 # small and uneven, so that a few dozen tokens cross several tiles
-_INTERPRETER = _tiles(Tile(32, 16, 1, 1, True), Tile(16, 32, 1, 1), Tile(32, 16, 1, 1, True))
+_INTERPRETER = Tiles(Tile(32, 16, 1, 1, True), Tile(16, 32, 1, 1), Tile(32, 16, 1, 1, True))
 
 
 def choose(device: torch.device, head_size: int, dtype: torch.dtype, *, causal: bool) -> Tiles:
@@ -136,10 +124,11 @@ def check_shared(
     limit = SHARED_LIMIT.get(capability)
     if limit is None:
         return  # a card newer than this table: Triton's own check at launch decides
-    split = (tiles.backward, tiles.deterministic)
-    needs = {"forward": forward_shared(capability, tiles.forward, head_size, dtype)}
-    needs["dK/dV"] = max(dkdv_shared(capability, b, head_size, dtype) for b in split)
-    needs["dQ"] = max(dq_shared(capability, b.dq, head_size, dtype) for b in split if b.dq)
+    needs = {
+        "forward": forward_shared(capability, tiles.forward, head_size, dtype),
+        "dK/dV": dkdv_shared(capability, tiles.dkdv, head_size, dtype),
+        "dQ": dq_shared(capability, tiles.dq, head_size, dtype),
+    }
     for name, need in needs.items():
         if need > limit:
             raise ValueError(
@@ -157,16 +146,11 @@ def forward_shared(
     return rows * _row_bytes(head_size, dtype)
 
 
-def dkdv_shared(
-    capability: tuple[int, int], tiles: BackwardTiles, head_size: int, dtype: torch.dtype
-) -> int:
-    """The same for the dK/dV kernel: K, V and the Q, dO, lse, delta pipeline; dQ when fused."""
-    tile, row = tiles.dkdv, _row_bytes(head_size, dtype)
+def dkdv_shared(capability: tuple[int, int], tile: Tile, head_size: int, dtype: torch.dtype) -> int:
+    """The same for the dK/dV kernel: K, V and the Q, dO, lse, delta pipeline."""
     buffers = _buffers(capability, tile)
-    need = 2 * (tile.keys + buffers * tile.queries) * row + 8 * buffers * tile.queries
-    if tiles.dq is None:
-        need += tile.queries * _row_bytes(head_size, torch.float32)
-    return need
+    rows = 2 * (tile.keys + buffers * tile.queries)
+    return rows * _row_bytes(head_size, dtype) + 8 * buffers * tile.queries
 
 
 def dq_shared(capability: tuple[int, int], tile: Tile, head_size: int, dtype: torch.dtype) -> int:

@@ -8,7 +8,7 @@ BM / BN rows of a query / key tile. With P = softmax(S), S = scale Q K^T:
 
 P is recomputed from lse. Each output tile is owned by one program, grouped heads included, so
 nothing is added atomically and repeats are bit-identical; the price is 7 matrix products where
-a fused kernel needs 5. FUSED trades that back: dQ by fp32 atomics from the dK/dV kernel.
+a fused kernel needs 5. README.md has what such a kernel measured.
 """
 
 import torch
@@ -20,7 +20,7 @@ from kernels.attention.portable.backward_dkdv import attention_bwd_dkdv_kernel
 from kernels.attention.portable.backward_dq import attention_bwd_dq_kernel
 from kernels.attention.portable.launch import Features, on_device, options, padded, sources
 from kernels.attention.portable.score import load_rows
-from kernels.attention.tiles import BackwardTiles, choose
+from kernels.attention.tiles import Tiles, choose
 
 DELTA_ROWS = 64  # rows of a program of the delta kernel; it only reads, any size will do
 
@@ -61,15 +61,13 @@ def backward(
     lse: Tensor,
     features: Features,
     *,
-    deterministic: bool = False,
-    tiles: BackwardTiles | None = None,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, shaped like q, k, v and contiguous, and d_sinks [H] when there are sinks.
 
     Args:
         d_out: [B, T, H, D]; copied only if its last dimension is not contiguous.
         d_lse: [B, H, T], or None.
-        deterministic: never add dQ by atomics, whose order varies.
         tiles: overrides the choice of tiles.py; for sweeps.
     """
     B, T, H, D = q.shape
@@ -80,17 +78,13 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_(), None if sinks is None else sinks * 0
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     out, lse = out.contiguous(), lse.contiguous()  # as every forward leaves them: no copy
-    if tiles is None:
-        chosen = choose(q.device, D, q.dtype, causal=features.causal)
-        tiles = chosen.deterministic if deterministic else chosen.backward
+    tiles = tiles or choose(q.device, D, q.dtype, causal=features.causal)
     delta = torch.empty_like(lse)
     strides = [n for x in (q, k, v, d_out) for n in x.stride()[:3]]
     numbers = [features.score_scale, features.scale, features.cap]
     numbers += [features.before, features.after, H, T, S]
     optional = [features.alibi_slopes, features.bounds]
     common = {"GROUP": H // H_kv, **features.switches(q)}
-    fused = tiles.dq is None
-    dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if fused else None
     with on_device(q):
         attention_bwd_delta_kernel[(triton.cdiv(T, DELTA_ROWS) * B * H,)](
             out, d_out, None if d_lse is None else d_lse.contiguous(), delta,
@@ -98,23 +92,17 @@ def backward(
             D=D, BD=padded(D), BM=DELTA_ROWS, WITH_LSE=d_lse is not None,
         )  # fmt: skip
         tile = tiles.dkdv
-        edge = features.has_far_edge(T, tile.queries) or (fused and S % tile.keys != 0)
-        walked = (q, d_out) if dq_sum is None else (q, d_out, dq_sum)
-        (q_src, d_out_src, *dq_dst), tma = sources(walked, tile, tile.queries)
+        (q_src, d_out_src), tma = sources((q, d_out), tile, tile.queries)
         attention_bwd_dkdv_kernel[(triton.cdiv(S, tile.keys) * B * H_kv,)](
-            q_src, k, v, d_out_src, dq_dst[0] if dq_dst else None, dk, dv, lse, delta,
-            *optional, *strides, *numbers,
-            EDGE=edge, FUSED=fused, TMA=tma, **common, **options(tile),
+            q_src, k, v, d_out_src, dk, dv, lse, delta, *optional, *strides, *numbers,
+            EDGE=features.has_far_edge(T, tile.queries), TMA=tma, **common, **options(tile),
         )  # fmt: skip
-        if tiles.dq is not None:
-            tile = tiles.dq
-            (k_src, v_src), tma = sources((k, v), tile, tile.keys)
-            attention_bwd_dq_kernel[(triton.cdiv(T, tile.queries) * B * H,)](
-                q, k_src, v_src, d_out, dq, lse, delta, *optional, *strides, *numbers,
-                EDGE=features.has_edge(S, tile.keys), TMA=tma, **common, **options(tile),
-            )  # fmt: skip
-    if dq_sum is not None:
-        dq.copy_(dq_sum)
+        tile = tiles.dq
+        (k_src, v_src), tma = sources((k, v), tile, tile.keys)
+        attention_bwd_dq_kernel[(triton.cdiv(T, tile.queries) * B * H,)](
+            q, k_src, v_src, d_out, dq, lse, delta, *optional, *strides, *numbers,
+            EDGE=features.has_edge(S, tile.keys), TMA=tma, **common, **options(tile),
+        )  # fmt: skip
     return dq, dk, dv, _sink_gradient(features.sinks, lse, delta)
 
 

@@ -21,26 +21,22 @@ from kernels.attention.portable.score import (
 @triton.jit
 def walk_queries(
     dk, dv, k, v,  # [BN, BD] each, dk and dv fp32
-    q_src, d_out_src, dq_dst, lse_base, delta_base, q_at, d_out_at, dq_at, b, h,
-    stride_qt, stride_dot, stride_dqt,
+    q_src, d_out_src, lse_base, delta_base, q_at, d_out_at, b, h, stride_qt, stride_dot,
     cols, first_col, first_seen, last_seen,  # [BN] key places, the first, the rows that see each
-    begin, end, T, shift, scale, out_scale, cap, slope,
+    begin, end, T, shift, scale, cap, slope,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, FUSED: tl.constexpr,
-    TMA: tl.constexpr,
+    ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Add to dk and dv what the query tiles of [begin, end) of one head give them.
 
     Scores are computed transposed, [BN, BM]: P^T and dS^T are then left operands of the products
     for dV and dK straight out of registers.
     """
-    dims, lanes = tl.arange(0, BD), tl.arange(0, BM)
+    lanes = tl.arange(0, BM)
     ramp = slope * tl.arange(0, BN).to(tl.float32)
     if not TMA:
         q_src += begin.to(tl.int64) * stride_qt
         d_out_src += begin.to(tl.int64) * stride_dot
-        if FUSED:
-            dq_dst += begin.to(tl.int64) * stride_dqt
     for start in tl.range(begin, end, BM):
         rows = start + lanes
         q = load_tile(q_src, q_at, b, start, h, T, BM, D, BD, MASKED, TMA)  # [BM, BD]
@@ -70,16 +66,7 @@ def walk_queries(
         ds = p * (dp - delta[None, :])
         if SOFTCAP:
             ds = ds * (1.0 - bent * bent)
-        ds = ds.to(q.dtype)
-        dk = tl.dot(ds, q, dk, input_precision="ieee")
-        if FUSED:
-            dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * out_scale
-            if TMA:  # the copy engine adds in L2, and drops rows and dims past the end
-                dq_dst.atomic_add([b, start, h, 0], dq.reshape([1, BM, 1, BD]))
-            else:
-                inside = (rows[:, None] < T) & (dims[None, :] < D)
-                tl.atomic_add(dq_dst + dq_at, dq, mask=inside, sem="relaxed")
-                dq_dst += BM * stride_dqt
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
         if not TMA:
             q_src += BM * stride_qt
             d_out_src += BM * stride_dot
@@ -88,8 +75,8 @@ def walk_queries(
 
 @triton.jit
 def attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, d_out_ptr,  # q, d_out (and dq, when FUSED) are descriptors with TMA
-    dq_ptr, dk_ptr, dv_ptr,  # contiguous; dq fp32 zeros, None unless FUSED
+    q_ptr, k_ptr, v_ptr, d_out_ptr,  # q and d_out are descriptors with TMA
+    dk_ptr, dv_ptr,  # contiguous
     lse_ptr, delta_ptr,  # [B, H, T] fp32
     slopes_ptr, bounds_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh,
@@ -99,7 +86,7 @@ def attention_bwd_dkdv_kernel(
     ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DOCUMENTS: tl.constexpr,
     BEFORE: tl.constexpr, AFTER: tl.constexpr,
     EDGE: tl.constexpr,  # the last query tile of some key tile needs a mask
-    FUSED: tl.constexpr, TMA: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """One program owns BN keys of one kv head and walks the queries of its GROUP heads."""
     n_tiles, H_kv = tl.cdiv(S, BN), H // GROUP
@@ -118,7 +105,6 @@ def attention_bwd_dkdv_kernel(
     v = load_rows(v_base, v_at, cols, dims, S, D, BD, True)  # [BN, BD]
     q_at = query_lanes[:, None] * stride_qt + dims[None, :]
     d_out_at = query_lanes[:, None] * stride_dot + dims[None, :]
-    dq_at = query_lanes[:, None] * (H * D) + dims[None, :]
     bounds = bounds_ptr
     if DOCUMENTS:
         bounds += b_far * 2 * T
@@ -138,9 +124,6 @@ def attention_bwd_dkdv_kernel(
     begin, end = first_a // BM * BM, last_z + 1
     full_begin = (first_z + BM - 1) // BM * BM
     full_end = tl.maximum(last_a + 1, 0) // BM * BM
-    if FUSED:  # keys past the end must add exactly nothing to dQ, so a ragged tile masks always
-        full_end = tl.where(tile * BN + BN > S, full_begin, full_end)
-        last_seen = tl.where(cols < S, last_seen, -1)
     near_end, far_begin = tl.minimum(full_begin, end), tl.maximum(full_begin, full_end)
 
     dk, dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32)
@@ -150,35 +133,26 @@ def attention_bwd_dkdv_kernel(
         if not TMA:
             q_src += b_far * stride_qb + h.to(tl.int64) * stride_qh
             d_out_src += b_far * stride_dob + h.to(tl.int64) * stride_doh
-        dq_dst = dq_ptr
-        if FUSED and not TMA:
-            dq_dst += (b_far * T * H + h) * D
         lse_base, delta_base = lse_ptr + (b_far * H + h) * T, delta_ptr + (b_far * H + h) * T
         slope = 0.0
         if ALIBI:
             slope = tl.load(slopes_ptr + h) * LOG2_E
         if AFTER or DOCUMENTS:
             dk, dv = walk_queries(
-                dk, dv, k, v, q_src, d_out_src, dq_dst, lse_base, delta_base,
-                q_at, d_out_at, dq_at, b, h, stride_qt, stride_dot, H * D,
-                cols, first_col, first_seen, last_seen, begin, near_end,
-                T, shift, scale, out_scale, cap, slope,
-                D, BD, BM, BN, ALIBI, SOFTCAP, True, FUSED, TMA,
+                dk, dv, k, v, q_src, d_out_src, lse_base, delta_base, q_at, d_out_at, b, h,
+                stride_qt, stride_dot, cols, first_col, first_seen, last_seen, begin, near_end,
+                T, shift, scale, cap, slope, D, BD, BM, BN, ALIBI, SOFTCAP, True, TMA,
             )  # fmt: skip
         dk, dv = walk_queries(
-            dk, dv, k, v, q_src, d_out_src, dq_dst, lse_base, delta_base,
-            q_at, d_out_at, dq_at, b, h, stride_qt, stride_dot, H * D,
-            cols, first_col, first_seen, last_seen, full_begin, full_end,
-            T, shift, scale, out_scale, cap, slope,
-            D, BD, BM, BN, ALIBI, SOFTCAP, False, FUSED, TMA,
+            dk, dv, k, v, q_src, d_out_src, lse_base, delta_base, q_at, d_out_at, b, h,
+            stride_qt, stride_dot, cols, first_col, first_seen, last_seen, full_begin, full_end,
+            T, shift, scale, cap, slope, D, BD, BM, BN, ALIBI, SOFTCAP, False, TMA,
         )  # fmt: skip
         if EDGE:
             dk, dv = walk_queries(
-                dk, dv, k, v, q_src, d_out_src, dq_dst, lse_base, delta_base,
-                q_at, d_out_at, dq_at, b, h, stride_qt, stride_dot, H * D,
-                cols, first_col, first_seen, last_seen, far_begin, end,
-                T, shift, scale, out_scale, cap, slope,
-                D, BD, BM, BN, ALIBI, SOFTCAP, True, FUSED, TMA,
+                dk, dv, k, v, q_src, d_out_src, lse_base, delta_base, q_at, d_out_at, b, h,
+                stride_qt, stride_dot, cols, first_col, first_seen, last_seen, far_begin, end,
+                T, shift, scale, cap, slope, D, BD, BM, BN, ALIBI, SOFTCAP, True, TMA,
             )  # fmt: skip
 
     at = ((b_far * S + far) * H_kv + h_kv) * D + lanes[:, None] * (H_kv * D) + dims[None, :]

@@ -1,12 +1,8 @@
 """The Triton kernels are as accurate as eager PyTorch: out, lse and every gradient."""
 
-import dataclasses
-import importlib
-
 import pytest
 import torch
 
-from kernels.attention import tiles
 from tests.accuracy import assert_as_accurate
 from tests.kernels.attention.cases import CASES, Case, Inputs, inputs_of, run, run_reference
 from tests.kernels.attention.conftest import Platform
@@ -20,7 +16,7 @@ def test_kernels_are_as_accurate_as_eager(name: str, platform: Platform) -> None
     check(inputs_of(sized(CASES[name], platform), platform.device, platform.dtype))
 
 
-@pytest.mark.parametrize("name", ["causal", "cross, more keys", "alibi", "everything"])
+@pytest.mark.parametrize("name", FEW)
 def test_other_dtypes_are_as_accurate_as_eager(name: str, other_platform: Platform) -> None:
     platform = other_platform
     check(inputs_of(sized(CASES[name], platform), platform.device, platform.dtype))
@@ -31,25 +27,6 @@ def test_every_head_size_is_accurate(head_size: int, platform: Platform) -> None
     T = 300 if platform.on_gpu else 20
     case = Case(T=T, S=T, D=head_size, H=1, H_kv=1, options={"causal": True})
     check(inputs_of(case, platform.device, platform.dtype))
-
-
-@pytest.mark.parametrize("name", ["causal", "cross, more keys", "grouped", "everything"])
-def test_dq_by_atomics_is_accurate(
-    name: str, platform: Platform, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chosen = tiles.choose
-
-    def fused(*args: object, **kwargs: object) -> tiles.Tiles:
-        usual = chosen(*args, **kwargs)  # type: ignore[arg-type]
-        # the interpreter has no reduction through a descriptor, cards before Hopper have no TMA
-        tma = platform.on_gpu and torch.cuda.get_device_capability() >= (9, 0)
-        dkdv = dataclasses.replace(usual.backward.dkdv, tma=tma)
-        return dataclasses.replace(usual, backward=tiles.BackwardTiles(dkdv, None))
-
-    # by name in sys.modules: the package also exports a function called `backward`
-    module = importlib.import_module("kernels.attention.portable.backward")
-    monkeypatch.setattr(module, "choose", fused)
-    check(inputs_of(sized(CASES[name], platform), platform.device, platform.dtype))
 
 
 @pytest.mark.gpu

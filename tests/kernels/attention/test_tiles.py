@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kernels.attention import tiles
-from kernels.attention.tiles import BackwardTiles, Tile, Tiles
+from kernels.attention.tiles import Tile, Tiles
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -22,13 +22,12 @@ ROOT = HERE.parents[2]
 def test_every_shipped_tile_fits_its_card(capability: tuple[int, int]) -> None:
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     for head_size, dtype, causal in itertools.product(range(1, 257), dtypes, (False, True)):
-        chosen = tiles.choose_for(capability, head_size, dtype, causal=causal)
-        assert chosen.deterministic.dq is not None, "deterministic tiles must not use atomics"
+        tiles.choose_for(capability, head_size, dtype, causal=causal)  # raises where one does not
 
 
 def test_a_tile_too_big_for_the_card_is_refused() -> None:
     big = Tile(128, 128, 8, 3)
-    chosen = Tiles(big, BackwardTiles(big, big), BackwardTiles(big, big))
+    chosen = Tiles(big, big, big)
     message = "forward tile for head size 128 .* needs 163840 bytes .* sm_89 has 101376"
     with pytest.raises(ValueError, match=message):
         tiles.check_shared((8, 9), chosen, 128, torch.bfloat16)
@@ -60,7 +59,6 @@ def test_every_feature_compiles_and_fits() -> None:
             "causal": causal,
             "alibi": True,
             "everything": True,
-            "deterministic": capability != [9, 0],
         }
         for capability, head_size, causal in (
             ([9, 0], 128, True),
@@ -88,17 +86,16 @@ def assert_as_claimed(jobs: list[dict[str, Any]]) -> None:
         head_size = found["head_size"]
         chosen = tiles.choose_for(capability, head_size, dtype, causal=found["causal"])
         given = (capability, head_size, dtype)
-        assert chosen.deterministic.dq is not None
         kernel = found["kernel"]
         if "fwd" in kernel:
             estimate = tiles.forward_shared(capability, chosen.forward, head_size, dtype)
             claimed = chosen.forward.spills
         elif "dkdv" in kernel:
-            estimate = tiles.dkdv_shared(capability, chosen.deterministic, head_size, dtype)
-            claimed = chosen.deterministic.dkdv.spills
+            estimate = tiles.dkdv_shared(capability, chosen.dkdv, head_size, dtype)
+            claimed = chosen.dkdv.spills
         elif "dq" in kernel:
-            estimate = tiles.dq_shared(capability, chosen.deterministic.dq, head_size, dtype)
-            claimed = chosen.deterministic.dq.spills
+            estimate = tiles.dq_shared(capability, chosen.dq, head_size, dtype)
+            claimed = chosen.dq.spills
         else:
             continue  # delta: a few hundred bytes
         about = f"{kernel} for {given}"
