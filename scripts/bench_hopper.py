@@ -14,8 +14,10 @@ out, and the rest goes on: a kernel under work may hang.
 """
 
 import argparse
+import functools
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -36,10 +38,13 @@ from hopper_variants import (
 )
 from supervise import State, report, say, supervise
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.attention import hopper
 from kernels.attention.hopper import plan
 from kernels.attention.reference import attention_reference
+
+ROUNDS = 3  # of timings of all variants of a shape
 
 
 def main() -> None:
@@ -59,6 +64,7 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps({"bad": state.bad, "results": results}, indent=1))
     print("hung or crashed:", state.bad or "nothing")
+    sys.exit(1 if state.bad else 0)
 
 
 def work(chosen: str, base: bool, state: State) -> None:
@@ -144,52 +150,50 @@ class Bench:
         self.exact = reference(self.q, self.k, self.v, self.d_out, shape.causal)
 
     def run(self) -> None:
-        cudnn, cudnn_errors = self.cudnn()
-        forward, out, lse, errors = self.forward()
-        backward: dict[str, int] = {}
+        runs, cudnn_errors = self.cudnn()
+        out, lse, errors = self.forward(runs["forward"])
         more: dict[str, Any] = {}
         if out is not None and lse is not None:
-            backward, more = self.backward(out, lse)
+            more = self.backward(out, lse, runs["backward"])
         errors += more.pop("errors", [1e9] * 3)
         text = " ".join(f"{a:.1e}({b:.1e})" for a, b in zip(errors, cudnn_errors, strict=True))
-        say(f"{self.shape.name}: cuDNN {cudnn[0]}, {cudnn[1]}; errors {text}")
-        say("    forward  " + " | ".join(f"{name} {rate}" for name, rate in forward.items()))
-        say("    backward " + " | ".join(f"{name} {rate}" for name, rate in backward.items()))
+        say(f"{self.shape.name}: errors {text}")
+        rates = {}
+        for kind, factor in (("forward", 1.0), ("backward", 2.5)):
+            rates[kind] = self.rates(runs[kind], factor)
+            numbers = " | ".join(f"{name} {rate}" for name, rate in rates[kind].items())
+            say(f"    {kind:8s} {numbers}")
         say("    " + ", ".join(f"{name} {value}" for name, value in more.items()))
-        report(
-            self.shape.name,
-            cudnn=cudnn,
-            cudnn_errors=cudnn_errors,
-            forward=forward,
-            backward=backward,
-            errors=errors,
-            **more,
-        )
+        report(self.shape.name, cudnn_errors=cudnn_errors, errors=errors, **rates, **more)
 
-    def rate(self, run: Callable[[], Any], factor: float) -> int:
-        ms = triton.testing.do_bench(run, warmup=8, rep=30, return_mode="median")
-        return round(factor * self.shape.flops / ms / 1e9)
+    def rates(self, runs: dict[str, Callable[[], Any]], factor: float) -> dict[str, int]:
+        """TFLOP/s of each. In rounds: the clock falls under load, and must not favour the first."""
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(ROUNDS):
+            for name, run in runs.items():
+                times[name].append(milliseconds(run))
+        best = {name: statistics.median(found) for name, found in times.items()}
+        return {name: round(factor * self.shape.flops / ms / 1e9) for name, ms in best.items()}
 
-    def cudnn(self) -> tuple[list[int], list[float]]:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
+    def cudnn(self) -> tuple[dict[str, dict[str, Callable[[], Any]]], list[float]]:
+        """The peer's two passes, and the errors of its out, dq, dk, dv."""
         leaves = [x.transpose(1, 2).detach().requires_grad_() for x in (self.q, self.k, self.v)]
         above = self.d_out.transpose(1, 2)
 
         def forward() -> Tensor:
-            return torch.nn.functional.scaled_dot_product_attention(
-                *leaves, is_causal=self.shape.causal
-            )
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return torch.nn.functional.scaled_dot_product_attention(
+                    *leaves, is_causal=self.shape.causal
+                )
 
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            out = forward()
+        out = forward()
 
-            def backward() -> tuple[Tensor, ...]:
-                return torch.autograd.grad(out, leaves, above, retain_graph=True)
+        def backward() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(out, leaves, above, retain_graph=True)
 
-            got = [x.transpose(1, 2) for x in (out, *backward())]
-            errors = [relative(a, b) for a, b in zip(got, self.exact, strict=True)]
-            return [self.rate(forward, 1.0), self.rate(backward, 2.5)], errors
+        got = [x.transpose(1, 2) for x in (out, *backward())]
+        errors = [relative(a, b) for a, b in zip(got, self.exact, strict=True)]
+        return {"forward": {"cuDNN": forward}, "backward": {"cuDNN": backward}}, errors
 
     def chosen(self, kind: str, variants: dict[str, Any]) -> list[tuple[str, Any]]:
         """The variants to run: none that hung or crashed at another length."""
@@ -200,9 +204,10 @@ class Bench:
     def wanted(self, name: str) -> bool:
         return name == "shipped" or not (self.base or time.time() > self.state.deadline)
 
-    def forward(self) -> tuple[dict[str, int], Tensor | None, Tensor | None, list[float]]:
-        """Rates, out and lse of the first variant that runs, and its error."""
-        rates: dict[str, int] = {}
+    def forward(
+        self, runs: dict[str, Callable[[], Any]]
+    ) -> tuple[Tensor | None, Tensor | None, list[float]]:
+        """Add the variants that work to `runs`; out, lse and error of the first."""
         out, lse, errors = None, None, []
         for name, tile in self.chosen("forward", forward_variants(self.shape)):
             if not self.wanted(name):
@@ -220,12 +225,13 @@ class Bench:
                 (out, lse), errors = got, [error]
             if error > 0.01:
                 say(f"!! {label}: error {error:.1e}")
-            rates[name] = self.rate(run, 1.0)
-        return rates, out, lse, errors or [1e9]
+            runs[name] = run
+        return out, lse, errors or [1e9]
 
-    def backward(self, out: Tensor, lse: Tensor) -> tuple[dict[str, int], dict[str, Any]]:
-        """Rates, and of the first variant: errors, dq over repeats, its main kernel alone."""
-        rates: dict[str, int] = {}
+    def backward(
+        self, out: Tensor, lse: Tensor, runs: dict[str, Callable[[], Any]]
+    ) -> dict[str, Any]:
+        """Add the variants that work to `runs`; errors, dq over repeats, kernels of the first."""
         more: dict[str, Any] = {}
         given = (self.d_out, None, self.q, self.k, self.v, out, lse)
         for name, tile in self.chosen("backward", backward_variants(self.shape)):
@@ -246,12 +252,12 @@ class Bench:
             repeats = max(relative(run()[0], got[0]) for _ in range(8 if not more else 2))
             if repeats > 2e-3:
                 say(f"!! {label}: dq differs by {repeats:.1e} between repeats")
-            rates[name] = self.rate(run, 2.5)
+            runs[name] = run
             if not more:
                 more = dict(
                     errors=errors, dq_over_repeats=repeats, kernels=self.parts(out, lse, tile)
                 )
-        return rates, more
+        return more
 
     def parts(self, out: Tensor, lse: Tensor, tile: Any) -> dict[str, float]:
         """Milliseconds of each of the three kernels, and the rate of the main one alone."""
@@ -264,12 +270,16 @@ class Bench:
         tensors |= plan.backward_buffers(self.q, self.k, tile)
         found = {}
         for launch in launches:
-            ms = triton.testing.do_bench(
-                lambda launch=launch: launch.run(tensors), warmup=8, rep=30, return_mode="median"
-            )
+            ms = milliseconds(functools.partial(launch.run, tensors))
             found[launch.kernel.fn.__name__.split("_")[0] + " ms"] = round(ms, 4)
         found["main TFLOP/s"] = round(2.5 * self.shape.flops / found["attention ms"] / 1e9)
         return found
+
+
+def milliseconds(run: Callable[[], Any]) -> float:
+    """Of one call, with a cold L2; some of the calls before it only warm up."""
+    found: float = triton.testing.do_bench(run, warmup=4, rep=15, return_mode="median")
+    return found
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, causal: bool) -> list[Tensor]:

@@ -15,7 +15,7 @@ from supervise import say
 from torch import Tensor
 
 from kernels.attention.hopper import plan
-from kernels.attention.hopper.tiles import BACKWARD, DRAWN, FORWARD, SNAKED, STRIDED
+from kernels.attention.hopper.tiles import BACKWARD, choose_forward
 
 MIB = 1 << 20
 
@@ -45,25 +45,18 @@ SHAPES = [
 
 
 def forward_variants(shape: Shape) -> dict[str, Any]:
-    base = FORWARD[shape.D, shape.causal]
+    base = choose_forward(shape.D, shape.causal, shape.S)
     found = {"shipped": base}
     if shape.causal:
-        found["draw 1 head"] = replace(base, schedule=DRAWN, together=0)
-        found["draw 16M"] = replace(base, schedule=DRAWN, together=16 * MIB)
-        found["draw all"] = replace(base, schedule=DRAWN, together=1 << 40)
-        found["snake 32M"] = replace(base, schedule=SNAKED, together=32 * MIB)
-        found["no persist 32M"] = replace(
-            base, schedule=STRIDED, persistent=False, together=32 * MIB
-        )
+        found["16M"] = replace(base, together=16 * MIB)
+        found["64M"] = replace(base, together=64 * MIB)
     else:
-        found["draw"] = replace(base, schedule=DRAWN)
-        found["no persist"] = replace(base, schedule=STRIDED, persistent=False)
-        found["stride 32M"] = replace(base, schedule=STRIDED, together=32 * MIB)
+        found["draw"] = replace(base, draw=True)
     if shape.D == 64:
         found["2x64 4 stages"] = replace(base, consumers=2, stages=4, registers=240)
-        found["3x64 2 stages"] = replace(base, stages=2)
-        found["3x64 4 stages"] = replace(base, stages=4)
-    return found
+        found["3x64 2 stages"] = replace(base, consumers=3, stages=2, registers=160)
+        found["3x64 3 stages"] = replace(base, consumers=3, stages=3, registers=160)
+    return {name: tile for name, tile in found.items() if name == "shipped" or tile != base}
 
 
 def backward_variants(shape: Shape) -> dict[str, Any]:
@@ -71,20 +64,15 @@ def backward_variants(shape: Shape) -> dict[str, Any]:
     found = {
         "shipped": base,
         "1 head": replace(base, together=0),
-        "48M": replace(base, together=48 * MIB),
-        "all": replace(base, together=1 << 40),
-        "early" if not base.early else "late": replace(base, early=not base.early),
-        "no persist": replace(base, schedule=STRIDED, persistent=False),
+        "8M": replace(base, together=8 * MIB),
+        "late" if base.early else "early": replace(base, early=not base.early),
     }
-    if shape.causal:
-        found["snake"] = replace(base, schedule=SNAKED)
-    else:
-        found["draw"] = replace(base, schedule=DRAWN)
-    if shape.D == 64:
-        found["64 queries 3 stages"] = replace(base, queries=64, stages=3)
-        found["64 q 3 st other"] = replace(base, queries=64, stages=3, early=not base.early)
-    else:
-        found["3 stages"] = replace(base, stages=3)
+    if not shape.causal:
+        found["stride" if base.draw else "draw"] = replace(base, draw=not base.draw)
+    if shape.D == 128:
+        found["3 stages" if base.stages == 2 else "2 stages"] = replace(
+            base, stages=5 - base.stages
+        )
     return found
 
 
@@ -146,12 +134,15 @@ def compile_all(shapes: list[Shape], base: bool) -> None:
         call = {name: value for name, value in case.items() if name != "joint"}
         call["H_kv"] = call.get("H_kv", call.get("H", 4))
         call["H"] = call.get("H", 4)
-        tiles = dict(forward=FORWARD[case["D"], case["causal"]])
-        jobs[Job(d_lse=True, backward=BACKWARD[case["D"], case["causal"]], **tiles, **call)] = None
+        tiles = dict(
+            forward=choose_forward(case["D"], case["causal"], case["T"]),
+            backward=BACKWARD[case["D"], case["causal"]],
+        )
+        jobs[Job(d_lse=True, **tiles, **call)] = None
     for shape in shapes:
         for kind, variants in (("forward", forward_variants), ("backward", backward_variants)):
             for name, tile in variants(shape).items():
-                same = replace(tile, together=0, persistent=True)  # not compiled in
+                same = replace(tile, together=0)  # not compiled in
                 if not base or name == "shipped":
                     jobs[Job(shape.D, shape.causal, **{kind: same})] = None
     start, n = time.time(), min(14, os.cpu_count() or 1, len(jobs))

@@ -71,9 +71,10 @@ def supervise(command: list[str], state: State) -> list[dict[str, Any]]:
         piece = _follow(worker, state, results)
         if piece is None:
             break
-        if piece in state.bad or piece == "start":
-            break  # nothing to leave out
+        known = piece in state.bad or piece == "start"
         state.bad.append(piece)
+        if known:
+            break  # nothing to leave out
     return results
 
 

@@ -3,8 +3,7 @@
 import importlib
 import os
 from dataclasses import dataclass
-from functools import lru_cache
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 

@@ -17,7 +17,7 @@ from kernels.attention.hopper.plan import (
     plan_backward,
     plan_forward,
 )
-from kernels.attention.hopper.tiles import BACKWARD, FORWARD, BackwardTile, ForwardTile
+from kernels.attention.hopper.tiles import BACKWARD, BackwardTile, ForwardTile, choose_forward
 from kernels.attention.problem import UNBOUNDED, Problem
 
 HEAD_SIZES = (64, 128)
@@ -81,7 +81,7 @@ def forward(
         tile: overrides the choice of tiles.py; for sweeps.
     """
     q, k, v = copyable(q), copyable(k), copyable(v)
-    tile = tile or FORWARD[q.shape[3], causal]
+    tile = tile or choose_forward(q.shape[3], causal, q.shape[1])
     options = Options(causal, scale, alibi_slopes is not None)
     made = forward_buffers(q)
     key = _key(q, k, v, options, tile)

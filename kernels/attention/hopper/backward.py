@@ -16,8 +16,8 @@ dQ needs the dS of both consumers. So that neither waits for the other, dQ is a 
                           dQ(i-1) -> shared -> added to global memory, fp32, by the copy engine
     producer              Q, lse, dO, delta of tile i + STAGES - 1; K, V of the next key tile
 
-Measured on one H200, D = 128: 544 TFLOP/s against 406 with both consumers in lockstep. The
-buffers need both barriers: without `ds_empty` dQ was off by 0.01 to 0.1 in some runs.
+In the prototype, on one H200 at D = 128, that made 544 TFLOP/s of 406 with both consumers in
+lockstep. The buffers need both barriers: without `ds_empty` dQ was off by 0.01 to 0.1 in some runs.
 
 Its half of dQ is half the columns when BM = 64 and 64 of the rows when BM = 128. In the first
 turn on a new key tile the product of "the tile before" is void: it is computed, since a branch
@@ -25,6 +25,7 @@ around a product serialises the pipeline, and not added.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="untyped-decorator, misc"
+# ruff: noqa: SIM102 -- the outer `if` is decided at compile time
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -36,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.attention.hopper.schedule import TICKET, dealt, draw, following, publish, tile_at
+from kernels.attention.hopper.schedule import draw, following, publish, tile_at
 from kernels.attention.hopper.shim import tma_add, tma_load, tma_store
 
 BN = gl.constexpr(128)
@@ -63,11 +64,13 @@ def _query_at(i, first, per_head, BM: gl.constexpr, GROUP: gl.constexpr):
 
 @gluon.jit
 def _producer(
-    q_desc, k_desc, v_desc, do_desc, stats_desc, q_ring, do_ring, kv, ticket, counter_ptr, sizes,
+    sources, rings, counter_ptr, sizes,
     BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    SCHEDULE: gl.constexpr,
+    DRAW: gl.constexpr,
 ):  # fmt: skip
     """One warp: loads Q, dO and their row statistics, and K and V of each key tile."""
+    q_desc, k_desc, v_desc, do_desc, stats_desc = sources
+    q_ring, do_ring, kv, ticket = rings
     q_smem, lse_smem, q_full, q_empty = q_ring
     do_smem, delta_smem, do_full = do_ring
     k_smem, v_smem, kv_full, kv_empty = kv
@@ -102,13 +105,15 @@ def _producer(
                 do_full.index(s), do_desc.block_type.nbytes + stats_desc.block_type.nbytes
             )
             tma_load(do_desc, at, do_full.index(s), do_smem.index(s))
-            tma_load(stats_desc, [row + n_heads * GROUP * rows, 0], do_full.index(s), delta_smem.index(s))
+            tma_load(
+                stats_desc, [row + n_heads * GROUP * rows, 0], do_full.index(s), delta_smem.index(s)
+            )
             it += 1
-        if SCHEDULE == TICKET:
+        if DRAW:
             position = draw(counter_ptr, n_tiles * n_heads)
             publish(position, turn, ticket)
         else:
-            position = dealt(turn + 1, SCHEDULE)
+            position += gl.num_programs(0)
         turn += 1
 
 
@@ -177,13 +182,15 @@ def _probabilities(
 
 @gluon.jit
 def _consumer(
-    dq_desc, dk_desc, dv_desc, slopes_ptr, q_ring, do_ring, kv, ds_ring, dq_smem, places,
-    ticket, scale, sizes,
+    results, slopes_ptr, scale, rings, staging, sizes,
     W: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr, EARLY: gl.constexpr,
-    SCHEDULE: gl.constexpr,
+    DRAW: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: keys [64 W, 64 W + 64) of every key tile."""
+    dq_desc, dk_desc, dv_desc = results
+    q_ring, do_ring, kv, ticket = rings
+    ds_ring, dq_smem, places = staging
     DQ_COLS: gl.constexpr = D // 2 if BM == 64 else D
     ROOM: gl.constexpr = 2 * DQ_COLS // D
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
@@ -216,8 +223,8 @@ def _consumer(
             s = it % STAGES
             phase = (it // STAGES) & 1
             member, query = _query_at(i, first, per_head, BM, GROUP)
-            # always 0, but the compiler cannot know: else it keeps the 24 descriptors of the products
-            # with K and V in 48 registers through the loop, and spills
+            # always 0, but the compiler cannot know: else it keeps the 24 descriptors of the
+            # products with K and V in 48 registers through the loop, and spills
             zero = it >> 30
             k_all = k_smem.index(zero).reshape([BN, D])
             k = k_all.slice(W * 64, 64, 0)
@@ -278,7 +285,9 @@ def _consumer(
 
         last = it - 1
         mbarrier.wait(ds_full.index(last % 2), (last // 2) & 1)
-        dq = _half_of_dq(ds_smem.index(last % 2), k_smem.index(0).reshape([BN, D]), W, BM, D, DQ_LAYOUT)
+        dq = _half_of_dq(
+            ds_smem.index(last % 2), k_smem.index(0).reshape([BN, D]), W, BM, D, DQ_LAYOUT
+        )
         dq = warpgroup_mma_wait(0, deps=(dq,))
         mbarrier.arrive(kv_empty, count=1)  # the next K and V load under what follows
         _add_to_dq(dq_desc, dq_smem, dq, row_before, W, BM, D)
@@ -295,7 +304,7 @@ def _consumer(
         fence_async_shared()
         tma_store(dk_desc, at, stage.index(ROOM - 1))
         turn += 1
-        position = following(turn, ticket, SCHEDULE)
+        position = following(position, turn, ticket, DRAW)
     tma.store_wait(0)
 
 
@@ -314,7 +323,7 @@ def attention_bwd_kernel(
     chunk,  # heads whose tiles stand together
     D: gl.constexpr, BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr, EARLY: gl.constexpr,
-    SCHEDULE: gl.constexpr,
+    DRAW: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of the key tiles this program gets, and what they add to dQ."""
     DTYPE: gl.constexpr = q_desc.dtype
@@ -354,18 +363,22 @@ def attention_bwd_kernel(
     mbarrier.init(ticket_full, count=1)
     mbarrier.init(ticket_empty, count=2)
 
-    q_ring = (q_smem, lse_smem, q_full, q_empty)
-    do_ring = (do_smem, delta_smem, do_full)
-    kv = (k_smem, v_smem, kv_full, kv_empty)
-    ds_ring = (ds_smem, ds_full, ds_empty)
-    ticket = (slot, ticket_full, ticket_empty)
+    rings = (
+        (q_smem, lse_smem, q_full, q_empty),
+        (do_smem, delta_smem, do_full),
+        (k_smem, v_smem, kv_full, kv_empty),
+        (slot, ticket_full, ticket_empty),
+    )
+    staging = ((ds_smem, ds_full, ds_empty), dq_smem, places)
+    sources = (q_desc, k_desc, v_desc, do_desc, stats_desc)
+    results = (dq_desc, dk_desc, dv_desc)
     sizes = (H_kv, T, S, n_heads, n_tiles, chunk)
-    gl.warp_specialize(
-        [
-            (_consumer, (dq_desc, dk_desc, dv_desc, slopes_ptr, q_ring, do_ring, kv, ds_ring, dq_smem, places, ticket, scale, sizes, 0, D, BM, GROUP, STAGES, CAUSAL, RAGGED, ALIBI, EARLY, SCHEDULE)),
-            (_consumer, (dq_desc, dk_desc, dv_desc, slopes_ptr, q_ring, do_ring, kv, ds_ring, dq_smem, places, ticket, scale, sizes, 1, D, BM, GROUP, STAGES, CAUSAL, RAGGED, ALIBI, EARLY, SCHEDULE)),
-            (_producer, (q_desc, k_desc, v_desc, do_desc, stats_desc, q_ring, do_ring, kv, ticket, counter_ptr, sizes, BM, GROUP, STAGES, CAUSAL, SCHEDULE)),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+    # fmt: off
+    gl.warp_specialize([
+        (_consumer, (results, slopes_ptr, scale, rings, staging, sizes, 0, D,
+                     BM, GROUP, STAGES, CAUSAL, RAGGED, ALIBI, EARLY, DRAW)),
+        (_consumer, (results, slopes_ptr, scale, rings, staging, sizes, 1, D,
+                     BM, GROUP, STAGES, CAUSAL, RAGGED, ALIBI, EARLY, DRAW)),
+        (_producer, (sources, rings, counter_ptr, sizes, BM, GROUP, STAGES, CAUSAL, DRAW)),
+    ], [4, 1], [240, 24])
+    # fmt: on

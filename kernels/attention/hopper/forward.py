@@ -1,4 +1,4 @@
-"""Attention, forward, for Hopper: persistent programs, one warp that loads, warpgroups that compute.
+"""Attention, forward, for Hopper: one warp of a program loads, two or three warpgroups compute.
 
 Dims: B batch, T queries, S keys, H heads, D head size, GROUP = H / H_kv, BN keys of a tile,
 CONSUMERS warpgroups of 64 query rows each, so a tile has BM = 64 * CONSUMERS queries.
@@ -18,10 +18,11 @@ S_j is issued before P_{j-1} V_{j-1}, so the tensor cores have work during the s
 measured on one H200. Descriptors are 4-D over [B, T, H, D], any strides: what lies past the end of
 a sequence reads as zero and is not written, and no copy is made.
 
-Maths: Dao 2023, arXiv:2307.08691, Algorithm 1; scores stay unscaled, exponentials are powers of two.
+Maths: Dao 2023, arXiv:2307.08691, Algorithm 1; scores stay unscaled, exponentials are powers of 2.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="untyped-decorator, misc"
+# ruff: noqa: SIM102 -- the outer `if` is decided at compile time
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -33,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.attention.hopper.schedule import TICKET, dealt, draw, following, publish, tile_at
+from kernels.attention.hopper.schedule import draw, following, publish, tile_at
 from kernels.attention.hopper.shim import tma_load, tma_store
 
 # Finite, since a row that sees no key of its first tile must not become NaN; and a power of two, so
@@ -54,11 +55,13 @@ def _key_tiles(last_row, S, past, BN: gl.constexpr, CAUSAL: gl.constexpr):
 
 @gluon.jit
 def _producer(
-    q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, ticket, counter_ptr, sizes,
+    sources, rings, counter_ptr, sizes,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, SCHEDULE: gl.constexpr,
+    CAUSAL: gl.constexpr, DRAW: gl.constexpr,
 ):  # fmt: skip
     """One warp: loads Q, K and V of every tile as soon as their places are free."""
+    q_desc, k_desc, v_desc = sources
+    q_ring, k_ring, v_ring, ticket = rings
     q_smem, q_full, q_empty = q_ring
     k_smem, k_full, k_empty = k_ring
     v_smem, v_full, v_empty = v_ring
@@ -90,11 +93,11 @@ def _producer(
             mbarrier.expect(v_full.index(s), v_desc.block_type.nbytes)
             tma_load(v_desc, [b, key, h // GROUP, 0], v_full.index(s), v_smem.index(s))
             it += 1
-        if SCHEDULE == TICKET:
+        if DRAW:
             position = draw(counter_ptr, n_tiles * n_heads)
             publish(position, turn, ticket)
         else:
-            position = dealt(turn + 1, SCHEDULE)
+            position += gl.num_programs(0)
         turn += 1
 
 
@@ -120,17 +123,19 @@ def _shape_scores(s, cols, limit, origin, ramp, MASK: gl.constexpr, ALIBI: gl.co
 
 @gluon.jit
 def _consumer(
-    out_desc, lse_ptr, slopes_ptr, q_ring, k_ring, v_ring, out_smem, ticket, scale, sizes,
+    results, slopes_ptr, scale, rings, out_smem, sizes,
     W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, EDGE: gl.constexpr, SKIP: gl.constexpr,
-    ALIBI: gl.constexpr, SCHEDULE: gl.constexpr,
+    ALIBI: gl.constexpr, DRAW: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
+    out_desc, lse_ptr = results
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    q_ring, k_ring, v_ring, ticket = rings
     q_smem, q_full, q_empty = q_ring
     k_smem, k_full, k_empty = k_ring
     v_smem, v_full, v_empty = v_ring
@@ -222,7 +227,7 @@ def _consumer(
         fence_async_shared()
         tma_store(out_desc, [head // H, row, head % H, 0], out_smem.index(W))
         turn += 1
-        position = following(turn, ticket, SCHEDULE)
+        position = following(position, turn, ticket, DRAW)
     tma.store_wait(0)
 
 
@@ -241,7 +246,7 @@ def attention_fwd_kernel(
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, CAUSAL: gl.constexpr,
     EDGE: gl.constexpr,  # key tiles at the end of a row that may need the mask
     SKIP: gl.constexpr,  # key tiles may be of no use to some warpgroups
-    ALIBI: gl.constexpr, SCHEDULE: gl.constexpr,
+    ALIBI: gl.constexpr, DRAW: gl.constexpr,
 ):  # fmt: skip
     """out and lse of the tiles this program gets; one launch has at most one program per SM."""
     DTYPE: gl.constexpr = q_desc.dtype
@@ -271,29 +276,34 @@ def attention_fwd_kernel(
     mbarrier.init(ticket_full, count=1)
     mbarrier.init(ticket_empty, count=CONSUMERS)
 
-    q_ring = (q_smem, q_full, q_empty)
-    k_ring = (k_smem, k_full, k_empty)
-    v_ring = (v_smem, v_full, v_empty)
-    ticket = (slot, ticket_full, ticket_empty)
+    rings = (
+        (q_smem, q_full, q_empty),
+        (k_smem, k_full, k_empty),
+        (v_smem, v_full, v_empty),
+        (slot, ticket_full, ticket_empty),
+    )
+    sources = (q_desc, k_desc, v_desc)
+    results = (out_desc, lse_ptr)
     sizes = (H, T, S, n_heads, n_tiles, chunk)
+    # fmt: off
     if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (_consumer, (out_desc, lse_ptr, slopes_ptr, q_ring, k_ring, v_ring, out_smem, ticket, scale, sizes, 0, D, CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, SCHEDULE)),
-                (_consumer, (out_desc, lse_ptr, slopes_ptr, q_ring, k_ring, v_ring, out_smem, ticket, scale, sizes, 1, D, CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, SCHEDULE)),
-                (_producer, (q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, ticket, counter_ptr, sizes, GROUP, CONSUMERS, BN, STAGES, CAUSAL, SCHEDULE)),
-            ],
-            [4, 1],
-            [REGISTERS, 24],
-        )  # fmt: skip
+        gl.warp_specialize([
+            (_consumer, (results, slopes_ptr, scale, rings, out_smem, sizes, 0, D,
+                         CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, DRAW)),
+            (_consumer, (results, slopes_ptr, scale, rings, out_smem, sizes, 1, D,
+                         CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, DRAW)),
+            (_producer, (sources, rings, counter_ptr, sizes,
+                         GROUP, CONSUMERS, BN, STAGES, CAUSAL, DRAW)),
+        ], [4, 1], [REGISTERS, 24])
     else:
-        gl.warp_specialize(
-            [
-                (_consumer, (out_desc, lse_ptr, slopes_ptr, q_ring, k_ring, v_ring, out_smem, ticket, scale, sizes, 0, D, CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, SCHEDULE)),
-                (_consumer, (out_desc, lse_ptr, slopes_ptr, q_ring, k_ring, v_ring, out_smem, ticket, scale, sizes, 1, D, CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, SCHEDULE)),
-                (_consumer, (out_desc, lse_ptr, slopes_ptr, q_ring, k_ring, v_ring, out_smem, ticket, scale, sizes, 2, D, CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, SCHEDULE)),
-                (_producer, (q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, ticket, counter_ptr, sizes, GROUP, CONSUMERS, BN, STAGES, CAUSAL, SCHEDULE)),
-            ],
-            [4, 4, 1],
-            [REGISTERS, REGISTERS, 24],
-        )  # fmt: skip
+        gl.warp_specialize([
+            (_consumer, (results, slopes_ptr, scale, rings, out_smem, sizes, 0, D,
+                         CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, DRAW)),
+            (_consumer, (results, slopes_ptr, scale, rings, out_smem, sizes, 1, D,
+                         CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, DRAW)),
+            (_consumer, (results, slopes_ptr, scale, rings, out_smem, sizes, 2, D,
+                         CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, DRAW)),
+            (_producer, (sources, rings, counter_ptr, sizes,
+                         GROUP, CONSUMERS, BN, STAGES, CAUSAL, DRAW)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])
+    # fmt: on

@@ -77,9 +77,9 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
         EDGE=edge,
         SKIP=options.causal and not even,
         ALIBI=options.alibi,
-        SCHEDULE=tile.schedule,
+        DRAW=tile.draw,
     )
-    return Launch(attention_fwd_kernel, _grid(n_tiles * B * H, tile.persistent, n_sm), arguments)
+    return Launch(attention_fwd_kernel, (min(n_sm, n_tiles * B * H), 1, 1), arguments)
 
 
 def backward_buffers(q: Tensor, k: Tensor, tile: BackwardTile) -> dict[str, Tensor]:
@@ -149,25 +149,19 @@ def plan_backward(
         RAGGED=not options.causal and S % BN.value != 0,
         ALIBI=options.alibi,
         EARLY=tile.early,
-        SCHEDULE=tile.schedule,
+        DRAW=tile.draw,
     )
     cast = dict(sum_ptr=Pointer("dq_sum"), dq_ptr=Pointer("dq"), scale=options.scale, **around)
     grid = (n_rows // BM, 1, 1)
     return (
         Launch(prepare_rows_kernel, grid, prepare),
-        Launch(
-            attention_bwd_kernel, _grid(n_tiles * B * H_kv, tile.persistent, n_sm), arguments
-        ),
+        Launch(attention_bwd_kernel, (min(n_sm, n_tiles * B * H_kv), 1, 1), arguments),
         Launch(cast_dq_kernel, grid, cast),
     )
 
 
 def _padded(T: int, tile: BackwardTile) -> int:
     return -(-T // tile.queries) * tile.queries
-
-
-def _grid(n_positions: int, persistent: bool, n_sm: int) -> tuple[int, int, int]:
-    return (min(n_sm, n_positions) if persistent else n_positions, 1, 1)
 
 
 def _together(room: int, bytes_per_kv: int, group: int, n_heads: int) -> int:

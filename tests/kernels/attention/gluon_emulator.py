@@ -15,6 +15,7 @@ a load issued too early shows in the result. Layouts, registers and speed are no
 
 import random
 import threading
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +33,8 @@ from kernels.attention.hopper import shim
 from kernels.attention.hopper.launch import Launch, Tensors
 
 PATIENCE = 20.0  # seconds a wait may take
-SHORTEST_DELAY, LONGEST_DELAY = 0.0, 2e-3  # seconds a copy takes
+SHORTEST_DELAY, LONGEST_DELAY = 0.0, 2e-3  # seconds a copy takes, mostly
+NAP, NAPS = 2e-2, 0.03  # seconds now and then, at this share of all copies and waits
 
 
 class Barrier:
@@ -166,11 +168,18 @@ _mine = _Mine()
 _atomic = threading.Lock()
 
 
+def _nap() -> None:
+    """Lets the others run ahead as far as the barriers let them."""
+    if random.random() < NAPS:
+        time.sleep(NAP)
+
+
 def _later(work: Callable[[], None]) -> threading.Thread:
     failures = _mine.failures
 
     def run() -> None:
-        threading.Event().wait(max(SHORTEST_DELAY, random.uniform(0, LONGEST_DELAY)))
+        time.sleep(max(SHORTEST_DELAY, random.uniform(0, LONGEST_DELAY)))
+        _nap()
         _catch(failures, work)
 
     thread = threading.Thread(target=run, daemon=True)
@@ -242,6 +251,11 @@ def _store_wait(pendings: int) -> None:
 
 def _fence(cluster: bool = False) -> None:
     _mine.unfenced = False
+
+
+def _wait(barrier: Barrier, parity: int) -> None:
+    barrier.wait(parity)
+    _nap()
 
 
 def _arrive(barrier: Barrier, count: int = 1) -> None:
@@ -349,7 +363,7 @@ _REPLACED = {
         MBarrierLayout=lambda: "barrier",
         init=lambda barrier, count: barrier.init(count),
         expect=lambda barrier, size: barrier.add(1, size),
-        wait=lambda barrier, parity: barrier.wait(parity),
+        wait=_wait,
         arrive=_arrive,
     ),
     id(hopper.tma): types.SimpleNamespace(store_wait=_store_wait),

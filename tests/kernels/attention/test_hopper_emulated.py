@@ -2,6 +2,7 @@
 
 # ruff: noqa: ANN001, ANN202 -- arguments of kernels have no Python type
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,16 +17,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.attention.hopper.forward import MASKED
 from kernels.attention.hopper.launch import Blocks, Launch
 from kernels.attention.hopper.shim import tma_load, tma_store
 from kernels.attention.hopper.tiles import (
     BACKWARD,
-    DRAWN,
     FORWARD,
-    SNAKED,
-    STRIDED,
+    FORWARD_128_ROWS,
     BackwardTile,
     ForwardTile,
+    choose_forward,
 )
 from tests.accuracy import assert_as_accurate
 from tests.kernels.attention import gluon_emulator
@@ -83,16 +84,31 @@ def test_views_into_one_projection_are_read_in_place() -> None:
 
 
 @pytest.mark.parametrize("together", [0, 1 << 18])
-@pytest.mark.parametrize("schedule", [STRIDED, SNAKED, DRAWN])
+@pytest.mark.parametrize("draw", [False, True])
 @pytest.mark.parametrize("n_sm", [1, 5])
-def test_every_schedule_takes_every_tile_once(schedule: int, together: int, n_sm: int) -> None:
+def test_every_schedule_takes_every_tile_once(draw: bool, together: int, n_sm: int) -> None:
     case = Case(T=400, S=400, D=64, B=2, H=3, H_kv=3, options={"causal": True})
     check(
         inputs_of(case, "cpu", torch.bfloat16),
-        replace(FORWARD[64, True], schedule=schedule, together=together),
-        replace(BACKWARD[64, True], schedule=schedule, together=together),
+        replace(FORWARD[64, True], draw=draw, together=together),
+        replace(BACKWARD[64, True], draw=draw, together=together),
         n_sm,
     )
+
+
+def test_fewer_rows_are_taken_where_the_last_tile_would_be_empty() -> None:
+    assert choose_forward(64, True, 1024) is FORWARD_128_ROWS[True]
+    assert choose_forward(64, True, 1152) is FORWARD[64, True]  # 6 tiles of 192
+    assert choose_forward(64, False, 16384) is FORWARD[64, False]
+    assert choose_forward(128, True, 1024) is FORWARD[128, True]
+    case = Case(T=130, S=200, D=64, options={"causal": False})
+    check(inputs_of(case, "cpu", torch.bfloat16), forward=FORWARD_128_ROWS[False])
+
+
+def test_scores_of_a_row_that_is_masked_so_far_cancel_exactly() -> None:
+    """On the GPU s * scale - peak * scale is one rounding and then a fused multiply-add."""
+    mantissa, _ = math.frexp(-MASKED.value)
+    assert mantissa == 0.5
 
 
 @pytest.mark.parametrize("D", [64, 128])
@@ -100,7 +116,7 @@ def test_every_schedule_takes_every_tile_once(schedule: int, together: int, n_sm
 @pytest.mark.parametrize("queries", [64, 128])
 def test_other_backward_tiles_are_right(D: int, early: bool, queries: int) -> None:
     case = Case(T=300, S=300, D=D, options={"causal": True})
-    tile = replace(BACKWARD[D, True], queries=queries, early=early, stages=3, persistent=False)
+    tile = replace(BACKWARD[D, True], queries=queries, early=early, stages=3)
     check(inputs_of(case, "cpu", torch.bfloat16), backward=tile)
 
 
