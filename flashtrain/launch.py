@@ -27,7 +27,8 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(USAGE)
         return 0
-    from flashtrain.config import ConfigError, load, to_dict
+    from flashtrain.compose import load
+    from flashtrain.config import ConfigError, to_dict
 
     try:
         n_processes, overrides = _processes(arguments)

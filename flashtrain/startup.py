@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from flashtrain.config import Config, from_dict, load, resolve, to_dict
+from flashtrain.compose import from_dict, load, resolve
+from flashtrain.config import Config, to_dict
 from flashtrain.data.source import prepare_source
 from flashtrain.door import admit
 from flashtrain.launch import REFUSED

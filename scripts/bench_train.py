@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 
 from flashtrain.build import build_model
-from flashtrain.config import ConfigError, load
+from flashtrain.compose import load
+from flashtrain.config import ConfigError
 from flashtrain.data.source import open_loader, prepare_source
 from flashtrain.engine.native import NativeEngine
 from flashtrain.metrics import flops_per_token

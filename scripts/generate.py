@@ -19,7 +19,8 @@ import torch
 
 from flashtrain import checkpoint
 from flashtrain.build import build_model
-from flashtrain.config import ConfigError, from_dict
+from flashtrain.compose import from_dict
+from flashtrain.config import ConfigError
 from flashtrain.data.tokenizer import load_tokenizer
 from flashtrain.launch import REFUSED
 from flashtrain.model.sample import sample

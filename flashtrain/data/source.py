@@ -4,7 +4,8 @@ import dataclasses
 
 import torch
 
-from flashtrain.config import Config, ConfigError, Source, TokenizerKind, check_layout
+from flashtrain.compose import check_layout
+from flashtrain.config import Config, ConfigError, Source, TokenizerKind
 from flashtrain.data.loader import DataLoader, count_samples
 from flashtrain.data.prepare import prepare_shakespeare
 from flashtrain.data.shards import RandomTokens, TokenShards

@@ -13,6 +13,7 @@ compiled block must not make and keep tensors of its own.
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class LearnedPosition(nn.Module):
         return self.weight[:T]
 
 
-class FixedPosition(nn.Module):
+class FixedPosition(nn.Module, ABC):
     """A table nobody trains, computed in fp64 on the CPU, so that all devices hold equal values."""
 
     def __init__(self, max_length: int) -> None:
@@ -47,9 +48,9 @@ class FixedPosition(nn.Module):
         self.max_length = max_length
         self._table: Tensor | None = None  # no buffer: nothing to save, nothing on meta
 
+    @abstractmethod
     def make(self, T: int) -> Tensor:
         """`[T, ..]` fp32 on the CPU."""
-        raise NotImplementedError
 
     def forward(self, T: int, device: torch.device) -> Tensor:
         table = self._table

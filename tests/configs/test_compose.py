@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from flashtrain.config import CONFIGS, Config, fingerprint, from_dict, load, to_dict
+from flashtrain.compose import CONFIGS, fingerprint, from_dict, load
+from flashtrain.config import Config, to_dict
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 CHOICES = sorted(

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flashtrain.config import ConfigError, load
+from flashtrain.compose import load
+from flashtrain.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS = "data=shards"

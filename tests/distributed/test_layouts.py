@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from flashtrain import hooks
-from flashtrain.config import from_dict, load, to_dict
+from flashtrain.compose import from_dict, load
+from flashtrain.config import to_dict
 from flashtrain.data.prepare import Recipe, prepare
 from flashtrain.data.source import prepare_source
 from flashtrain.train import train

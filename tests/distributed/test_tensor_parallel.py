@@ -13,15 +13,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from flashtrain.build import materialize
-from flashtrain.config import (
-    Mlp,
-    ModelConfig,
-    Norm,
-    PositionConfig,
-    PositionKind,
-    Target,
-    resolve_model,
-)
+from flashtrain.compose import resolve_model
+from flashtrain.config import Mlp, ModelConfig, Norm, PositionConfig, PositionKind, Target
 from flashtrain.model.gpt import GPT
 from flashtrain.model.init import init_weights
 from flashtrain.parallel.collectives import all_gather

@@ -3,7 +3,7 @@
 import torch
 
 from flashtrain.build import build_model, materialize
-from flashtrain.config import load
+from flashtrain.compose import load
 from flashtrain.model.gpt import GPT
 from flashtrain.parallel.mesh import SINGLE
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flashtrain.config import Config, ConfigError, load
+from flashtrain.compose import load
+from flashtrain.config import Config, ConfigError
 from flashtrain.data.prepare import Recipe, prepare
 from flashtrain.data.shards import DataError
 from flashtrain.door import admit, describe_attention

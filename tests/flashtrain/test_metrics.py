@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from flashtrain.compose import resolve_model
 from flashtrain.config import (
     Compute,
     Config,
@@ -17,7 +18,6 @@ from flashtrain.config import (
     PositionConfig,
     PositionKind,
     TrainerConfig,
-    resolve_model,
 )
 from flashtrain.metrics import (
     Speedometer,

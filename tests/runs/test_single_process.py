@@ -8,7 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from flashtrain.config import Config, load
+from flashtrain.compose import load
+from flashtrain.config import Config
 from flashtrain.data.prepare import Recipe, prepare
 from flashtrain.door import admit
 from flashtrain.train import train

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from flashtrain.build import build_model
-from flashtrain.config import Config, load
+from flashtrain.compose import load
+from flashtrain.config import Config
 from flashtrain.data.loader import Batch
 from flashtrain.engine.native import NativeEngine
 from flashtrain.parallel.loss import IGNORED

@@ -7,15 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from flashtrain.config import (
-    Mlp,
-    ModelConfig,
-    Norm,
-    PositionConfig,
-    PositionKind,
-    Target,
-    resolve_model,
-)
+from flashtrain.compose import resolve_model
+from flashtrain.config import Mlp, ModelConfig, Norm, PositionConfig, PositionKind, Target
 from flashtrain.model.gpt import GPT
 from flashtrain.model.init import init_weights
 from tests.flashtrain.model.plain_gpt import plain_hidden

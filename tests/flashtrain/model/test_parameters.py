@@ -5,17 +5,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from flashtrain.config import (
-    CONFIGS,
-    Mlp,
-    ModelConfig,
-    Norm,
-    PositionConfig,
-    PositionKind,
-    Target,
-    check_position,
-    resolve_model,
-)
+from flashtrain.compose import CONFIGS, check_position, resolve_model
+from flashtrain.config import Mlp, ModelConfig, Norm, PositionConfig, PositionKind, Target
 from flashtrain.model.gpt import GPT, n_parameters
 from tests.flashtrain.model.test_gpt import tiny
 

@@ -5,14 +5,8 @@ import torch
 from torch import nn
 
 from flashtrain.build import materialize
-from flashtrain.config import (
-    Mlp,
-    ModelConfig,
-    PositionConfig,
-    PositionKind,
-    Target,
-    resolve_model,
-)
+from flashtrain.compose import resolve_model
+from flashtrain.config import Mlp, ModelConfig, PositionConfig, PositionKind, Target
 from flashtrain.model.gpt import GPT
 from flashtrain.parallel.layers import ColumnLinear, RowLinear, VocabularyEmbedding
 from flashtrain.parallel.mesh import SINGLE, Axis

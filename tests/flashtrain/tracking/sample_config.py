@@ -1,14 +1,7 @@
 """A resolved config small enough to follow."""
 
-from flashtrain.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    Source,
-    TrainerConfig,
-    WandbMode,
-    resolve_model,
-)
+from flashtrain.compose import resolve_model
+from flashtrain.config import Config, DataConfig, ModelConfig, Source, TrainerConfig, WandbMode
 
 
 def small_config() -> Config:

@@ -1,0 +1,306 @@
+"""From overrides to a config that can run: Hydra composes, then numbers are held to each other.
+
+Three doors stand behind each other: OmegaConf's types (unknown key, wrong type, wrong enum), the
+cross-field rules here, and `door.py`, which looks at files and the machine. Every refusal is a
+ConfigError with one sentence naming the values, the limit and the way out.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flashtrain.config import (
+    Config,
+    ConfigError,
+    Mlp,
+    ModelConfig,
+    PositionConfig,
+    PositionKind,
+    RopeType,
+    Source,
+    Target,
+    to_dict,
+)
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def load(overrides: list[str], world_size: int = 1, configs: Path = CONFIGS) -> Config:
+    """Compose `configs/train.yaml` with Hydra overrides, check it and fill in what is derived.
+
+    Raises ConfigError for every key, type or combination that cannot run on `world_size` ranks.
+    """
+    for override in overrides:
+        if override.startswith(("-", "=")):
+            raise ConfigError(f"{override!r} is not a Hydra override: write key=value")
+    # Hydra takes a group out with ~group only; group=null is what people write
+    overrides = [
+        f"~{group}" if null and not value and (configs / group).is_dir() else override
+        for override in overrides
+        for group, null, value in [override.partition("=null")]
+    ]
+    try:
+        with initialize_config_dir(str(configs), version_base="1.3"):
+            tree = compose("train", overrides)
+        # `+key=...` slips past the schema during composition; a fresh one rejects it
+        plain = OmegaConf.to_container(tree, resolve=True)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error)) from error
+    except ValueError as error:  # Hydra's own word on group=3
+        raise ConfigError(f"{' '.join(overrides)}: {error}") from error
+    assert isinstance(config, Config)
+    return resolve(config, world_size)
+
+
+def _one_line(error: BaseException) -> str:
+    """The sentence of a Hydra / OmegaConf error, with the key it speaks of and the way out."""
+    root = error
+    while isinstance(root.__cause__, OmegaConfBaseException):
+        root = root.__cause__
+    key, value = getattr(root, "full_key", None), getattr(root, "value", None)
+    section = getattr(root, "object_type", None)  # the dataclass that refused
+    sentence = next((line.strip() for line in str(root).splitlines() if line.strip()), "")
+    if (override := getattr(root, "override", None)) is not None:
+        return (
+            f"{override!r} is not a Hydra override: write key=value, a list as [a,b] and text "
+            "with blanks or brackets as key='\"text\"'"
+        )
+    if choices := getattr(root, "options", None):
+        group, _, choice = getattr(root, "missing_cfg_file", "").rpartition("/")
+        return f"{group}={choice}: no such choice; choose from {', '.join(choices)}"
+    if isinstance(root, KeyError | AttributeError) and dataclasses.is_dataclass(section):
+        names = ", ".join(item.name for item in dataclasses.fields(section))
+        return f"{key}: no such key; {str(key).rpartition('.')[0] or 'the root'} has {names}"
+    if sentence.startswith("Ambiguous value"):
+        return f"{sentence}: write a list as key=[a,b]; one run takes one value"
+    for phrase, clear in {
+        "missing mandatory value": f"{key} must be set",
+        "is not Optional": f"{key}=null: a value must be set",
+        "is not a ListConfig": f"{key}={value}: write a list, as in {key}=[{value}]",
+    }.items():
+        if phrase in sentence:
+            return clear
+    return f"{key}: {sentence}" if key and str(key) not in sentence else sentence
+
+
+def resolve(config: Config, world_size: int) -> Config:
+    """A copy with every derived value filled in and every cross-field rule checked."""
+    model, data = config.model, config.data
+    missing = [
+        f"{section.name}.{item.name}"
+        for section in dataclasses.fields(config)
+        if dataclasses.is_dataclass(part := getattr(config, section.name))
+        for item in dataclasses.fields(part)
+        if getattr(part, item.name) == MISSING
+    ]
+    _need(not missing, f"{', '.join(missing)} must be set")
+    for key, value in {
+        "model.n_layers": model.n_layers,
+        "model.n_heads": model.n_heads,
+        "model.n_kv_heads": model.n_kv_heads,
+        "model.d_model": model.d_model,
+        "model.head_size": model.head_size,
+        "model.d_ff": model.d_ff,
+        "model.vocabulary": model.vocabulary,
+        "model.logit_softcap": model.logit_softcap,
+        "model.norm_eps": model.norm_eps,
+        "model.init_std": model.init_std,
+        "data.sequence_length": data.sequence_length,
+        "data.batch_size": data.batch_size,
+        "data.micro_batch_size": data.micro_batch_size,
+        "parallel.tensor": config.parallel.tensor,
+        "engine.bucket_mb": config.engine.bucket_mb,
+        "optimizer.lr": config.optimizer.lr,
+        "optimizer.eps": config.optimizer.eps,
+        "optimizer.clip_norm": config.optimizer.clip_norm,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep": config.checkpoint.keep,
+        "trainer.steps": config.trainer.steps,
+        "trainer.stop_at": config.trainer.stop_at,
+        "trainer.log_every": config.trainer.log_every,
+        "trainer.evaluate_every": config.trainer.evaluate_every,
+        "trainer.evaluate_sequences": config.trainer.evaluate_sequences,
+        "trainer.sample_every": config.trainer.sample_every,
+        "trainer.sample_tokens": config.trainer.sample_tokens,
+        "position.rope_theta": config.position.rope_theta,
+        "position.scaling.factor": config.position.scaling.factor,
+        "tracking.peak_tflops": config.tracking.peak_tflops,
+    }.items():
+        positive = value is None or (value > 0 and math.isfinite(value))
+        _need(positive, f"{key}={value} must be a number above 0")
+    for key, value, low, high in (
+        ("optimizer.beta1", config.optimizer.beta1, 0, 0.99999),  # 1 would divide by 1 - beta = 0
+        ("optimizer.beta2", config.optimizer.beta2, 0, 0.99999),
+        ("schedule.final_ratio", config.schedule.final_ratio, 0, 1),
+        ("schedule.decay_share", config.schedule.decay_share, 0, 1),
+        ("position.partial_rotary_factor", config.position.partial_rotary_factor, 0, 1),
+        ("optimizer.weight_decay", config.optimizer.weight_decay, 0, math.inf),
+        ("schedule.warmup_steps", config.schedule.warmup_steps, 0, math.inf),
+    ):
+        _need(low <= value <= high, f"{key}={value} must lie between {low} and {high}")
+
+    _need(
+        re.fullmatch(r"[\w.+-]+", config.name) is not None,
+        f"name={config.name!r} must be letters, digits and . _ + - only: it names a folder",
+    )
+    _need(config.run_dir != "", "run_dir is empty: name a folder or leave it null")
+    _need(0 <= config.seed < 2**63, f"seed={config.seed} must lie between 0 and 2^63 - 1")
+    tensor = config.parallel.tensor
+    if tensor is None:
+        tensor = 2 if world_size % 2 == 0 else 1
+    micro_batch = data.micro_batch_size or max(1, data.batch_size * tensor // world_size)
+    config = dataclasses.replace(
+        config,
+        model=resolve_model(model),
+        data=dataclasses.replace(data, micro_batch_size=micro_batch),
+        parallel=dataclasses.replace(config.parallel, tensor=tensor),
+    )
+    check_position(config.model, config.position)
+    check_layout(config, world_size)
+    if data.source is Source.shards:
+        _need(
+            data.path is not None,
+            "data.path must name a folder of token shards; make one with "
+            "`python scripts/prepare_data.py INPUT... --output FOLDER`",
+        )
+    if data.source is Source.random:
+        _need(model.vocabulary is not None, "model.vocabulary must be set for data.source=random")
+    if config.run_dir is None:
+        config.run_dir = f"runs/{config.name}-{fingerprint(config)}"
+    return config
+
+
+def resolve_model(model: ModelConfig) -> ModelConfig:
+    """Head count, head size and MLP width filled in; refuses sizes that do not divide."""
+    heads, width = model.n_heads, model.d_model
+    if model.head_size is None:
+        _need(
+            width % heads == 0,
+            f"model.d_model={width} is not divisible by model.n_heads={heads}: "
+            "change one of them or set model.head_size",
+        )
+    size = model.head_size or width // heads
+    _need(size <= 256, f"head size {size} is above 256, the largest the attention kernels take")
+    kv = model.n_kv_heads or heads
+    _need(
+        heads % kv == 0,
+        f"model.n_heads={heads} is not a multiple of model.n_kv_heads={kv}",
+    )
+    d_ff = model.d_ff
+    if d_ff is None:
+        d_ff = 4 * width if model.mlp is not Mlp.swiglu else -(-8 * width // 3 // 256) * 256
+    return dataclasses.replace(model, n_kv_heads=kv, head_size=size, d_ff=d_ff)
+
+
+def check_position(model: ModelConfig, position: PositionConfig) -> None:
+    """Refuse what a kind of position cannot touch."""
+    targets = set(position.applies_to)
+    names = ",".join(t.name for t in position.applies_to)
+    kind = position.kind
+    _need(bool(targets), "position.applies_to is empty: write position=none for no positions")
+    if kind is PositionKind.alibi:
+        _need(
+            targets == {Target.q, Target.k},
+            f"position.applies_to=[{names}]: ALiBi is a bias on q.k scores, so it takes [q,k] only",
+        )
+    if kind is PositionKind.rope:
+        _need(
+            Target.embedding not in targets,
+            f"position.applies_to=[{names}]: RoPE rotates heads and cannot go onto the embedding; "
+            "choose any of q, k, v",
+        )
+        assert model.head_size is not None
+        rotated = int(model.head_size * position.partial_rotary_factor)
+        _need(
+            rotated >= 2 and rotated % 2 == 0,
+            f"RoPE turns pairs: head size {model.head_size} x position.partial_rotary_factor="
+            f"{position.partial_rotary_factor} gives {rotated}, which must be even and at least 2",
+        )
+        scaling = position.scaling
+        if scaling.rope_type in (RopeType.yarn, RopeType.llama3):
+            _need(
+                scaling.original_max_position_embeddings is not None,
+                f"position.scaling.rope_type={scaling.rope_type.name} needs "
+                "position.scaling.original_max_position_embeddings",
+            )
+    if Target.embedding in targets:
+        _need(
+            len(targets) == 1,
+            f"position.applies_to=[{names}]: `embedding` already reaches q, k and v; name it alone",
+        )
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Refuse degrees that do not multiply or divide, naming both numbers."""
+    model, data, tensor = config.model, config.data, config.parallel.tensor
+    assert tensor is not None and model.n_kv_heads is not None and model.d_ff is not None
+    assert data.micro_batch_size is not None
+    _need(
+        world_size % tensor == 0,
+        f"parallel.tensor={tensor} does not divide the {world_size} processes of this run",
+    )
+    replicas = world_size // tensor
+    _need(
+        model.n_heads % tensor == 0,
+        f"model.n_heads={model.n_heads} is not divisible by parallel.tensor={tensor}",
+    )
+    _need(
+        model.n_kv_heads % tensor == 0 or tensor % model.n_kv_heads == 0,
+        f"model.n_kv_heads={model.n_kv_heads} and parallel.tensor={tensor}: one must divide "
+        "the other, so that ranks hold or share whole key/value heads",
+    )
+    for key, value in (
+        ("model.d_ff", model.d_ff),
+        ("data.sequence_length", data.sequence_length),
+        ("model.vocabulary", model.vocabulary),
+    ):
+        _need(
+            value is None or value % tensor == 0,
+            f"{key}={value} is not divisible by parallel.tensor={tensor}",
+        )
+    per_pass = data.micro_batch_size * replicas
+    _need(
+        data.batch_size % per_pass == 0,
+        f"data.batch_size={data.batch_size} is not divisible by data.micro_batch_size="
+        f"{data.micro_batch_size} x {replicas} data-parallel ranks = {per_pass}",
+    )
+    _need(
+        config.trainer.evaluate_sequences % replicas == 0,
+        f"trainer.evaluate_sequences={config.trainer.evaluate_sequences} is not divisible by "
+        f"{replicas} data-parallel ranks",
+    )
+
+
+def _need(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ConfigError(sentence)
+
+
+def fingerprint(config: Config) -> str:
+    """Eight hex digits over all that changes the numbers: not layout, tracking or cadence."""
+    tree = to_dict(config)
+    for key in ("run_dir", "name", "parallel", "engine", "checkpoint", "tracking", "attention"):
+        del tree[key]
+    tree["trainer"] = {"steps": config.trainer.steps}
+    del tree["data"]["micro_batch_size"]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """The inverse of `to_dict`; raises ConfigError for a tree this version does not know."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), tree))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from error
+    assert isinstance(config, Config)
+    return config
