@@ -11,6 +11,7 @@ flashtrain/data/shards.py.
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -58,17 +59,20 @@ class Display:
     def __init__(self, bars: Bars) -> None:
         self.bars = bars
         self.tasks: dict[str, TaskID] = {}
+        self.began = self.latest = time.perf_counter()
 
     def __call__(self, progress: Progress) -> None:
+        now = time.perf_counter()
         if progress.stage not in self.tasks:
+            self.began = self.latest  # a stage starts where the one before reported last
             self.tasks[progress.stage] = self.bars.add_task(
                 STAGES[progress.stage], total=progress.all_bytes, rate=""
             )
         task = self.tasks[progress.stage]
-        seconds = self.bars.tasks[task].elapsed or 0
+        self.latest = now
         rate = f"{progress.documents:,} documents"
-        if progress.tokens and seconds:
-            rate += f"  {progress.tokens / seconds / 1e6:.2f} M tokens/s"
+        if progress.tokens:
+            rate += f"  {progress.tokens / (now - self.began) / 1e6:.2f} M tokens/s"
         self.bars.update(task, completed=progress.done_bytes, rate=rate)
 
 
@@ -98,7 +102,6 @@ def main() -> int:
     console = Console(stderr=True)
     columns = ("{task.description}", "{task.percentage:3.0f} %", "{task.fields[rate]}")
     about, percent, rate = map(TextColumn, columns)
-    bars = Bars(about, BarColumn(), percent, rate, TimeRemainingColumn(), console=console)
     try:
         with Bars(
             about, BarColumn(), percent, rate, TimeRemainingColumn(), console=console
