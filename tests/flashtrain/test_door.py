@@ -12,6 +12,7 @@ from flashtrain.config import Config, ConfigError
 from flashtrain.data.prepare import Recipe, prepare
 from flashtrain.data.shards import DataError
 from flashtrain.door import admit, describe_attention
+from kernels.attention.select import resolve
 
 SMALL = [
     "data=shards", "data.sequence_length=16", "data.batch_size=4", "data.micro_batch_size=null",
@@ -106,3 +107,45 @@ def test_what_does_not_fit_data_or_machine_is_refused(
 
 def test_the_chosen_attention_is_said(shards: Path) -> None:
     assert describe_attention(admitted(shards, "attention=reference")).startswith("reference")
+
+
+class Card:
+    total_memory = 80 << 30
+
+
+@pytest.mark.parametrize(
+    ("capability", "overrides", "backend"),
+    [
+        ((9, 0), ["model.head_size=64"], "hopper"),
+        ((9, 0), ["model.head_size=64", "position=alibi"], "hopper"),
+        ((9, 0), ["model.head_size=48"], "triton"),
+        ((8, 0), ["model.head_size=64"], "triton"),
+        ((9, 0), ["model.head_size=64", "precision=fp32"], "triton"),
+    ],
+)
+def test_on_a_gpu_the_choice_is_known_before_any_of_its_memory_is_touched(
+    capability: tuple[int, int],
+    overrides: list[str],
+    backend: str,
+    shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: Card)
+    resolve.cache_clear()  # its answers are of the machine it first ran on
+    config = admitted(shards, "experiment=null", *overrides)
+    assert describe_attention(config).startswith(backend)
+    resolve.cache_clear()
+
+
+def test_a_gpu_too_old_for_the_kernels_is_refused(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: Card)
+    resolve.cache_clear()
+    with pytest.raises(ConfigError, match=r"8\.0 or newer, this GPU has 7\.5"):
+        admitted(shards, "experiment=null")
+    resolve.cache_clear()
