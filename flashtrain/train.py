@@ -16,7 +16,7 @@ from flashtrain.config import Config, ConfigError
 from flashtrain.data.shards import DataError
 from flashtrain.data.source import open_loader
 from flashtrain.engine.native import NativeEngine
-from flashtrain.hooks import Evaluate, Log, Sample, Save
+from flashtrain.hooks import Evaluate, Log, Sample, Save, TrainingError
 from flashtrain.launch import REFUSED
 from flashtrain.parallel.mesh import build_mesh
 from flashtrain.run import Run
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     config, device = start(arguments)
     try:
         train(config, device)
-    except (ConfigError, DataError, CheckpointError) as error:  # raised by every rank alike
+    except (ConfigError, DataError, CheckpointError, TrainingError) as error:  # on all ranks alike
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"flashtrain: {error}", file=sys.stderr)
         return REFUSED
