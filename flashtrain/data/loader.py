@@ -63,7 +63,7 @@ class DataLoader:
         self.sequence_length, self.batch_size = sequence_length, batch_size
         self.micro_batch_size, self.seed = micro_batch_size, seed
         self.data_rank, self.data_size = data_rank, data_size
-        self.device = torch.device(device)
+        self.device = _numbered(torch.device(device))
         self.n_samples = count_samples(dataset, sequence_length)
         self.n_validation_samples = (
             count_samples(validation, sequence_length) if validation is not None else 0
@@ -143,6 +143,13 @@ class DataLoader:
         return [Batch(part[0], part[1]) for part in torch.split(moved, self.micro_batch_size, 1)]
 
 
+def _numbered(device: torch.device) -> torch.device:
+    """`cuda` as this thread means it: the reading thread stands on GPU 0, whatever this one does."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def count_samples(dataset: Dataset, sequence_length: int) -> int:
     """Blocks of `sequence_length` tokens in `dataset`, each with a token after it; at least 1."""
     n_samples = (dataset.tokens - 1) // sequence_length
@@ -198,9 +205,6 @@ class _Reader:
             self._thread.join()
 
     def _run(self) -> None:
-        if self._device.type == "cuda":
-            # a new thread stands on GPU 0, and pinning there would open a context on it
-            torch.cuda.set_device(self._device)
         while True:
             with self._changed:
                 self._changed.wait_for(self._may_read)
@@ -210,6 +214,9 @@ class _Reader:
                 self._next += 1
             block: Tensor | BaseException
             try:
+                if self._device.type == "cuda":
+                    # a new thread stands on GPU 0, and pinning there would open a context on it
+                    torch.cuda.set_device(self._device)
                 block = self._read(step)
             except BaseException as error:  # handed over to the thread that trains
                 block = error
