@@ -1,11 +1,16 @@
 """Speed and error of attention beside its peers.
 
-    python scripts/bench_attention.py                       # 12 shapes, every backend found here
+    python scripts/bench_attention.py                       # every shape, every backend found here
     python scripts/bench_attention.py --head-sizes 128 --lengths 4096 --backends triton cudnn
+    python scripts/bench_attention.py --lengths 512 1024 2048 --graph     # without the host's part
+    python scripts/bench_attention.py --from attention.json --plot attention.png      # no GPU
 
-bf16, 16k tokens in all, hidden width 2048 (heads = 2048 / D). FLOPs: forward 4 B H S S D, half when
-causal; backward 2.5 x forward. Times are medians by CUDA events, L2 flushed between calls. Errors
-are of head 0 of batch 0 against float64; `x eager` divides by the error of eager PyTorch in bf16.
+bf16, 16k tokens in all, hidden width 2048 (heads = 2048 / D). Masks: causal and full at every
+length; at the longest also a causal window of 1024 keys and packed documents of 512 tokens on
+average. FLOPs: forward 4 B H S S D, half when causal, with the queries and keys that meet under the
+other masks; backward 2.5 x forward. Times are medians by CUDA events, L2 flushed between calls; in
+--graph mode of ten calls in one CUDA graph, L2 warm. Errors: head 0 of batch 0 against float64;
+`x eager` divides by the error of eager PyTorch in bf16. Decoding: bench_decode.py.
 """
 
 import argparse
@@ -13,113 +18,53 @@ import importlib.util
 import itertools
 import json
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import torch.nn.functional as F
 import triton
+from attention_peers import BACKENDS, MASKS, Call, Shape
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.attention import attention, explain
 from kernels.attention.reference import attention_reference
 
-TOKENS, WIDTH = 16384, 2048
-Call = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, S, H, D] -> out [B, S, H, D]
-
-
-@dataclass(frozen=True)
-class Shape:
-    head_size: int
-    causal: bool
-    length: int
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """[B, S, H, D]."""
-        heads = WIDTH // self.head_size
-        return max(TOKENS // self.length, 1), self.length, heads, self.head_size
-
-    @property
-    def forward_flops(self) -> float:
-        B, S, H, D = self.sizes
-        return 4.0 * B * H * S * S * D / (2 if self.causal else 1)
-
-    def __str__(self) -> str:
-        return f"D={self.head_size} {'causal' if self.causal else 'full'} S={self.length}"
-
-
-def ours(backend: str, shape: Shape) -> Call | str:
-    """The call, or why there is none."""
-    probe = torch.empty(shape.sizes, dtype=torch.bfloat16, device="cuda")
-    try:
-        explain(probe, probe, probe, causal=shape.causal, backend=backend)
-    except ValueError as refusal:
-        return str(refusal)
-    return lambda q, k, v: attention(q, k, v, causal=shape.causal, backend=backend)
-
-
-def sdpa(backend: SDPBackend, shape: Shape) -> Call:
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in (q, k, v)), is_causal=shape.causal
-            )
-        return out.transpose(1, 2)
-
-    return call
-
-
-@cache
-def flex(shape: Shape) -> Call:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    torch._dynamo.reset()  # else the 8 recompilations of one function end at the third shape
-    S = shape.length
-    mask = None
-    if shape.causal:
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, S, S, device="cuda")
-    compiled = torch.compile(flex_attention, dynamic=False)  # a kernel per length, as Flex is best
-    return lambda q, k, v: compiled(
-        *(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask
-    ).transpose(1, 2)
-
-
-def flash4(shape: Shape) -> Call | str:
-    try:
-        from flash_attn.cute import flash_attn_func
-    except ImportError as missing:
-        return f"FlashAttention-4 is not installed: {missing}"
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        result = flash_attn_func(q, k, v, causal=shape.causal)
-        return result[0] if isinstance(result, tuple) else result
-
-    return call
-
-
-BACKENDS: dict[str, Callable[[Shape], Call | str]] = {
-    "hopper": lambda shape: ours("hopper", shape),
-    "triton": lambda shape: ours("triton", shape),
-    "fa2": lambda shape: sdpa(SDPBackend.FLASH_ATTENTION, shape),
-    "cudnn": lambda shape: sdpa(SDPBackend.CUDNN_ATTENTION, shape),
-    "flex": flex,
-    "fa4": flash4,
-}
+GRAPH_CALLS = 10  # in one CUDA graph
 
 
 def milliseconds(function: Callable[[], Any], warmup: int = 25, rep: int = 60) -> float:
     """Median time of a call on the GPU."""
     median: float = triton.testing.do_bench(function, warmup=warmup, rep=rep, return_mode="median")
     return median
+
+
+def milliseconds_in_graph(function: Callable[[], Any]) -> float:
+    """Median time of a call inside a CUDA graph of GRAPH_CALLS."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(GRAPH_CALLS):
+            function()
+    times = []
+    for _ in range(12):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / GRAPH_CALLS)
+    return statistics.median(times[2:])
 
 
 def fresh(shape: Shape) -> tuple[list[Tensor], Tensor]:
@@ -130,8 +75,9 @@ def fresh(shape: Shape) -> tuple[list[Tensor], Tensor]:
     return leaves, torch.randn(shape.sizes, **make)
 
 
-def measure(call: Call, shape: Shape, check: "Check | None") -> dict[str, float]:
+def measure(call: Call, shape: Shape, check: "Check | None", graph: bool) -> dict[str, float]:
     """TFLOP/s of both passes, and errors."""
+    clock = milliseconds_in_graph if graph else milliseconds
     leaves, d_out = fresh(shape)
     out = call(*leaves)
     found = {}
@@ -143,8 +89,8 @@ def measure(call: Call, shape: Shape, check: "Check | None") -> dict[str, float]
         torch.autograd.grad(out, leaves, d_out, retain_graph=True)
 
     with torch.no_grad():
-        forward_ms = milliseconds(lambda: call(*leaves))
-    backward_ms = milliseconds(back)
+        forward_ms = clock(lambda: call(*leaves))
+    backward_ms = clock(back)
     return {
         "forward_ms": forward_ms,
         "backward_ms": backward_ms,
@@ -163,8 +109,11 @@ class Check:
         leaves, d_out = fresh(shape)
         leaves = [self.head(x.detach()) for x in leaves]
         d_out = self.head(d_out)
-        self.exact = self.results(leaves, d_out, shape.causal, torch.float64)
-        eager = self.results(leaves, d_out, shape.causal, torch.bfloat16)
+        options = dict(shape.options)
+        if "documents" in options:
+            options["documents"] = options["documents"][:1]
+        self.exact = self.results(leaves, d_out, options, torch.float64)
+        eager = self.results(leaves, d_out, options, torch.bfloat16)
         self.eager = [self.error(x, y) for x, y in zip(eager, self.exact, strict=True)]
 
     @staticmethod
@@ -177,10 +126,10 @@ class Check:
 
     @staticmethod
     def results(
-        leaves: list[Tensor], d_out: Tensor, causal: bool, dtype: torch.dtype
+        leaves: list[Tensor], d_out: Tensor, options: dict[str, Any], dtype: torch.dtype
     ) -> list[Tensor]:
         given = [x.to(dtype).requires_grad_() for x in leaves]
-        out, _ = attention_reference(*given, causal=causal, compute=dtype)
+        out, _ = attention_reference(*given, **options, compute=dtype)
         return [out.detach(), *torch.autograd.grad(out, given, d_out.to(out.dtype))]
 
     def errors(self, results: list[Tensor]) -> dict[str, float]:
@@ -202,7 +151,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
                 continue  # half a minute of compiling for what is plain attention
             try:
                 call = BACKENDS[name](shape)
-                found = call if isinstance(call, str) else measure(call, shape, check)
+                found = call if isinstance(call, str) else measure(call, shape, check, args.graph)
             except Exception as failure:  # a peer may refuse a shape; the others still count
                 found = f"{type(failure).__name__}: {failure}".splitlines()[0]
             if isinstance(found, str):
@@ -225,7 +174,46 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def shapes(args: argparse.Namespace) -> list[Shape]:
-    return [Shape(*s) for s in itertools.product(args.head_sizes, args.causal, args.lengths)]
+    """Every mask that was asked for; window and documents at the longest length only."""
+    found = []
+    for head_size, mask in itertools.product(args.head_sizes, args.masks):
+        lengths = args.lengths if mask in ("causal", "full") else [max(args.lengths)]
+        found += [Shape(head_size, mask, length) for length in lengths]
+    return found
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """TFLOP/s over sequence length: a row of panels per pass, a panel per head size and mask."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in result["rows"] if row["mask"] in ("causal", "full")]
+    panels = sorted({(row["head_size"], row["mask"]) for row in rows})
+    figure, axes = plt.subplots(2, len(panels), figsize=(3.6 * len(panels), 6), squeeze=False)
+    for (head_size, mask), column in zip(panels, axes.T, strict=True):
+        for axis, passing in zip(column, ("forward", "backward"), strict=True):
+            for backend in BACKENDS:
+                points = sorted(
+                    (row["length"], row[passing])
+                    for row in rows
+                    if (row["head_size"], row["mask"], row["backend"]) == (head_size, mask, backend)
+                )
+                if points:
+                    axis.plot(*zip(*points, strict=True), marker="o", label=backend)
+            axis.set(title=f"{passing}, D={head_size}, {mask}", ylim=(0, None))
+            axis.set_xscale("log", base=2)
+            axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("TFLOP/s")
+    axes[1, 0].set_ylabel("TFLOP/s")
+    axes[0, 0].legend()
+    about = result["environment"]
+    figure.suptitle(f"{about['gpu']}, {about['date']}, bf16, 16k tokens, over sequence length")
+    figure.tight_layout()
+    figure.savefig(path)
 
 
 def environment() -> dict[str, str]:
@@ -247,21 +235,30 @@ def main() -> None:
     add = parser.add_argument
     add("--head-sizes", type=int, nargs="+", default=[64, 128])
     add("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
-    add("--masks", nargs="+", choices=["causal", "full"], default=["causal", "full"])
+    add("--masks", nargs="+", choices=list(MASKS), default=list(MASKS))
     add("--backends", nargs="+", choices=list(BACKENDS), default=list(BACKENDS))
     add("--flex-full", action="store_true", help="time FlexAttention without a mask too")
     add("--no-errors", action="store_true", help="time only")
+    add("--graph", action="store_true", help="time calls inside a CUDA graph")
     add("--json", type=Path, help="write the rows there")
+    add("--plot", type=Path, help="draw the rows there (needs matplotlib)")
+    add("--from", type=Path, dest="source", help="draw this JSON instead of measuring")
     args = parser.parse_args()
-    args.causal = [mask == "causal" for mask in args.masks]
+    if args.source is not None:
+        if args.plot is None:
+            parser.error("--from FILE is drawn: give --plot PATH too")
+        plot(json.loads(args.source.read_text()), args.plot)
+        return
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU, torch sees none")
     about, began = environment(), time.perf_counter()
     print(", ".join(f"{k} {v}" for k, v in about.items()))
-    rows = compare(args)
+    result = {"environment": about, "graph": args.graph, "rows": compare(args)}
     print(f"{time.perf_counter() - began:.0f} s")
     if args.json:
-        args.json.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.plot:
+        plot(result, args.plot)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from bench_attention import Shape, environment, fresh, milliseconds
+from attention_peers import Shape
+from bench_attention import environment, fresh, milliseconds
 from torch import Tensor
 
 from kernels.attention.portable import Features, backward, forward
@@ -174,7 +175,7 @@ def main() -> None:
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     rows, lines = [], []
     for head_size, mask in itertools.product(args.head_sizes, args.masks):
-        found, line = sweep(Shape(head_size, mask == "causal", args.length), args.rep)
+        found, line = sweep(Shape(head_size, mask, args.length), args.rep)
         rows.extend(found)
         lines.append(line)
     print("\nfor kernels/attention/tiles.py:", *lines, sep="\n")
