@@ -127,6 +127,7 @@ def resolve(config: Config, world_size: int) -> Config:
         "checkpoint.keep": config.checkpoint.keep,
         "trainer.steps": config.trainer.steps,
         "trainer.stop_at": config.trainer.stop_at,
+        "trainer.time_limit": config.trainer.time_limit,
         "trainer.log_every": config.trainer.log_every,
         "trainer.evaluate_every": config.trainer.evaluate_every,
         "trainer.evaluate_sequences": config.trainer.evaluate_sequences,

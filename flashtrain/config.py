@@ -157,6 +157,7 @@ class TrackingConfig:
 class TrainerConfig:
     steps: int = MISSING
     stop_at: int | None = None  # end after this step; the same command without it goes on
+    time_limit: float | None = None  # minutes; then save and stop; the same command goes on
     log_every: int = 10
     evaluate_every: int = 250
     evaluate_sequences: int = 128  # held-out sequences of one evaluation

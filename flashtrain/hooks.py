@@ -51,7 +51,7 @@ class Evaluate:
 
     def after_step(self, step: Step) -> None:
         trainer = self.run.config.trainer
-        if not _due(step, trainer.evaluate_every):
+        if step.interrupted or not _due(step, trainer.evaluate_every):
             return
         with self.run.speed.pause():
             batches = self.loader.evaluation(trainer.evaluate_sequences)
@@ -70,7 +70,7 @@ class Sample:
 
     def after_step(self, step: Step) -> None:
         trainer, tokenizer = self.run.config.trainer, self.run.tokenizer
-        if tokenizer is None or not _due(step, trainer.sample_every):
+        if tokenizer is None or step.interrupted or not _due(step, trainer.sample_every):
             return
         with self.run.speed.pause():
             ids = sample(
@@ -87,7 +87,7 @@ class Sample:
 
 
 class Save:
-    """A checkpoint every `checkpoint.every` steps and at the end."""
+    """A checkpoint every `checkpoint.every` steps, at the end and before an interruption."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -96,3 +96,5 @@ class Save:
         if _due(step, self.run.config.checkpoint.every):
             with self.run.speed.pause():
                 self.run.save(step.number)
+        if step.interrupted:
+            self.run.interrupted(step.number, step.interrupted)

@@ -21,6 +21,10 @@ USAGE = """usage: python -m flashtrain.launch [--nproc N] [key=value ...]
   --show           print the whole resolved configuration and stop
 """
 REFUSED = 2  # exit status of a run that was refused with one line
+STOPPED = 130  # of one that a signal ended before it could save
+ENDED = "ended.json"  # in the run folder: the run's last start saved what it had trained
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # that torchrun hands on to the workers
+TIME_TO_SAVE_S = "600"  # before torchrun kills workers that were told to stop; its default is 30
 
 
 def main(arguments: list[str]) -> int:
@@ -47,10 +51,11 @@ def main(arguments: list[str]) -> int:
     assert config.run_dir is not None
     folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / ENDED).unlink(missing_ok=True)
     path = folder / f"launch-{os.getpid()}.json"
     path.write_text(json.dumps(to_dict(config), indent=2))
     try:
-        status = _torchrun(n_processes, path)
+        status = _torchrun(n_processes, path, folder)
     finally:
         path.unlink(missing_ok=True)
     if status == 0:
@@ -73,7 +78,7 @@ def _processes(arguments: list[str]) -> tuple[int, list[str]]:
     return torch.cuda.device_count() or 2, rest
 
 
-def _torchrun(n_processes: int, config: Path) -> int:
+def _torchrun(n_processes: int, config: Path, folder: Path) -> int:
     """`torchrun --standalone --nproc-per-node N -m flashtrain.train --config PATH`, in-process.
 
     In-process, so that a refusal by the workers (exit status 2, already explained in one line) is
@@ -86,20 +91,26 @@ def _torchrun(n_processes: int, config: Path) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # fewer threads than cores / processes would idle cores, more would fight over them
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_processes)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", TIME_TO_SAVE_S)
     worker = ["-m", "flashtrain.train", "--config", str(config)]
+    torchrun = parse_args(["--standalone", f"--nproc-per-node={n_processes}", *worker])
+    torchrun.signals_to_handle = SIGNALS
     try:
-        run(parse_args(["--standalone", f"--nproc-per-node={n_processes}", *worker]))
+        run(torchrun)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
         if REFUSED not in codes:
             print(f"flashtrain: a worker failed.\n{error}", file=sys.stderr)
         return REFUSED if REFUSED in codes else 1
     except (KeyboardInterrupt, SignalException):
+        if (folder / ENDED).exists():
+            return 0  # the workers saved, and said so
         print(
-            "flashtrain: stopped by a signal; the same command goes on from the newest checkpoint",
+            "flashtrain: stopped by a signal before this step could be saved; the same command "
+            "goes on from the newest checkpoint, if there is one",
             file=sys.stderr,
         )
-        return 130
+        return STOPPED
     return 0
 
 

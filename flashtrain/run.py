@@ -4,6 +4,7 @@
 <run_dir>/tokenizer.json           what turns its ids back into text
 <run_dir>/checkpoints/step-N/      see checkpoint/store.py
 <run_dir>/metrics.jsonl            one line a logged step; samples.jsonl likewise
+<run_dir>/ended.json               why the latest start ended, if it saved what it had trained
 <run_dir>/wandb/                   W&B's own files
 """
 
@@ -21,6 +22,7 @@ from flashtrain.config import Config, Source, to_dict
 from flashtrain.data.tokenizer import Tokenizer, load_tokenizer
 from flashtrain.door import describe_attention
 from flashtrain.engine.base import Engine
+from flashtrain.launch import ENDED
 from flashtrain.metrics import Speedometer
 from flashtrain.parallel.mesh import Mesh
 from flashtrain.tracking import Trackers
@@ -33,6 +35,7 @@ class Run:
         assert config.run_dir is not None
         self.config, self.engine, self.mesh, self.device = config, engine, mesh, device
         self.folder = Path(config.run_dir)
+        self.why = "finished"
         self.peers = checkpoint.Peers(dist.group.WORLD if mesh.world_size > 1 else None)
         self.tokenizer = _tokenizer(config)
         self.speed = Speedometer(config, mesh.world_size, device)
@@ -44,7 +47,8 @@ class Run:
         meta: dict[str, Any] = {}
         if path is not None:
             meta = checkpoint.read_meta(path)
-            checkpoint.restore(path, *self.engine.state())
+            checkpoint.load(path, self.engine.state(checkpoint.saved_names(path)))
+            self.engine.loaded()
             rng = checkpoint.read_rng(path, self.mesh.rank, self.mesh.world_size)
             if rng is not None:
                 checkpoint.set_rng_state(rng)
@@ -56,7 +60,9 @@ class Run:
             f"attention: {describe_attention(self.config)}",
         ]
         if path is None and self.config.model.word_vectors and self.tokenizer is not None:
-            notes.append(start_from_vectors(self.engine.state()[0], self.config, self.tokenizer))
+            table = self.engine.state().tensors["model/embedding.weight"]
+            notes.append(start_from_vectors(table, self.config, self.tokenizer))
+            self.engine.loaded()
         self.trackers.start(first, meta.get("tracking", {}), notes)
         return first
 
@@ -71,7 +77,7 @@ class Run:
         return Path(resume)
 
     def save(self, step: int) -> Path:
-        """Collective. Parameters come from data rank 0: the others hold copies."""
+        """Collective. Weights come from the first of the ranks that hold the same part."""
         meta = {
             "config": to_dict(self.config),
             "tracking": self.peers.broadcast(self.trackers.state()),
@@ -79,15 +85,21 @@ class Run:
         return checkpoint.save(
             self.folder / "checkpoints",
             step,
-            checkpoint.collect(*self.engine.state()),
+            self.engine.state(),
             meta,
             peers=self.peers,
-            writes=self.mesh.data.rank == 0,
+            writes=self.mesh.replicate.rank == 0,
             keep=self.config.checkpoint.keep,
         )
 
+    def interrupted(self, step: int, why: str) -> None:
+        """This start ends before its last step, which is saved."""
+        self.why = why
+        self.trackers.note(f"{why}: saved step {step}; the same command goes on from there")
+
     def _write_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / ENDED).unlink(missing_ok=True)
         (self.folder / "config.json").write_text(json.dumps(to_dict(self.config), indent=2))
         if self.tokenizer is not None:
             self.tokenizer.save(self.folder / "tokenizer.json")
@@ -102,6 +114,8 @@ class Run:
         trace: TracebackType | None,
     ) -> None:
         self.trackers.finish(failed=kind is not None)
+        if kind is None and self.mesh.rank == 0:
+            (self.folder / ENDED).write_text(json.dumps({"why": self.why}) + "\n")
 
 
 def _tokenizer(config: Config) -> Tokenizer | None:

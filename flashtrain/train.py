@@ -10,14 +10,14 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from flashtrain.build import build_model
+from flashtrain.build import build_engine
 from flashtrain.checkpoint import CheckpointError
 from flashtrain.config import Config, ConfigError
 from flashtrain.data.shards import DataError
 from flashtrain.data.source import open_loader
-from flashtrain.engine.native import NativeEngine
 from flashtrain.hooks import Evaluate, Log, Sample, Save, TrainingError
-from flashtrain.launch import REFUSED
+from flashtrain.interruption import Interruption
+from flashtrain.launch import REFUSED, STOPPED
 from flashtrain.parallel.mesh import build_mesh
 from flashtrain.run import Run
 from flashtrain.schedule import learning_rate
@@ -27,10 +27,9 @@ from flashtrain.trainer import Hook, Trainer
 
 def train(config: Config, device: torch.device) -> None:
     """One run from its newest checkpoint, or from its seed, to its end. Collective."""
-    assert config.parallel.tensor is not None
-    mesh = build_mesh(config.parallel.tensor, TIMEOUT)
-    model = build_model(config, mesh.tensor, device)
-    engine = NativeEngine(model, config, mesh, device)
+    assert config.parallel.tensor is not None and config.parallel.shard is not None
+    mesh = build_mesh(config.parallel.tensor, TIMEOUT, config.parallel.shard)
+    engine = build_engine(config, mesh, device)
     loader = open_loader(config, mesh.data.rank, mesh.data.size, device)
     rates = partial(
         learning_rate,
@@ -38,10 +37,11 @@ def train(config: Config, device: torch.device) -> None:
         peak=config.optimizer.lr,
         schedule=config.schedule,
     )
-    with loader, Run(config, engine, mesh, device) as run:
+    interruption = Interruption(config.trainer.time_limit)
+    with interruption, loader, Run(config, engine, mesh, device) as run:
         first = run.resume()
         hooks: list[Hook] = [Log(run, loader), Evaluate(run, loader), Sample(run), Save(run)]
-        trainer = Trainer(engine, loader, rates, hooks)
+        trainer = Trainer(engine, loader, rates, hooks, interruption.agreed)
         trainer.fit(first, min(config.trainer.steps, config.trainer.stop_at or sys.maxsize))
 
 
@@ -53,6 +53,8 @@ def main(arguments: list[str]) -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"flashtrain: {error}", file=sys.stderr)
         return REFUSED
+    except KeyboardInterrupt:
+        return STOPPED
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -74,6 +74,11 @@ class Trackers:
         for tracker in self.all:
             tracker.text(step, name, text)
 
+    def note(self, text: str) -> None:
+        """A line on the console."""
+        if self.console is not None:
+            self.console.note(text)
+
     def state(self) -> dict[str, Any]:
         return {key: value for tracker in self.all for key, value in tracker.state().items()}
 

@@ -114,7 +114,7 @@ class Console:
                 parts.append(f"{label} {self.last[key]:.4f}")
         parts.append(f"run folder {self.folder}")
         if status != "finished":
-            parts.append("the same command goes on from the newest checkpoint")
+            parts.append("the same command goes on from the newest checkpoint, if there is one")
         style = "bold red" if status == "failed" else "bold"
         self._print(Text("  ".join(parts), style=style))
 

@@ -48,7 +48,13 @@ def test_the_trainer_asks_for_each_step_once_and_marks_the_last() -> None:
     )
     loader = SimpleNamespace(step=lambda number: asked.append(number) or [])
     hook = SimpleNamespace(after_step=seen.append)
-    trainer = Trainer(engine, loader, lambda number: number / 10, [hook])  # type: ignore[arg-type]
+    trainer = Trainer(
+        engine,
+        loader,
+        lambda number: number / 10,
+        [hook],
+        lambda: None,  # type: ignore[arg-type]
+    )
     trainer.fit(3, 6)
     assert asked == [3, 4, 5]
     assert rates == [0.3, 0.4, 0.5]

@@ -1,0 +1,57 @@
+"""A real run on two ranks that is told to stop: it saves the step it is at, says so, exits 0."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flashtrain.data.prepare import Recipe, prepare
+
+LIMIT = 120  # seconds until a run that does not stop is a failure
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_with_success(number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 300)
+    prepare([tmp_path / "text.txt"], tmp_path / "tokens", Recipe("bytes", validation_share=0.2))
+    run = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "flashtrain.launch", "--nproc", "2", "data=shards",
+        f"data.path={tmp_path}/tokens", "data.sequence_length=16", "data.batch_size=4", "data.micro_batch_size=2",
+        "model.d_model=16", "model.n_heads=2", "model.n_layers=1", "trainer.steps=1000000",
+        "trainer.log_every=1", "trainer.evaluate_sequences=2", "trainer.sample_tokens=1",
+        "tracking.wandb.mode=disabled", f"run_dir={run}",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        _wait_for_a_step(run, process)
+        os.kill(process.pid, number)  # the launcher alone: it hands the signal on
+        said, _ = process.communicate(timeout=LIMIT)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (saved,) = (run / "checkpoints").glob("step-*")
+    assert int(saved.name.removeprefix("step-")) == rows[-1]["step"]
+    assert f"{number.name}: saved step {rows[-1]['step']}" in said
+    assert json.loads((run / "ended.json").read_text()) == {"why": number.name}
+
+
+def _wait_for_a_step(run: Path, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + LIMIT
+    metrics = run / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no step within the limit"
+        time.sleep(0.1)
