@@ -1,11 +1,15 @@
 """What happens between steps: log, evaluate, sample, save. Each hook runs on every rank."""
 
+import logging
 import math
 
+from flashtrain.checkpoint import CheckpointError
 from flashtrain.data.loader import DataLoader
 from flashtrain.model.sample import sample
 from flashtrain.run import Run
 from flashtrain.trainer import Step
+
+log = logging.getLogger("flashtrain.hooks")
 
 
 class TrainingError(RuntimeError):
@@ -87,14 +91,22 @@ class Sample:
 
 
 class Save:
-    """A checkpoint every `checkpoint.every` steps, at the end and before an interruption."""
+    """A checkpoint every `checkpoint.every` steps, at the end and before an interruption.
+
+    A full disk costs a checkpoint, not the run: only the last one must succeed.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
 
     def after_step(self, step: Step) -> None:
         if _due(step, self.run.config.checkpoint.every):
-            with self.run.speed.pause():
-                self.run.save(step.number)
+            try:
+                with self.run.speed.pause():
+                    self.run.save(step.number)
+            except CheckpointError as error:  # on all ranks alike; what was saved before is whole
+                if step.last:
+                    raise
+                log.warning("%s; training goes on and tries again", error)
         if step.interrupted:
             self.run.interrupted(step.number, step.interrupted)

@@ -1,11 +1,13 @@
 """Claims about what happens between steps."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from flashtrain.hooks import Log, TrainingError
+from flashtrain.checkpoint import CheckpointError
+from flashtrain.hooks import Log, Save, TrainingError
 from flashtrain.trainer import Step, Trainer
 
 
@@ -59,3 +61,37 @@ def test_the_trainer_asks_for_each_step_once_and_marks_the_last() -> None:
     assert asked == [3, 4, 5]
     assert rates == [0.3, 0.4, 0.5]
     assert [(s.number, s.last) for s in seen] == [(4, False), (5, False), (6, True)]
+
+
+def save_hook(failures: int) -> tuple[Save, list[int]]:
+    """A hook whose first saves fail, and the steps that were saved."""
+    saved: list[int] = []
+    left = [failures]
+
+    def save(number: int) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise CheckpointError(f"step {number} was not saved: no space left on device")
+        saved.append(number)
+
+    run = SimpleNamespace(
+        config=SimpleNamespace(checkpoint=SimpleNamespace(every=10)),
+        speed=SimpleNamespace(pause=contextlib.nullcontext),
+        save=save,
+    )
+    return Save(run), saved  # type: ignore[arg-type]
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    hook, saved = save_hook(failures=1)
+    for number in range(1, 26):
+        hook.after_step(step(number, last=number == 25))
+    assert saved == [20, 25]
+    (record,) = caplog.records
+    assert "step 10 was not saved: no space left" in record.getMessage()
+
+
+def test_a_last_step_that_cannot_be_saved_is_an_error() -> None:
+    hook, _ = save_hook(failures=1)
+    with pytest.raises(CheckpointError, match="no space left"):
+        hook.after_step(step(25, last=True))
