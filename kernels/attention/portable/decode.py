@@ -15,7 +15,7 @@ from kernels.attention.decode_tiles import DecodeTile, choose, choose_splits, qu
 from kernels.attention.portable.launch import Features, on_device, padded
 from kernels.attention.portable.score import LN_2, LOG2_E, tanh
 
-MERGED_AT_ONCE = 4096  # partial results a merging program holds: 32 registers in each thread
+MERGED_AT_ONCE = 2048  # partial results a merging program holds: 16 registers in each thread
 
 
 @triton.jit
@@ -165,8 +165,8 @@ def attention_decode_merge_kernel(
     for start in tl.range(0, n_splits, AT_ONCE):
         some = start + tl.arange(0, AT_ONCE)
         at = some.to(tl.int64) * n_rows + row
-        level = tl.load(levels_ptr + at, mask=some < n_splits, other=float("-inf"))
-        weight = tl.exp2(level - anchor)  # [AT_ONCE]
+        part_level = tl.load(levels_ptr + at, mask=some < n_splits, other=float("-inf"))
+        weight = tl.exp2(part_level - anchor)  # [AT_ONCE]
         used = (weight > 0.0)[:, None] & (dims[None, :] < DV)
         part = tl.load(parts_ptr + at[:, None] * DV + dims[None, :], mask=used, other=0.0)
         acc += tl.sum(weight[:, None] * part, 0)
