@@ -1,12 +1,15 @@
 """The Hopper attention kernels on one GPU: right or not, and how fast each variant of them is.
 
-    python scripts/bench_hopper.py                     # all of it: about two minutes
+    python scripts/bench_hopper.py                     # all of it
     python scripts/bench_hopper.py --json hopper.json  # and every number as JSON
+    python scripts/bench_hopper.py --only backward,host --shapes 1024
 
-1. Features: out, lse, dq, dk, dv against float64, beside the error of eager PyTorch.
-2. Twelve shapes of 16k tokens, width 2048: against float32, beside cuDNN; dq over repeats, since a
-   race would show there first; TFLOP/s of the shipped tiles and of the variants below.
-3. Host time of a call.
+features   out, lse, dq, dk, dv against float64, beside the error of eager PyTorch
+timed      windows, documents, soft cap, other head sizes: milliseconds
+portable   beside those, the portable kernels', which take minutes to compile
+forward    twelve shapes of 16k tokens, width 2048, beside cuDNN: errors against float32, TFLOP/s of
+backward   the shipped tiles and of variants; dq over repeats, since a race would show there first
+host       time of a call in Python
 
 FLOPs: forward 4 B H S^2 D (half when causal), backward 2.5 x forward, its small kernels included.
 A worker process does the work. When it falls silent or dies, the launch it was at is named, left
@@ -16,7 +19,6 @@ out, and the rest goes on: a kernel under work may hang.
 import argparse
 import functools
 import json
-import math
 import statistics
 import sys
 import time
@@ -28,22 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import triton
-from hopper_variants import (
-    FEATURES,
-    SHAPES,
-    Shape,
-    backward_variants,
-    compile_all,
-    forward_variants,
-)
+from hopper_features import check_features, milliseconds, relative, time_features
+from hopper_variants import SHAPES, Shape, backward_variants, compile_all, forward_variants
 from supervise import State, report, say, supervise
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.attention import hopper
 from kernels.attention.hopper import plan
-from kernels.attention.reference import attention_reference
 
+PARTS = ("features", "timed", "portable", "forward", "backward", "host")
 ROUNDS = 3  # of timings of all variants of a shape
 
 
@@ -51,15 +47,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, help="write every number here")
     parser.add_argument("--seconds", type=float, default=140.0, help="time for all of it")
-    parser.add_argument("--shapes", default="", help="only shapes whose name holds this text")
+    parser.add_argument(
+        "--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}; default: all"
+    )
+    parser.add_argument(
+        "--shapes", default="", help="only shapes whose name holds one of these texts, by commas"
+    )
     parser.add_argument("--base", action="store_true", help="the shipped tiles only")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    parts = arguments.only.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--only {','.join(unknown)} is not one of {', '.join(PARTS)}")
+    texts = arguments.shapes.split(",")
+    chosen = [shape for shape in SHAPES if any(text in shape.name for text in texts)]
     if arguments.worker:
-        work(arguments.shapes, arguments.base, State(**json.loads(arguments.worker)))
+        work(chosen, parts, arguments.base, State(**json.loads(arguments.worker)))
         return
     state = State(deadline=time.time() + arguments.seconds)
-    command = [__file__, "--shapes", arguments.shapes, *["--base"] * arguments.base]
+    command = [__file__, "--shapes", arguments.shapes, "--only", arguments.only]
+    command += ["--base"] * arguments.base
     results = supervise(command, state)
     if arguments.json:
         arguments.json.write_text(json.dumps({"bad": state.bad, "results": results}, indent=1))
@@ -67,80 +74,37 @@ def main() -> None:
     sys.exit(1 if state.bad else 0)
 
 
-def work(chosen: str, base: bool, state: State) -> None:
+def work(shapes: list[Shape], parts: list[str], base: bool, state: State) -> None:
     """The worker: whatever the ones before it have not finished."""
-    shapes = [shape for shape in SHAPES if chosen in shape.name]
+    if not {"forward", "backward"} & set(parts):
+        shapes = []
     if "compile" not in state.done:
         name = torch.cuda.get_device_name()
         say(f"{name}, torch {torch.__version__}, triton {triton.__version__}")
-        compile_all(shapes, base)
+        compile_all(shapes, parts, base)
         state.finish("compile")
-    if "features" not in state.done:
-        say("features: error of out, lse, dq, dk, dv against float64, ours/eager's")
-        for number, case in enumerate(FEATURES):
-            check_features(number, state, **case)
+    if "features" in parts and "features" not in state.done:
+        check_features(state)
         state.finish("features")
-    say("shapes: TFLOP/s; errors of out, dq, dk, dv against float32, ours(cuDNN's)")
+    if "timed" in parts and "timed" not in state.done:
+        time_features(state, beside="portable" in parts)
+        state.finish("timed")
+    if shapes:
+        say("shapes: TFLOP/s; errors of out, dq, dk, dv against float32, ours(cuDNN's)")
     for shape in shapes:
         if shape.name not in state.done and time.time() < state.deadline:
-            Bench(shape, base, state).run()
+            Bench(shape, parts, base, state).run()
             state.finish(shape.name)
-    host_time()
+    if "host" in parts:
+        host_time()
     state.finish("everything")
-
-
-def check_features(
-    number: int, state: State, *, D: int, causal: bool, T: int, S: int, H: int = 4,
-    H_kv: int = 0, alibi: bool = False, dtype: torch.dtype = torch.bfloat16, joint: bool = False,
-) -> None:  # fmt: skip
-    """One small call; `joint`: q, k, v are views into one projection."""
-    label = f"{D} {'causal' if causal else 'full'} {T}x{S} {H}/{H_kv or H}{' alibi' * alibi}"
-    torch.manual_seed(number)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(2, *size, D, device="cuda", dtype=dtype)
-
-    q, k, v = normal(T, H), normal(S, H_kv or H), normal(S, H_kv or H)
-    if joint:
-        q, k, v = normal(T, 3 * H).split(H, 2)
-    slopes = 0.5 ** torch.arange(1.0, H + 1, device="cuda") if alibi else None
-    d_out, d_lse = normal(T, H), torch.randn(2, H, T, device="cuda")
-
-    def ours() -> list[Tensor]:
-        call: dict[str, Any] = dict(causal=causal, scale=D**-0.5, alibi_slopes=slopes)
-        out, lse = hopper.forward(q, k, v, **call)
-        torch.cuda.synchronize()
-        return [out, lse, *hopper.backward(d_out, d_lse, q, k, v, out, lse, **call)]
-
-    def plain(compute: torch.dtype) -> list[Tensor]:
-        leaves = [x.detach().to(compute).requires_grad_() for x in (q, k, v)]
-        both = attention_reference(*leaves, causal=causal, alibi_slopes=slopes, compute=compute)
-        above = (d_out.to(both[0].dtype), d_lse.to(both[1].dtype))
-        return [*(x.detach() for x in both), *torch.autograd.grad(both, leaves, above)]
-
-    got = state.attempt(f"features {label}", ours)
-    if got is None:
-        return
-    exact, eager = plain(torch.float64), plain(dtype)
-    errors = [relative(a, b) for a, b in zip(got, exact, strict=True)]
-    floor = [max(relative(a, b), 1e-6) for a, b in zip(eager, exact, strict=True)]
-    bad = any(error > 2 * low for error, low in zip(errors, floor, strict=True))
-    numbers = " ".join(f"{a:.1e}/{b:.1e}" for a, b in zip(errors, floor, strict=True))
-    say(f"  {label:32s} {numbers}{'   <-- BAD' * bad}")
-    report(f"features {label}", errors=errors, eager=floor)
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b|; 1e9 for nan."""
-    value = ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
-    return value if math.isfinite(value) else 1e9
 
 
 class Bench:
     """All variants at one shape."""
 
-    def __init__(self, shape: Shape, base: bool, state: State) -> None:
-        self.shape, self.base, self.state = shape, base, state
+    def __init__(self, shape: Shape, parts: list[str], base: bool, state: State) -> None:
+        self.shape, self.asked, self.base, self.state = shape, parts, base, state
         size = (16384 // shape.S, shape.S, 2048 // shape.D, shape.D)
         torch.manual_seed(1)
         self.q, self.k, self.v, self.d_out = (
@@ -153,13 +117,15 @@ class Bench:
         runs, cudnn_errors = self.cudnn()
         out, lse, errors = self.forward(runs["forward"])
         more: dict[str, Any] = {}
-        if out is not None and lse is not None:
+        if out is not None and lse is not None and "backward" in self.asked:
             more = self.backward(out, lse, runs["backward"])
-        errors += more.pop("errors", [1e9] * 3)
-        text = " ".join(f"{a:.1e}({b:.1e})" for a, b in zip(errors, cudnn_errors, strict=True))
+        errors += more.pop("errors", [])
+        text = " ".join(f"{a:.1e}({b:.1e})" for a, b in zip(errors, cudnn_errors, strict=False))
         say(f"{self.shape.name}: errors {text}")
         rates = {}
         for kind, factor in (("forward", 1.0), ("backward", 2.5)):
+            if kind not in self.asked:
+                continue
             rates[kind] = self.rates(runs[kind], factor)
             numbers = " | ".join(f"{name} {rate}" for name, rate in rates[kind].items())
             say(f"    {kind:8s} {numbers}")
@@ -201,8 +167,10 @@ class Bench:
         bad = {x.split(f" {kind} ")[-1] for x in self.state.bad if x.startswith(same)}
         return [(name, tile) for name, tile in variants.items() if name not in bad]
 
-    def wanted(self, name: str) -> bool:
-        return name == "shipped" or not (self.base or time.time() > self.state.deadline)
+    def wanted(self, kind: str, name: str) -> bool:
+        if name == "shipped":  # the backward needs the forward's out and lse
+            return True
+        return kind in self.asked and not self.base and time.time() < self.state.deadline
 
     def forward(
         self, runs: dict[str, Callable[[], Any]]
@@ -210,7 +178,7 @@ class Bench:
         """Add the variants that work to `runs`; out, lse and error of the first."""
         out, lse, errors = None, None, []
         for name, tile in self.chosen("forward", forward_variants(self.shape)):
-            if not self.wanted(name):
+            if not self.wanted("forward", name):
                 continue
 
             def run(tile: Any = tile) -> tuple[Tensor, Tensor]:
@@ -235,7 +203,7 @@ class Bench:
         more: dict[str, Any] = {}
         given = (self.d_out, None, self.q, self.k, self.v, out, lse)
         for name, tile in self.chosen("backward", backward_variants(self.shape)):
-            if not self.wanted(name):
+            if not self.wanted("backward", name):
                 continue
 
             def run(tile: Any = tile) -> tuple[Tensor, ...]:
@@ -261,12 +229,13 @@ class Bench:
 
     def parts(self, out: Tensor, lse: Tensor, tile: Any) -> dict[str, float]:
         """Milliseconds of each of the three kernels, and the rate of the main one alone."""
-        options = plan.Options(self.call["causal"], self.call["scale"], False)
+        options = plan.Options(self.call["causal"], self.call["scale"])
         n_sm = torch.cuda.get_device_properties(0).multi_processor_count
         launches = plan.plan_backward(self.q, self.k, self.d_out, options, tile, n_sm)
         tensors: dict[str, Tensor | None] = dict(q=self.q, k=self.k, v=self.v, out=out, lse=lse)
-        tensors |= dict(d_out=self.d_out, d_lse=None, slopes=None)
-        tensors |= dict(counter=torch.zeros(1, dtype=torch.int32, device="cuda"))
+        tensors |= dict(d_out=self.d_out, d_lse=None, slopes=None, bounds=None)
+        counter = torch.zeros(1, dtype=torch.int32, device="cuda") if tile.draw else None
+        tensors |= dict(counter=counter)
         tensors |= plan.backward_buffers(self.q, self.k, tile)
         found = {}
         for launch in launches:
@@ -274,12 +243,6 @@ class Bench:
             found[launch.kernel.fn.__name__.split("_")[0] + " ms"] = round(ms, 4)
         found["main TFLOP/s"] = round(2.5 * self.shape.flops / found["attention ms"] / 1e9)
         return found
-
-
-def milliseconds(run: Callable[[], Any]) -> float:
-    """Of one call, with a cold L2; some of the calls before it only warm up."""
-    found: float = triton.testing.do_bench(run, warmup=4, rep=15, return_mode="median")
-    return found
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, causal: bool) -> list[Tensor]:

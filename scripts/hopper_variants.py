@@ -1,4 +1,4 @@
-"""What bench_hopper.py runs: shapes, feature cases, variants of the tiles; compiles them ahead."""
+"""What bench_hopper.py runs: shapes and variants of the tiles; compiles them ahead."""
 
 import multiprocessing
 import os
@@ -11,6 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from hopper_features import FEATURES, TIMED
 from supervise import say
 from torch import Tensor
 
@@ -64,45 +65,32 @@ def backward_variants(shape: Shape) -> dict[str, Any]:
     found = {
         "shipped": base,
         "1 head": replace(base, together=0),
-        "8M": replace(base, together=8 * MIB),
-        "late" if base.early else "early": replace(base, early=not base.early),
+        "16M": replace(base, together=16 * MIB),
+        "pdl": replace(base, pdl=not base.pdl),
+        "16 rows": replace(base, rows=16),
+        "32 rows": replace(base, rows=32),
+        "pdl 32 rows": replace(base, rows=32, pdl=not base.pdl),
     }
-    if not shape.causal:
-        found["stride" if base.draw else "draw"] = replace(base, draw=not base.draw)
+    if shape.D == 64:
+        found["128 rows"] = replace(base, rows=128)
+        found["64 queries 3 stages"] = replace(base, queries=64, stages=3, early=False)
     if shape.D == 128:
         found["3 stages" if base.stages == 2 else "2 stages"] = replace(
             base, stages=5 - base.stages
         )
-    return found
-
-
-FEATURES: list[dict[str, Any]] = [
-    dict(D=D, causal=causal, **more)
-    for D in (128, 64)
-    for causal, more in [
-        (True, dict(T=256, S=256)),
-        (False, dict(T=256, S=256)),
-        (True, dict(T=1000, S=1000, H=6, H_kv=2)),
-        (False, dict(T=333, S=1001, H=4, H_kv=1)),
-        (True, dict(T=77, S=200, H=2)),
-        (True, dict(T=500, S=500, H=4, H_kv=2, alibi=True)),
-        (True, dict(T=640, S=640, H=4, dtype=torch.float16, joint=True)),
-        (False, dict(T=1, S=1, H=2)),
-    ]
-]
+    return {name: tile for name, tile in found.items() if name == "shipped" or tile != base}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One call to compile: both passes, or the one whose tile is given."""
+    """One call to compile: the passes whose tile is given."""
 
     D: int
-    causal: bool
+    options: plan.Options
     T: int = 128
     S: int = 128
     H: int = 2
     H_kv: int = 2
-    alibi: bool = False
     dtype: torch.dtype = torch.bfloat16
     d_lse: bool = False
     forward: Any = None
@@ -113,11 +101,13 @@ def compile_one(job: Job) -> None:
     """Leave a call's binaries in Triton's cache. Runs in a process of its own."""
     q = torch.zeros(1, job.T, job.H, job.D, dtype=job.dtype)
     k = torch.zeros(1, job.S, job.H_kv, job.D, dtype=job.dtype)
-    options = plan.Options(job.causal, 0.1, job.alibi)
+    options = job.options
     tensors: dict[str, Tensor | None] = dict(q=q, k=k, v=k, d_out=q, **plan.forward_buffers(q))
-    tensors["slopes"] = torch.zeros(job.H) if job.alibi else None
+    tensors["sinks"] = torch.zeros(job.H) if options.sinks else None
+    bounds = torch.zeros(1, 2, job.T, dtype=torch.int32)
+    tensors["bounds"] = bounds if options.documents else None
+    tensors["slopes"] = torch.zeros(job.H) if options.alibi else None
     tensors["d_lse"] = torch.zeros(1, job.H, job.T) if job.d_lse else None
-    tensors["counter"] = torch.zeros(1, dtype=torch.int32)
     launches = []
     if job.forward:
         launches.append(plan.plan_forward(q, k, options, job.forward, 1))
@@ -125,27 +115,33 @@ def compile_one(job: Job) -> None:
         launches += plan.plan_backward(q, k, q, options, job.backward, 1)
         tensors |= plan.backward_buffers(q, k, job.backward)
     for launch in launches:
-        launch.kernel.warmup(**launch.bind(tensors), grid=launch.grid, num_warps=4)
+        drawn = launch.arguments.get("DRAW")
+        tensors["counter"] = torch.zeros(1, dtype=torch.int32) if drawn else None
+        launch.kernel.warmup(**launch.bind(tensors), grid=launch.grid, **launch.options)
 
 
-def compile_all(shapes: list[Shape], base: bool) -> None:
+def compile_all(shapes: list[Shape], parts: list[str], base: bool) -> None:
+    """Compile what the chosen parts of bench_hopper.py need, in many processes."""
     jobs: dict[Job, None] = {}  # in order, each once
-    for case in FEATURES:
-        call = {name: value for name, value in case.items() if name != "joint"}
-        call["H_kv"] = call.get("H_kv", call.get("H", 4))
-        call["H"] = call.get("H", 4)
-        tiles = dict(
-            forward=choose_forward(case["D"], case["causal"], case["T"]),
-            backward=BACKWARD[case["D"], case["causal"]],
-        )
-        jobs[Job(d_lse=True, **tiles, **call)] = None
+    wanted = [*FEATURES] * ("features" in parts) + [*TIMED] * ("timed" in parts)
+    for feature in wanted:
+        f, options = feature, feature.options()
+        q, k = torch.empty(f.B, f.T, f.H, f.D), torch.empty(f.B, f.S, f.H_kv, f.D)
+        backward = plan.backward_tile(q, k, options) if f.backward else None
+        tiles = dict(forward=plan.forward_tile(q, k, options), backward=backward)
+        sizes = dict(T=f.T, S=f.S, H=f.H, H_kv=f.H_kv, dtype=f.dtype)
+        jobs[Job(f.D, options, **sizes, d_lse=feature in FEATURES, **tiles)] = None
+    kinds = {"forward": forward_variants, "backward": backward_variants}
     for shape in shapes:
-        for kind, variants in (("forward", forward_variants), ("backward", backward_variants)):
+        for kind, variants in kinds.items():
             for name, tile in variants(shape).items():
                 same = replace(tile, together=0)  # not compiled in
-                if not base or name == "shipped":
-                    jobs[Job(shape.D, shape.causal, **{kind: same})] = None
+                if name == "shipped" or (kind in parts and not base):
+                    options = plan.Options(shape.causal, 0.1)
+                    jobs[Job(shape.D, options, **{kind: same})] = None
     start, n = time.time(), min(14, os.cpu_count() or 1, len(jobs))
+    if not jobs:
+        return
     with multiprocessing.get_context("spawn").Pool(n) as pool:
         for i, _ in enumerate(pool.imap_unordered(compile_one, jobs)):
             print(f"compiled {i + 1} of {len(jobs)}", flush=True)

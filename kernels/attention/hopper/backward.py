@@ -25,7 +25,6 @@ around a product serialises the pipeline, and not added.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="untyped-decorator, misc"
-# ruff: noqa: SIM102 -- the outer `if` is decided at compile time
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -36,21 +35,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.attention.hopper.masks import queries_of, query_tiles
 from kernels.attention.hopper.schedule import draw, following, publish, tile_at
+from kernels.attention.hopper.scores import minus_delta, probabilities
 from kernels.attention.hopper.shim import tma_add, tma_load, tma_store
 
 BN = gl.constexpr(128)
 LOG2_E = gl.constexpr(1.4426950408889634)
-
-
-@gluon.jit
-def _first_query(key, past, BM: gl.constexpr, CAUSAL: gl.constexpr):
-    """Where the first query tile that sees `key` starts; query t sees keys up to t + past."""
-    first = 0
-    if CAUSAL:
-        first = gl.maximum(key - past, 0) // BM * BM
-    return first
 
 
 @gluon.jit
@@ -64,9 +57,9 @@ def _query_at(i, first, per_head, BM: gl.constexpr, GROUP: gl.constexpr):
 
 @gluon.jit
 def _producer(
-    sources, rings, counter_ptr, sizes,
+    sources, rings, counter_ptr, sizes, limits,
     BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    DRAW: gl.constexpr,
+    LIMITS: gl.constexpr, DRAW: gl.constexpr,
 ):  # fmt: skip
     """One warp: loads Q, dO and their row statistics, and K and V of each key tile."""
     q_desc, k_desc, v_desc, do_desc, stats_desc = sources
@@ -83,8 +76,7 @@ def _producer(
         rank, head = tile_at(position, n_tiles, n_heads, chunk)
         b = head // H_kv
         h = head - b * H_kv
-        first = _first_query(rank * BN, S - T, BM, CAUSAL)
-        per_head = (T - first + BM - 1) // BM
+        first, per_head = query_tiles(rank * BN, b, T, S, limits, BM, BN, CAUSAL, LIMITS)
         for i in range(per_head * GROUP):
             s = it % STAGES
             member, query = _query_at(i, first, per_head, BM, GROUP)
@@ -144,53 +136,17 @@ def _add_to_dq(
 
 
 @gluon.jit
-def _minus_delta(delta, nothing, BM: gl.constexpr, COL: gl.constexpr):
-    """[64 keys, BM], where dP' may start to add up: it saves 8 to 32 registers over a subtraction.
-
-    Not when dP' is issued while S' is in flight: ptxas then makes it wait for S' (C7517).
-    """
-    start, _ = gl.broadcast(delta.reshape([BM]).load(COL)[None, :], nothing)
-    return start
-
-
-@gluon.jit
-def _probabilities(
-    s, lse, places, ramp, scale, key, query, S, past,
-    BM: gl.constexpr, LAYOUT: gl.constexpr, CAUSAL: gl.constexpr, RAGGED: gl.constexpr,
-    ALIBI: gl.constexpr, LAST: gl.constexpr,
-):  # fmt: skip
-    """P' of S' [64 keys, BM queries]; the keys start at `key`, the key tile ends LAST later."""
-    # place numbers come out of shared memory: as constants they would stay in registers
-    if ALIBI:  # both parts counted from the tile's first key: small where P is not
-        keys = places.slice(0, 64).load(gl.SliceLayout(1, LAYOUT))
-        queries = places.slice(0, BM).load(gl.SliceLayout(0, LAYOUT))
-        lse = lse + ramp * (queries + (query + past - key)).to(gl.float32)
-        p = gl.exp2(s * scale - lse[None, :] + (ramp * keys.to(gl.float32))[:, None])
-    else:
-        p = gl.exp2(s * scale - lse[None, :])
-    if CAUSAL:
-        if query + past < key + LAST:  # also hides keys past the end: they are after all queries
-            keys = places.slice(0, 64).load(gl.SliceLayout(1, LAYOUT))
-            queries = places.slice(0, BM).load(gl.SliceLayout(0, LAYOUT))
-            p = gl.where((queries + (query + past - key))[None, :] >= keys[:, None], p, 0.0)
-    elif RAGGED:
-        if key + 64 > S:
-            keys = places.slice(0, 64).load(gl.SliceLayout(1, LAYOUT))
-            p = gl.where((keys < S - key)[:, None], p, 0.0)
-    return p
-
-
-@gluon.jit
 def _consumer(
-    results, slopes_ptr, scale, rings, staging, sizes,
+    results, biases, scale, rings, staging, sizes, limits,
     W: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr, EARLY: gl.constexpr,
-    DRAW: gl.constexpr,
+    CAUSAL: gl.constexpr, LIMITS: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr,
+    SOFTCAP: gl.constexpr, EARLY: gl.constexpr, DRAW: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: keys [64 W, 64 W + 64) of every key tile."""
     dq_desc, dk_desc, dv_desc = results
     q_ring, do_ring, kv, ticket = rings
-    ds_ring, dq_smem, places = staging
+    ds_ring, dq_smem, places, limits_smem = staging
+    slopes_ptr, bend = biases
     DQ_COLS: gl.constexpr = D // 2 if BM == 64 else D
     ROOM: gl.constexpr = 2 * DQ_COLS // D
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
@@ -212,9 +168,23 @@ def _consumer(
     position = gl.program_id(0)
     while position < n_tiles * n_heads:
         rank, head = tile_at(position, n_tiles, n_heads, chunk)
-        first = _first_query(rank * BN, past, BM, CAUSAL)
-        per_head = (T - first + BM - 1) // BM
+        b = head // H_kv
+        first, per_head = query_tiles(rank * BN, b, T, S, limits, BM, BN, CAUSAL, LIMITS)
         key = rank * BN + W * 64
+        seen = (0, 0, 0, 0)
+        if LIMITS:  # the queries that see each key wait in shared memory: registers are short
+            firsts = limits_smem.slice(W * 128, 64)
+            lasts = limits_smem.slice(W * 128 + 64, 64)
+            first_of, last_of = queries_of(
+                key + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT)), b, T, S, limits, LIMITS
+            )
+            firsts.store(first_of)
+            lasts.store(last_of)
+            clear_from, _ = queries_of(key + 63, b, T, S, limits, LIMITS)  # queries all 64 keys see
+            _, clear_to = queries_of(key, b, T, S, limits, LIMITS)
+            if key + 64 > S:
+                clear_to = -1  # keys past the end
+            seen = (firsts, lasts, clear_from, clear_to)
         row_before = 0
         dk = gl.zeros([64, D], gl.float32, O_LAYOUT)
         dv = gl.zeros([64, D], gl.float32, O_LAYOUT)
@@ -244,23 +214,23 @@ def _consumer(
             if ALIBI:
                 ramp = gl.load(slopes_ptr + (head * GROUP + member) % (H_kv * GROUP)) * LOG2_E
             lse = lse_smem.index(s).reshape([BM]).load(COL)
-            p = _probabilities(
-                st, lse, places, ramp, scale * LOG2_E, key, query, S, past,
-                BM, S_LAYOUT, CAUSAL, RAGGED, ALIBI, BN - 1 - W * 64,
+            p, weight = probabilities(
+                st, lse, places, seen, ramp, scale * LOG2_E, bend, key, query, S, past, BM,
+                S_LAYOUT, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, DTYPE, BN - 1 - W * 64,
             )  # fmt: skip
             if not EARLY:
                 mbarrier.wait(do_full.index(s), phase)
-                start = _minus_delta(delta_smem.index(s), nothing, BM, COL)
+                start = minus_delta(delta_smem.index(s), nothing, BM, COL)
                 dp = warpgroup_mma(v, do.permute((1, 0)), start, is_async=True)
             p16 = p.to(DTYPE)
             if EARLY:
                 dp = warpgroup_mma_wait(0, deps=(dp,))
                 dv = warpgroup_mma(gl.convert_layout(p16, P_LAYOUT), do, dv, is_async=True)
-                dp = dp + _minus_delta(delta_smem.index(s), nothing, BM, COL)
+                dp = dp + minus_delta(delta_smem.index(s), nothing, BM, COL)
             else:
                 dv = warpgroup_mma(gl.convert_layout(p16, P_LAYOUT), do, dv, is_async=True)
                 dp = warpgroup_mma_wait(1, deps=(dp,))
-            ds = (p * dp).to(DTYPE)
+            ds = (weight * dp).to(DTYPE)
 
             here = it % 2
             other = (it + 1) % 2
@@ -308,22 +278,28 @@ def _consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["H_kv", "T", "S", "n_heads", "n_tiles", "chunk"])
+@gluon.jit(do_not_specialize=["before", "after", "H_kv", "T", "S", "n_heads", "n_tiles", "chunk"])
 def attention_bwd_kernel(
     q_desc, k_desc, v_desc, do_desc,  # [B, T or S, H or H_kv, D], blocks [1, rows, 1, D]
     stats_desc,  # [2 * B * H * tiles of BM queries, BM] fp32: lse in log2 units, then -delta
     dq_desc,  # [B * H * T padded to BM, D] fp32, zero; gets dQ / scale
     dk_desc, dv_desc,  # [B, S, H_kv, D]
     slopes_ptr,  # [H] fp32
-    counter_ptr,  # [1] int32, zero before and after
+    bounds_ptr,  # [B, 2, T] int32: where each token's document starts and ends
+    counter_ptr,  # [1] int32, zero before and after; not read unless DRAW
     scale,
+    cap,  # the soft cap in log2 units
+    inner,  # scale / cap: what the products are multiplied by before tanh
+    before, after,  # the window
     H_kv, T, S,
     n_heads,  # B * H_kv
     n_tiles,  # of a head
     chunk,  # heads whose tiles stand together
     D: gl.constexpr, BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr, EARLY: gl.constexpr,
-    DRAW: gl.constexpr,
+    CAUSAL: gl.constexpr,  # and nothing else: no window, no documents
+    LIMITS: gl.constexpr,  # see masks.py
+    RAGGED: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, EARLY: gl.constexpr,
+    DRAW: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of the key tiles this program gets, and what they add to dQ."""
     DTYPE: gl.constexpr = q_desc.dtype
@@ -341,6 +317,9 @@ def attention_bwd_kernel(
     dq_smem = gl.allocate_shared_memory(gl.float32, [2, 64, DQ_COLS], dq_desc.layout)
     places = gl.allocate_shared_memory(gl.int32, [128], FLAT)
     places.store(gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])))
+    limits_smem = places
+    if LIMITS:
+        limits_smem = gl.allocate_shared_memory(gl.int32, [256], FLAT)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     kv_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -369,16 +348,22 @@ def attention_bwd_kernel(
         (k_smem, v_smem, kv_full, kv_empty),
         (slot, ticket_full, ticket_empty),
     )
-    staging = ((ds_smem, ds_full, ds_empty), dq_smem, places)
+    staging = ((ds_smem, ds_full, ds_empty), dq_smem, places, limits_smem)
     sources = (q_desc, k_desc, v_desc, do_desc, stats_desc)
     results = (dq_desc, dk_desc, dv_desc)
     sizes = (H_kv, T, S, n_heads, n_tiles, chunk)
+    biases = (slopes_ptr, (cap, inner))
+    limits = (before, after, bounds_ptr)
+    if PDL:  # the row statistics and the zeros of dQ come from the kernel before
+        gdc_launch_dependents()
+        gdc_wait()
     # fmt: off
     gl.warp_specialize([
-        (_consumer, (results, slopes_ptr, scale, rings, staging, sizes, 0, D,
-                     BM, GROUP, STAGES, CAUSAL, RAGGED, ALIBI, EARLY, DRAW)),
-        (_consumer, (results, slopes_ptr, scale, rings, staging, sizes, 1, D,
-                     BM, GROUP, STAGES, CAUSAL, RAGGED, ALIBI, EARLY, DRAW)),
-        (_producer, (sources, rings, counter_ptr, sizes, BM, GROUP, STAGES, CAUSAL, DRAW)),
+        (_consumer, (results, biases, scale, rings, staging, sizes, limits, 0, D, BM, GROUP,
+                     STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, DRAW)),
+        (_consumer, (results, biases, scale, rings, staging, sizes, limits, 1, D, BM, GROUP,
+                     STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, DRAW)),
+        (_producer, (sources, rings, counter_ptr, sizes, limits,
+                     BM, GROUP, STAGES, CAUSAL, LIMITS, DRAW)),
     ], [4, 1], [240, 24])
     # fmt: on

@@ -16,7 +16,11 @@ the first, with x a barrier of shared memory and all loads and stores by the cop
 
 S_j is issued before P_{j-1} V_{j-1}, so the tensor cores have work during the softmax: +6 to +16 %
 measured on one H200. Descriptors are 4-D over [B, T, H, D], any strides: what lies past the end of
-a sequence reads as zero and is not written, and no copy is made.
+a sequence reads as zero and is not written, and no copy is made. D is the head size padded to 64,
+128 or 256: the columns past the end of a head read as zero too.
+
+At D = 256 there is no room for a staging buffer: results leave through the place of Q, and the
+next Q loads behind them (SHARE).
 
 Maths: Dao 2023, arXiv:2307.08691, Algorithm 1; scores stay unscaled, exponentials are powers of 2.
 """
@@ -34,6 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.attention.hopper.masks import key_tiles, keys_of, tanh
 from kernels.attention.hopper.schedule import draw, following, publish, tile_at
 from kernels.attention.hopper.shim import tma_load, tma_store
 
@@ -45,19 +50,10 @@ LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _key_tiles(last_row, S, past, BN: gl.constexpr, CAUSAL: gl.constexpr):
-    """How many key tiles the rows up to `last_row` see; row t sees keys up to t + past."""
-    end = S
-    if CAUSAL:
-        end = gl.minimum(S, last_row + 1 + past)
-    return (end + BN - 1) // BN
-
-
-@gluon.jit
 def _producer(
-    sources, rings, counter_ptr, sizes,
+    sources, rings, counter_ptr, sizes, limits,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, DRAW: gl.constexpr,
+    CAUSAL: gl.constexpr, LIMITS: gl.constexpr, DRAW: gl.constexpr,
 ):  # fmt: skip
     """One warp: loads Q, K and V of every tile as soon as their places are free."""
     q_desc, k_desc, v_desc = sources
@@ -73,11 +69,11 @@ def _producer(
     while position < n_tiles * n_heads:
         rank, head = tile_at(position, n_tiles, n_heads, chunk)
         row = rank * BM
-        if CAUSAL:
+        if CAUSAL or LIMITS:
             row = (n_tiles - 1 - rank) * BM  # longest rows first
         b = head // H
         h = head - b * H
-        n_iter = _key_tiles(row + BM - 1, S, S - T, BN, CAUSAL)
+        low, n_iter = key_tiles(row, row + BM - 1, b, T, S, limits, BN, CAUSAL, LIMITS)
         for w in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
             mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
@@ -85,7 +81,7 @@ def _producer(
         for i in range(n_iter):
             s = it % STAGES
             phase = (it // STAGES) & 1
-            key = (n_iter - 1 - i) * BN
+            key = (low + n_iter - 1 - i) * BN
             mbarrier.wait(k_empty.index(s), phase ^ 1)
             mbarrier.expect(k_full.index(s), k_desc.block_type.nbytes)
             tma_load(k_desc, [b, key, h // GROUP, 0], k_full.index(s), k_smem.index(s))
@@ -112,24 +108,51 @@ def _softmax_step(s, peak, total, scale):
 
 
 @gluon.jit
-def _shape_scores(s, cols, limit, origin, ramp, MASK: gl.constexpr, ALIBI: gl.constexpr):
-    """ALiBi and the mask. cols [BN] keys, limit [64]: row sees keys below it."""
+def _bias_scores(s, cols, origin, ramp, bend, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr):
+    """The soft cap, by (cap, scale / cap), and ALiBi at the keys `cols` [BN]."""
+    if SOFTCAP:
+        cap, inner = bend
+        s = cap * tanh(s * inner)
     if ALIBI:
         s = s + (ramp * (cols - origin).to(gl.float32))[None, :]
-    if MASK:
-        s = gl.where(cols[None, :] < limit[:, None], s, MASKED)
     return s
 
 
 @gluon.jit
+def _hide(s, cols, first, limit, LIMITS: gl.constexpr):
+    """Rows see keys from `first` [64], counted under LIMITS only, to below `limit` [64]."""
+    seen = cols[None, :] < limit[:, None]
+    if LIMITS:
+        seen = seen & (cols[None, :] >= first[:, None])
+    return gl.where(seen, s, MASKED)
+
+
+@gluon.jit
+def _pass_by(n, it, k_ring, v_ring, STAGES: gl.constexpr):
+    """Let n key tiles go that only other rows of this tile see."""
+    _, k_full, k_empty = k_ring
+    _, v_full, v_empty = v_ring
+    for _ in range(n):
+        s = it % STAGES
+        mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
+        mbarrier.arrive(k_empty.index(s), count=1)
+        mbarrier.wait(v_full.index(s), (it // STAGES) & 1)
+        mbarrier.arrive(v_empty.index(s), count=1)
+        it += 1
+    return it
+
+
+@gluon.jit
 def _consumer(
-    results, slopes_ptr, scale, rings, out_smem, sizes,
+    results, biases, scale, rings, out_smem, sizes, limits,
     W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr, EDGE: gl.constexpr, SKIP: gl.constexpr,
-    ALIBI: gl.constexpr, DRAW: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr, EDGE: gl.constexpr,
+    SKIP: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
+    DRAW: gl.constexpr, SHARE: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     out_desc, lse_ptr = results
+    slopes_ptr, sinks_ptr, bend = biases
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
@@ -152,46 +175,58 @@ def _consumer(
     while position < n_tiles * n_heads:
         rank, head = tile_at(position, n_tiles, n_heads, chunk)
         row = rank * BM + W * 64
-        if CAUSAL:
+        if CAUSAL or LIMITS:
             row = (n_tiles - 1 - rank) * BM + W * 64
-        n_iter = _key_tiles(row + (BM - 1 - W * 64), S, past, BN, CAUSAL)
-        if SKIP:  # key tiles that only the later rows of this tile see
-            mine = _key_tiles(row + 63, S, past, BN, CAUSAL)
-            for _ in range(n_iter - mine):
-                s = it % STAGES
-                mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
-                mbarrier.arrive(k_empty.index(s), count=1)
-                mbarrier.wait(v_full.index(s), (it // STAGES) & 1)
-                mbarrier.arrive(v_empty.index(s), count=1)
-                it += 1
-            n_iter = mine
+        b = head // H
+        all_low, n_all = key_tiles(
+            row - W * 64, row + (BM - 1 - W * 64), b, T, S, limits, BN, CAUSAL, LIMITS
+        )
+        low = all_low
+        n_iter = n_all
+        if SKIP:
+            low, n_iter = key_tiles(row, row + 63, b, T, S, limits, BN, CAUSAL, LIMITS)
+            it = _pass_by(all_low + n_all - low - n_iter, it, k_ring, v_ring, STAGES)
         rows = row + gl.arange(0, 64, ROW)
         limit = gl.full([64], 0, gl.int32, ROW) + S
+        first = limit
         if CAUSAL:
             limit = gl.minimum(limit, rows + (past + 1))
+        if LIMITS:
+            first, limit = keys_of(rows, b, T, S, limits, LIMITS)
+            limit += 1
+            clear_from, _ = keys_of(row + 63, b, T, S, limits, LIMITS)  # keys that all 64 rows see
+            _, clear_to = keys_of(row, b, T, S, limits, LIMITS)
         ramp = 0.0
         if ALIBI:
             ramp = gl.load(slopes_ptr + head % H) / (scale * LN_2)  # in the unit of the scores
         acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
         peak = gl.full([64], MASKED, gl.float32, ROW)
         total = gl.full([64], 0.0, gl.float32, ROW)
+        if SINKS:  # one more score, whose value is zero
+            sink = gl.load(sinks_ptr + head % H).to(gl.float32) / (scale * LN_2)
+            peak = gl.full([64], 0.0, gl.float32, ROW) + sink
+            if ALIBI:
+                peak += ramp * (rows - row).to(gl.float32)
+            total += 1.0
 
         s = it % STAGES
-        key = (n_iter - 1) * BN
+        key = (low + n_iter - 1) * BN
         mbarrier.wait(q_full.index(W), turn & 1)
         mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
         k = k_smem.index(s).reshape([BN, D]).permute((1, 0))
         qk = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
         qk = warpgroup_mma_wait(0, deps=(qk,))
         mbarrier.arrive(k_empty.index(s), count=1)
-        qk = _shape_scores(qk, cols + key, limit, row + past, ramp, EDGE > 0, ALIBI)
+        qk = _bias_scores(qk, cols + key, row + past, ramp, bend, SOFTCAP, ALIBI)
+        if EDGE > 0:
+            qk = _hide(qk, cols + key, first, limit, LIMITS)
         p, peak, total, shrink = _softmax_step(qk, peak, total, scale)
         p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
         it += 1
         for i in range(1, n_iter):
             s = it % STAGES
             before = (it - 1) % STAGES
-            key = (n_iter - 1 - i) * BN
+            key = (low + n_iter - 1 - i) * BN
             mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
             k = k_smem.index(s).reshape([BN, D]).permute((1, 0))
             qk = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
@@ -200,22 +235,28 @@ def _consumer(
             acc = warpgroup_mma(p16, v, acc, is_async=True)
             qk = warpgroup_mma_wait(1, deps=(qk,))
             mbarrier.arrive(k_empty.index(s), count=1)
-            qk = _shape_scores(qk, cols + key, limit, row + past, ramp, False, ALIBI)
-            if EDGE > 1:
+            qk = _bias_scores(qk, cols + key, row + past, ramp, bend, SOFTCAP, ALIBI)
+            if LIMITS:
+                if (key < clear_from) | (key + (BN - 1) > clear_to):
+                    qk = _hide(qk, cols + key, first, limit, LIMITS)
+            elif EDGE > 1:
                 if i < EDGE:
-                    qk = gl.where((cols + key)[None, :] < limit[:, None], qk, MASKED)
+                    qk = _hide(qk, cols + key, first, limit, LIMITS)
             p, peak, total, shrink = _softmax_step(qk, peak, total, scale)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(v_empty.index(before), count=1)
             acc = acc * gl.convert_layout(shrink, ROW_O)[:, None]
             p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
             it += 1
-        mbarrier.arrive(q_empty.index(W), count=1)
+        if not SHARE:
+            mbarrier.arrive(q_empty.index(W), count=1)
         s = (it - 1) % STAGES
         mbarrier.wait(v_full.index(s), ((it - 1) // STAGES) & 1)
         acc = warpgroup_mma(p16, v_smem.index(s).reshape([BN, D]), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_empty.index(s), count=1)
+        if LIMITS:
+            it = _pass_by(low - all_low, it, k_ring, v_ring, STAGES)
 
         lse = (peak * scale + gl.log2(total)) * LN_2
         if ALIBI:
@@ -226,34 +267,47 @@ def _consumer(
         out_smem.index(W).reshape([64, D]).store(acc.to(DTYPE))
         fence_async_shared()
         tma_store(out_desc, [head // H, row, head % H, 0], out_smem.index(W))
+        if SHARE:
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(W), count=1)
         turn += 1
         position = following(position, turn, ticket, DRAW)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["H", "T", "S", "n_heads", "n_tiles", "chunk"])
+@gluon.jit(do_not_specialize=["before", "after", "H", "T", "S", "n_heads", "n_tiles", "chunk"])
 def attention_fwd_kernel(
     q_desc, k_desc, v_desc, out_desc,  # [B, T or S, H or H_kv, D], blocks [1, rows, 1, D]
     lse_ptr,  # [B, H, T] fp32, natural log
     slopes_ptr,  # [H] fp32
-    counter_ptr,  # [1] int32, zero before and after
-    scale,  # of the scores, in log2 units
+    sinks_ptr,  # [H]
+    bounds_ptr,  # [B, 2, T] int32: where each token's document starts and ends
+    counter_ptr,  # [1] int32, zero before and after; not read unless DRAW
+    scale,  # of the scores, in log2 units; 1 with a soft cap
+    cap,  # in log2 units
+    inner,  # scale / cap: what the products are multiplied by before tanh
+    before, after,  # the window
     H, T, S,
     n_heads,  # B * H
     n_tiles,  # of a head
     chunk,  # heads whose tiles stand together
     D: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, CAUSAL: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    CAUSAL: gl.constexpr,  # and nothing else: no window, no documents
+    LIMITS: gl.constexpr,  # see masks.py
     EDGE: gl.constexpr,  # key tiles at the end of a row that may need the mask
     SKIP: gl.constexpr,  # key tiles may be of no use to some warpgroups
-    ALIBI: gl.constexpr, DRAW: gl.constexpr,
+    ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, DRAW: gl.constexpr,
+    SHARE: gl.constexpr,
 ):  # fmt: skip
     """out and lse of the tiles this program gets; one launch has at most one program per SM."""
     DTYPE: gl.constexpr = q_desc.dtype
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_smem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 64, 1, D], q_desc.layout)
-    out_smem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 64, 1, D], out_desc.layout)
+    out_smem = q_smem
+    if not SHARE:
+        out_smem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 64, 1, D], out_desc.layout)
     k_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BN, 1, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BN, 1, D], v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
@@ -284,26 +338,33 @@ def attention_fwd_kernel(
     )
     sources = (q_desc, k_desc, v_desc)
     results = (out_desc, lse_ptr)
+    biases = (slopes_ptr, sinks_ptr, (cap, inner))
+    limits = (before, after, bounds_ptr)
     sizes = (H, T, S, n_heads, n_tiles, chunk)
     # fmt: off
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consumer, (results, slopes_ptr, scale, rings, out_smem, sizes, 0, D,
-                         CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, DRAW)),
-            (_consumer, (results, slopes_ptr, scale, rings, out_smem, sizes, 1, D,
-                         CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, DRAW)),
-            (_producer, (sources, rings, counter_ptr, sizes,
-                         GROUP, CONSUMERS, BN, STAGES, CAUSAL, DRAW)),
+            (_consumer, (results, biases, scale, rings, out_smem, sizes, limits, 0, D,
+                         CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
+                         DRAW, SHARE)),
+            (_consumer, (results, biases, scale, rings, out_smem, sizes, limits, 1, D,
+                         CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
+                         DRAW, SHARE)),
+            (_producer, (sources, rings, counter_ptr, sizes, limits,
+                         GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, DRAW)),
         ], [4, 1], [REGISTERS, 24])
     else:
         gl.warp_specialize([
-            (_consumer, (results, slopes_ptr, scale, rings, out_smem, sizes, 0, D,
-                         CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, DRAW)),
-            (_consumer, (results, slopes_ptr, scale, rings, out_smem, sizes, 1, D,
-                         CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, DRAW)),
-            (_consumer, (results, slopes_ptr, scale, rings, out_smem, sizes, 2, D,
-                         CONSUMERS, BN, STAGES, CAUSAL, EDGE, SKIP, ALIBI, DRAW)),
-            (_producer, (sources, rings, counter_ptr, sizes,
-                         GROUP, CONSUMERS, BN, STAGES, CAUSAL, DRAW)),
+            (_consumer, (results, biases, scale, rings, out_smem, sizes, limits, 0, D,
+                         CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
+                         DRAW, SHARE)),
+            (_consumer, (results, biases, scale, rings, out_smem, sizes, limits, 1, D,
+                         CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
+                         DRAW, SHARE)),
+            (_consumer, (results, biases, scale, rings, out_smem, sizes, limits, 2, D,
+                         CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
+                         DRAW, SHARE)),
+            (_producer, (sources, rings, counter_ptr, sizes, limits,
+                         GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, DRAW)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])
     # fmt: on

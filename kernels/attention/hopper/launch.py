@@ -2,18 +2,20 @@
 
 Triton takes 25 to 30 microseconds to describe, bind and look up a call of these kernels in Python.
 A Launch does that once for tensors of one set of shapes and strides, and then only puts the
-addresses of the tensors at hand in their places.
+addresses of the tensors at hand in their places; restart.py has how.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.attention.hopper.restart import record
 
 ALIGNMENT = 16  # bytes: the copy engine's rule for addresses and strides
 GLUON_TYPES = {
@@ -46,8 +48,8 @@ class Launch:
     kernel: Any
     grid: tuple[int, int, int]
     arguments: dict[str, Any]
-    compiled: Any = None
-    descriptors: dict[str, TensorDescriptor] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=lambda: {"num_warps": 4})  # of the compiler
+    again: Callable[[Tensors], None] | None = None  # the call after the first
 
     def bind(self, tensors: Tensors) -> dict[str, Any]:
         """The arguments for these tensors, which differ from call to call in address only."""
@@ -58,26 +60,25 @@ class Launch:
             elif type(argument) is Blocks:
                 tensor = tensors[argument.name]
                 assert tensor is not None
-                bound[name] = self._descriptor(name, argument, tensor)
+                bound[name] = descriptor(tensor, argument.block)
         return bound
 
     def run(self, tensors: Tensors) -> None:
         """Start the kernel on the current stream of the current device, always the same device."""
-        arguments = self.bind(tensors)
-        if self.compiled is None:
-            assert list(arguments) == self.kernel.arg_names
-            self.compiled = self.kernel[self.grid](**arguments, num_warps=4)
-        else:
-            self.compiled[self.grid](*arguments.values())
+        if self.again is not None:
+            self.again(tensors)
+            return
+        bound = self.bind(tensors)
+        assert list(bound) == self.kernel.arg_names
+        compiled = self.kernel[self.grid](**bound, **self.options)
 
-    def _descriptor(self, name: str, blocks: Blocks, tensor: Tensor) -> TensorDescriptor:
-        if name not in self.descriptors:
-            self.descriptors[name] = descriptor(tensor, blocks.block)
-            self.descriptors[name].base = None  # or it would keep this tensor's memory
-        copy: TensorDescriptor = object.__new__(TensorDescriptor)  # past its checks, made once
-        copy.__dict__.update(self.descriptors[name].__dict__)
-        copy.base = tensor
-        return copy
+        def whole(tensors: Tensors) -> None:
+            compiled[self.grid](*self.bind(tensors).values())
+
+        kinds = self.arguments.values()
+        pointers = [x.name for x in kinds if type(x) is Pointer and tensors[x.name] is not None]
+        blocks = [(x.name, partial(descriptor, block=x.block)) for x in kinds if type(x) is Blocks]
+        self.again = record(compiled, self.grid, list(bound.values()), pointers, blocks, whole)
 
 
 def descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:

@@ -1,9 +1,10 @@
 """From shapes and options to launches: grids, buffers, and what each kernel gets. Needs no GPU.
 
-Dims: B batch, T queries, S keys, H heads, H_kv key/value heads, D head size.
+Dims: B batch, T queries, S keys, H heads, H_kv key/value heads, D head size, BD = D padded to what
+the kernels compute with.
 """
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,32 +12,95 @@ from torch import Tensor
 from kernels.attention.hopper.backward import BN, attention_bwd_kernel
 from kernels.attention.hopper.forward import attention_fwd_kernel
 from kernels.attention.hopper.launch import Blocks, Launch, Pointer
+from kernels.attention.hopper.masks import AFTER, BEFORE, DOCUMENTS
 from kernels.attention.hopper.rows import cast_dq_kernel, prepare_rows_kernel
-from kernels.attention.hopper.tiles import BackwardTile, ForwardTile
+from kernels.attention.hopper.tiles import (
+    BackwardTile,
+    ForwardTile,
+    choose_backward,
+    choose_forward,
+    padded_head,
+)
+from kernels.attention.problem import UNBOUNDED
 
 LOG2_E = 1.4426950408889634
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What a call asks for beside its tensors."""
 
     causal: bool
     scale: float
-    alibi: bool
+    alibi: bool = False
+    before: int = UNBOUNDED  # keys a query sees before its place
+    after: int = UNBOUNDED  # and after it; of no effect when causal
+    softcap: float = 0.0  # 0: none
+    sinks: torch.dtype | None = None
+    documents: bool = False
+
+    def limits(self, T: int, S: int) -> tuple[bool, int]:
+        """(plain causal mask, or LIMITS of masks.py) for T queries over S keys.
+
+        A bound that no query reaches counts as none, so the kernels see no large number.
+        """
+        after = 0 if self.causal else self.after
+        found = DOCUMENTS.value if self.documents else 0
+        if UNBOUNDED < self.before < S - 1:
+            found |= BEFORE.value
+        if UNBOUNDED < after < T - 1:
+            found |= AFTER.value
+        if found == AFTER.value and after == 0:
+            return True, 0
+        return False, found
+
+    def masks(self, T: int, S: int) -> dict[str, Any]:
+        """The arguments of both kernels that say what a query sees."""
+        causal, limits = self.limits(T, S)
+        return dict(
+            bounds_ptr=Pointer("bounds"),
+            before=self.before if limits & BEFORE.value else None,
+            after=(0 if self.causal else self.after) if limits & AFTER.value else None,
+            CAUSAL=causal,
+            LIMITS=limits,
+        )
+
+    def caps(self) -> dict[str, Any]:
+        """The arguments of both kernels for the soft cap."""
+        if self.softcap == 0:
+            return dict(cap=None, inner=None, SOFTCAP=False)
+        return dict(cap=self.softcap * LOG2_E, inner=self.scale / self.softcap, SOFTCAP=True)
+
+
+def forward_tile(q: Tensor, k: Tensor, options: Options) -> ForwardTile:
+    """The tile of tiles.py for a call."""
+    causal, limits = options.limits(q.shape[1], k.shape[1])
+    return choose_forward(
+        q.shape[3],
+        causal or limits > 0,
+        q.shape[1],
+        limits=limits > 0,
+        biased=options.alibi or options.softcap > 0,
+    )
+
+
+def backward_tile(q: Tensor, k: Tensor, options: Options) -> BackwardTile:
+    """The tile of tiles.py for a call."""
+    causal, limits = options.limits(q.shape[1], k.shape[1])
+    return choose_backward(q.shape[3], causal or limits > 0, limits=limits > 0)
 
 
 def forward_buffers(q: Tensor) -> dict[str, Tensor]:
     """What the forward writes: out [B, T, H, D] and lse [B, H, T]."""
-    B, T, H, D = q.shape
+    B, T, H, _ = q.shape
     return {
-        "out": torch.empty((B, T, H, D), dtype=q.dtype, device=q.device),
+        "out": torch.empty_like(q, memory_format=torch.contiguous_format),
         "lse": torch.empty((B, H, T), dtype=torch.float32, device=q.device),
     }
 
 
 def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm: int) -> Launch:
-    """The launch for q, k, v, out, lse, slopes ([H] fp32 or None) and counter ([1] int32, zero).
+    """The launch for the tensors q, k, v, out, lse and, each None where it has no part in the call,
+    slopes [H] fp32, sinks [H], bounds [B, 2, T] int32 and counter [1] int32, zero.
 
     Args:
         q: [B, T, H, D]; k: [B, S, H_kv, D]; only their shapes are read. See `supports`.
@@ -46,40 +110,49 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
     S, H_kv = k.shape[1], k.shape[2]
     rows, keys, past = 64 * tile.consumers, tile.keys, S - T
     n_tiles = -(-T // rows)
-    if options.causal:
+    BD = padded_head(D)
+    masks = options.masks(T, S)
+    causal = masks["CAUSAL"]
+    if masks["LIMITS"]:
+        edge = 1
+    elif causal:
         edge = 1 if past % 64 == 0 else 2  # key tiles that the diagonal of 64 rows can cross
     else:
         edge = 1 if S % keys else 0
     # a tile of rows always ends inside one key tile: then each warpgroup needs all key tiles
     even = keys % rows == 0 and past % keys == 0
-    arguments = dict(
-        q_desc=Blocks("q", (1, 64, 1, D)),
-        k_desc=Blocks("k", (1, keys, 1, D)),
-        v_desc=Blocks("v", (1, keys, 1, D)),
-        out_desc=Blocks("out", (1, 64, 1, D)),
+    values = dict(
+        q_desc=Blocks("q", (1, 64, 1, BD)),
+        k_desc=Blocks("k", (1, keys, 1, BD)),
+        v_desc=Blocks("v", (1, keys, 1, BD)),
+        out_desc=Blocks("out", (1, 64, 1, BD)),
         lse_ptr=Pointer("lse"),
         slopes_ptr=Pointer("slopes"),
+        sinks_ptr=Pointer("sinks"),
         counter_ptr=Pointer("counter"),
-        scale=options.scale * LOG2_E,
+        scale=1.0 if options.softcap > 0 else options.scale * LOG2_E,
         H=H,
         T=T,
         S=S,
         n_heads=B * H,
         n_tiles=n_tiles,
         chunk=_together(tile.together, 4 * S * D, H // H_kv, B * H),
-        D=D,
+        D=BD,
         GROUP=H // H_kv,
         CONSUMERS=tile.consumers,
         BN=keys,
         STAGES=tile.stages,
         REGISTERS=tile.registers,
-        CAUSAL=options.causal,
         EDGE=edge,
-        SKIP=options.causal and not even,
+        SKIP=masks["LIMITS"] > 0 or (causal and not even),
         ALIBI=options.alibi,
+        SINKS=options.sinks is not None,
         DRAW=tile.draw,
+        SHARE=BD == 256,
+        **masks,
+        **options.caps(),
     )
-    return Launch(attention_fwd_kernel, (min(n_sm, n_tiles * B * H), 1, 1), arguments)
+    return _launch(attention_fwd_kernel, min(n_sm, n_tiles * B * H), values)
 
 
 def backward_buffers(q: Tensor, k: Tensor, tile: BackwardTile) -> dict[str, Tensor]:
@@ -87,9 +160,9 @@ def backward_buffers(q: Tensor, k: Tensor, tile: BackwardTile) -> dict[str, Tens
     B, T, H, D = q.shape
     rows = B * H * _padded(T, tile)
     return {
-        "dq": torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        "dk": torch.empty(k.shape, dtype=k.dtype, device=k.device),
-        "dv": torch.empty(k.shape, dtype=k.dtype, device=k.device),
+        "dq": torch.empty_like(q, memory_format=torch.contiguous_format),
+        "dk": torch.empty_like(k, memory_format=torch.contiguous_format),
+        "dv": torch.empty_like(k, memory_format=torch.contiguous_format),
         "stats": torch.empty(
             (2 * rows // tile.queries, tile.queries), dtype=torch.float32, device=q.device
         ),
@@ -102,14 +175,17 @@ def plan_backward(
 ) -> tuple[Launch, Launch, Launch]:
     """The launches for the tensors of plan_forward, d_out, d_lse (or None) and backward_buffers.
 
+    A sink has no part in them: lse holds all that the gradients need to know of it.
+
     Args:
         q: [B, T, H, D]; k: [B, S, H_kv, D]; d_out like q; shapes and strides of d_out are read.
     """
     B, T, H, D = q.shape
     S, H_kv = k.shape[1], k.shape[2]
-    BM, group, n_tiles = tile.queries, H // H_kv, -(-S // BN.value)
+    BM, BD, group, n_tiles = tile.queries, padded_head(D), H // H_kv, -(-S // BN.value)
     n_rows = B * H * _padded(T, tile)
-    around = dict(T=T, H=H, D=D, BM=BM)
+    masks = options.masks(T, S)
+    around = dict(T=T, H=H, D=D, BD=BD, BM=BM, BR=tile.rows, PDL=tile.pdl)
     prepare = dict(
         out_ptr=Pointer("out"),
         d_out_ptr=Pointer("d_out"),
@@ -123,15 +199,15 @@ def plan_backward(
         n_stats=n_rows,
         **around,
     )
-    arguments = dict(
-        q_desc=Blocks("q", (1, BM, 1, D)),
-        k_desc=Blocks("k", (1, BN.value, 1, D)),
-        v_desc=Blocks("v", (1, BN.value, 1, D)),
-        do_desc=Blocks("d_out", (1, BM, 1, D)),
+    values = dict(
+        q_desc=Blocks("q", (1, BM, 1, BD)),
+        k_desc=Blocks("k", (1, BN.value, 1, BD)),
+        v_desc=Blocks("v", (1, BN.value, 1, BD)),
+        do_desc=Blocks("d_out", (1, BM, 1, BD)),
         stats_desc=Blocks("stats", (1, BM)),
-        dq_desc=Blocks("dq_sum", (64, D // 2 if BM == 64 else D)),
-        dk_desc=Blocks("dk", (1, 64, 1, D)),
-        dv_desc=Blocks("dv", (1, 64, 1, D)),
+        dq_desc=Blocks("dq_sum", (64, BD // 2 if BM == 64 else BD)),
+        dk_desc=Blocks("dk", (1, 64, 1, BD)),
+        dv_desc=Blocks("dv", (1, 64, 1, BD)),
         slopes_ptr=Pointer("slopes"),
         counter_ptr=Pointer("counter"),
         scale=options.scale,
@@ -141,23 +217,33 @@ def plan_backward(
         n_heads=B * H_kv,
         n_tiles=n_tiles,
         chunk=_together(tile.together, 8 * T * D * group, 1, B * H_kv),
-        D=D,
+        D=BD,
         BM=BM,
         GROUP=group,
         STAGES=tile.stages,
-        CAUSAL=options.causal,
-        RAGGED=not options.causal and S % BN.value != 0,
+        RAGGED=not (masks["CAUSAL"] or masks["LIMITS"]) and S % BN.value != 0,
         ALIBI=options.alibi,
         EARLY=tile.early,
         DRAW=tile.draw,
+        PDL=tile.pdl,
+        **masks,
+        **options.caps(),
     )
     cast = dict(sum_ptr=Pointer("dq_sum"), dq_ptr=Pointer("dq"), scale=options.scale, **around)
-    grid = (n_rows // BM, 1, 1)
+    n_programs = n_rows // tile.rows
     return (
-        Launch(prepare_rows_kernel, grid, prepare),
-        Launch(attention_bwd_kernel, (min(n_sm, n_tiles * B * H_kv), 1, 1), arguments),
-        Launch(cast_dq_kernel, grid, cast),
+        _launch(prepare_rows_kernel, n_programs, prepare),
+        _launch(attention_bwd_kernel, min(n_sm, n_tiles * B * H_kv), values, pdl=tile.pdl),
+        _launch(cast_dq_kernel, n_programs, cast, pdl=tile.pdl),
     )
+
+
+def _launch(kernel: Any, n_programs: int, values: dict[str, Any], pdl: bool = False) -> Launch:
+    """`values` in the order of the kernel's parameters."""
+    arguments = {name: values[name] for name in kernel.arg_names}
+    assert len(arguments) == len(values)
+    options = {"num_warps": 4, "launch_pdl": True} if pdl else {"num_warps": 4}
+    return Launch(kernel, (n_programs, 1, 1), arguments, options)
 
 
 def _padded(T: int, tile: BackwardTile) -> int:

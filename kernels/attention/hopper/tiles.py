@@ -3,7 +3,7 @@
 `python scripts/bench_hopper.py` times them beside their neighbours (scripts/hopper_variants.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MIB = 1 << 20
 
@@ -29,14 +29,26 @@ class BackwardTile:
     early: bool  # issue dP beside S, not after the softmax
     draw: bool  # tiles from a counter, see schedule.py
     together: int  # bytes of Q, dO and dQ that the tiles standing together may span; 0: one head
+    rows: int = 64  # of a program of the two small kernels; divides `queries`
+    pdl: bool = False  # programmatic dependent launch: each kernel starts while the last one ends
 
 
-# (head size, causal)
+LARGEST_HEAD = {"forward": 256, "backward": 128}
+
+
+def padded_head(head_size: int) -> int:
+    """What the kernels compute with: the copy engine fills the rest of a block with zeros."""
+    return 64 if head_size <= 64 else 128 if head_size <= 128 else 256
+
+
+# (padded head size, causal)
 FORWARD = {
     (64, False): ForwardTile(3, 128, 2, 160, False, 0),
     (64, True): ForwardTile(3, 128, 3, 160, True, 32 * MIB),
     (128, False): ForwardTile(2, 128, 2, 240, False, 0),
     (128, True): ForwardTile(2, 128, 2, 240, True, 32 * MIB),
+    (256, False): ForwardTile(2, 64, 2, 240, False, 0),
+    (256, True): ForwardTile(2, 64, 2, 240, True, 32 * MIB),
 }
 BACKWARD = {
     (64, False): BackwardTile(128, 2, True, False, 16 * MIB),
@@ -53,8 +65,27 @@ FORWARD_128_ROWS = {
 MOST_EMPTY = 1.1  # times the rows that tiles of 128 take
 
 
-def choose_forward(head_size: int, causal: bool, queries: int) -> ForwardTile:
-    """The tile for a call with so many queries."""
-    if head_size == 64 and -(-queries // 192) * 192 > MOST_EMPTY * (-(-queries // 128) * 128):
+def choose_forward(
+    head_size: int, causal: bool, queries: int, *, limits: bool = False, biased: bool = False
+) -> ForwardTile:
+    """The tile for a call with so many queries.
+
+    Args:
+        causal: or nearly: rows of different lengths.
+        limits: a window or documents; with a bias or soft cap they leave three consumers no room.
+        biased: ALiBi or a soft cap.
+    """
+    size = padded_head(head_size)
+    empty = -(-queries // 192) * 192 > MOST_EMPTY * (-(-queries // 128) * 128)
+    if size == 64 and (empty or (limits and biased)):
         return FORWARD_128_ROWS[causal]
-    return FORWARD[head_size, causal]
+    return FORWARD[size, causal]
+
+
+def choose_backward(head_size: int, causal: bool, *, limits: bool = False) -> BackwardTile:
+    """The tile for a call; masks with two ends (`limits`) need registers of their own."""
+    size = padded_head(head_size)
+    tile = BACKWARD[size, causal]
+    if limits:
+        return replace(tile, queries=64, early=False, stages=3 if size == 64 else tile.stages)
+    return tile

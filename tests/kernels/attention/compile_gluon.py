@@ -75,7 +75,7 @@ def compile_launch(launch: Launch, tensors: Tensors) -> Built:
         kernel, signature, constants, attributes
     )
     target = GPUTarget("cuda", 90, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": 4})
+    compiled = triton.compile(source, target=target, options=launch.options)
     sass, log = _assemble(compiled.asm["ptx"])
     partitions = len(re.findall(r"^\s*partition\d+\(", compiled.asm["ttgir"], re.MULTILINE))
     return Built(compiled.metadata.shared, partitions, sass, log)

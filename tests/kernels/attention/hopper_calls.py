@@ -7,7 +7,9 @@ from torch import Tensor
 
 from kernels.attention.hopper import plan
 from kernels.attention.hopper.launch import Launch
-from kernels.attention.hopper.tiles import BACKWARD, FORWARD, BackwardTile, ForwardTile
+from kernels.attention.hopper.tiles import LARGEST_HEAD, BackwardTile, ForwardTile
+from kernels.attention.op import document_bounds
+from kernels.attention.problem import UNBOUNDED
 from tests.kernels.attention.cases import Inputs
 
 
@@ -27,25 +29,34 @@ def passes_of(
 ) -> Passes:
     """Both passes of a case, by the shipped tiles unless others are given."""
     q, k, v = (inputs.tensors[name] for name in "qkv")
-    D, causal = q.shape[3], inputs.extras["causal"]
-    slopes = inputs.extras.get("alibi_slopes")
-    options = plan.Options(causal, D**-0.5, slopes is not None)
-    forward = forward or FORWARD[D, causal]
-    backward = backward or BACKWARD[D, causal]
+    D, extras = q.shape[3], inputs.extras
+    slopes, documents = extras.get("alibi_slopes"), extras.get("documents")
+    sinks = inputs.tensors.get("sinks")
+    bounds = None if documents is None else document_bounds(documents)
+    before, after = extras.get("window", (UNBOUNDED, UNBOUNDED))
+    options = plan.Options(
+        extras["causal"], D**-0.5, slopes is not None, before, after,
+        extras.get("softcap", 0.0), sinks if sinks is None else sinks.dtype, bounds is not None,
+    )  # fmt: skip
+    forward = forward or plan.forward_tile(q, k, options)
+    launches = [plan.plan_forward(q, k, options, forward, n_sm)]
+    made = plan.forward_buffers(q)
+    if LARGEST_HEAD["backward"] >= D:
+        backward = backward or plan.backward_tile(q, k, options)
+        launches += plan.plan_backward(q, k, inputs.d_out, options, backward, n_sm)
+        made |= plan.backward_buffers(q, k, backward)
     return Passes(
-        [
-            plan.plan_forward(q, k, options, forward, n_sm),
-            *plan.plan_backward(q, k, inputs.d_out, options, backward, n_sm),
-        ],
+        launches,
         {
             "q": q,
             "k": k,
             "v": v,
             "slopes": slopes,
+            "sinks": sinks,
+            "bounds": bounds,
             "counter": torch.zeros(1, dtype=torch.int32, device=q.device),
             "d_out": inputs.d_out,
             "d_lse": inputs.d_lse,
-            **plan.forward_buffers(q),
-            **plan.backward_buffers(q, k, backward),
+            **made,
         },
     )

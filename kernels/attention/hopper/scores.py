@@ -1,0 +1,83 @@
+"""The backward's scores, transposed: P' and the factor of dS' for [64 keys, BM queries].
+
+Dims: BM queries of a tile (64 or 128); a consumer warpgroup has 64 keys. See backward.py.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="untyped-decorator, misc"
+# ruff: noqa: SIM102 -- the outer `if` is decided at compile time
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from kernels.attention.hopper.masks import tanh
+
+
+@gluon.jit
+def minus_delta(delta, nothing, BM: gl.constexpr, COL: gl.constexpr):
+    """[64 keys, BM], where dP' may start to add up: it saves 8 to 32 registers over a subtraction.
+
+    Not when dP' is issued while S' is in flight: ptxas then makes it wait for S' (C7517).
+    """
+    start, _ = gl.broadcast(delta.reshape([BM]).load(COL)[None, :], nothing)
+    return start
+
+
+@gluon.jit
+def _keep(seen, p, weight, SOFTCAP: gl.constexpr):
+    """P' and the factor of dP' where a query sees a key, else 0."""
+    p = gl.where(seen, p, 0.0)
+    if SOFTCAP:
+        weight = gl.where(seen, weight, 0.0)
+    else:
+        weight = p
+    return p, weight
+
+
+@gluon.jit
+def probabilities(
+    s, lse, places, seen, ramp, scale, bend, key, query, S, past,
+    BM: gl.constexpr, LAYOUT: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr,
+    RAGGED: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, DTYPE: gl.constexpr,
+    LAST: gl.constexpr,
+):  # fmt: skip
+    """P' of S' [64 keys, BM queries], and the factor of dP' in dS': P' times the slope of the cap.
+
+    The keys start at `key`, the key tile ends LAST later.
+    """
+    if SOFTCAP:
+        cap, inner = bend
+        bent = tanh(s * inner)
+        s = bent * cap
+    else:
+        s = s * scale
+    # place numbers come out of shared memory: as constants they would stay in registers
+    if ALIBI:  # both parts counted from the tile's first key: small where P is not
+        keys = places.slice(0, 64).load(gl.SliceLayout(1, LAYOUT))
+        queries = places.slice(0, BM).load(gl.SliceLayout(0, LAYOUT))
+        lse = lse + ramp * (queries + (query + past - key)).to(gl.float32)
+        p = gl.exp2(s - lse[None, :] + (ramp * keys.to(gl.float32))[:, None])
+    else:
+        p = gl.exp2(s - lse[None, :])
+    weight = p
+    if SOFTCAP:
+        weight = p * (1.0 - bent * bent)
+        p = p.to(DTYPE)  # now: two tiles of fp32 would not fit in the registers
+    if LIMITS:
+        first, last, clear_from, clear_to = seen
+        if (query < clear_from) | (query + (BM - 1) > clear_to):
+            queries = query + places.slice(0, BM).load(gl.SliceLayout(0, LAYOUT))
+            low = first.load(gl.SliceLayout(1, LAYOUT))
+            high = last.load(gl.SliceLayout(1, LAYOUT))
+            inside = (queries[None, :] >= low[:, None]) & (queries[None, :] <= high[:, None])
+            p, weight = _keep(inside, p, weight, SOFTCAP)
+    elif CAUSAL:
+        if query + past < key + LAST:  # also hides keys past the end: they are after all queries
+            keys = places.slice(0, 64).load(gl.SliceLayout(1, LAYOUT))
+            queries = places.slice(0, BM).load(gl.SliceLayout(0, LAYOUT))
+            inside = (queries + (query + past - key))[None, :] >= keys[:, None]
+            p, weight = _keep(inside, p, weight, SOFTCAP)
+    elif RAGGED:
+        if key + 64 > S:
+            keys = places.slice(0, 64).load(gl.SliceLayout(1, LAYOUT))
+            p, weight = _keep((keys < S - key)[:, None], p, weight, SOFTCAP)
+    return p, weight
