@@ -57,6 +57,10 @@ def forward_variants(shape: Shape) -> dict[str, Any]:
         found["2x64 4 stages"] = replace(base, consumers=2, stages=4, registers=240)
         found["3x64 2 stages"] = replace(base, consumers=3, stages=2, registers=160)
         found["3x64 3 stages"] = replace(base, consumers=3, stages=3, registers=160)
+    for name, tile in list(found.items()):
+        found[f"{name} unchained" if tile.chained else f"{name} chained"] = replace(
+            tile, chained=not tile.chained
+        )
     return {name: tile for name, tile in found.items() if name == "shipped" or tile != base}
 
 

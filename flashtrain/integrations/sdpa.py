@@ -89,9 +89,10 @@ def _forward(
     like = torch.empty_like(query)  # the layout that torch.compile counts on
     if out.stride() != like.stride():
         out = like.copy_(out)
-    unused = query.new_empty(0)
+    offset = torch.empty((), dtype=torch.uint64, device=query.device)  # not used
+    debug_mask = query.new_empty(0)
     T, S = query.shape[2], key.shape[2]
-    return out, lse, None, None, T, S, seed.view(torch.uint64), unused, unused
+    return out, lse, None, None, T, S, seed.view(torch.uint64), offset, debug_mask
 
 
 def _backward(

@@ -1,6 +1,6 @@
 """One attention call as plain numbers, for backends to judge, and the checks at the door.
 
-Dims: B batch, T queries, S keys, H heads, H_kv key/value heads, D head size.
+Dims: B batch, T queries, S keys, H heads, H_kv key/value heads, D head size of q and k, Dv of v.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ class Problem:
     heads: int  # H
     kv_heads: int  # H_kv, divides H
     head_size: int  # D
+    value_size: int  # Dv
     dtype: torch.dtype
     device: torch.device
     strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # of q, k, v
@@ -32,18 +33,30 @@ class Problem:
     softcap: float  # 0: none
     sinks: bool
     documents: bool
+    bias: bool
+    bias_gradient: bool  # somebody wants it; False inside an op, where autograd is not seen
+    key_mask: bool
+    dropout: float  # 0: none
     return_lse: bool
     deterministic: bool
 
     @property
+    def widest(self) -> int:
+        """The larger head size: the one tiles are chosen by."""
+        return max(self.head_size, self.value_size)
+
+    @property
     def plain(self) -> bool:
         """No feature beyond causal or full attention."""
-        features = self.alibi or self.softcap > 0 or self.sinks or self.documents
-        return not features and self.before == UNBOUNDED and (self.causal or self.after < 0)
+        features = (
+            self.alibi, self.softcap > 0, self.sinks, self.documents,
+            self.bias, self.key_mask, self.dropout > 0,
+        )  # fmt: skip
+        return not any(features) and self.before == UNBOUNDED and (self.causal or self.after < 0)
 
     @property
     def has_blind_queries(self) -> bool:
-        """Some queries may see no key at all: their out is 0 and their lse is -inf."""
+        """The lengths alone leave queries without a key: their out is 0 and their lse is -inf."""
         return self.after != UNBOUNDED and self.queries > self.keys + self.after
 
 
@@ -56,9 +69,13 @@ def describe(
     scale: float | None = None,
     window: tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     documents: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
 ) -> Problem:
@@ -75,7 +92,14 @@ def describe(
     left, right = (UNBOUNDED, UNBOUNDED) if window is None else window
     if left < UNBOUNDED or right < UNBOUNDED:
         raise ValueError(f"window={window} must hold counts of keys, or -1 for no limit")
-    _check_options(q, k, alibi_slopes, sinks, documents)
+    _check_heads(q, alibi_slopes, sinks)
+    if documents is not None:
+        _check_documents(q, k, documents)
+    if bias is not None:
+        _check_bias(q, k, bias)
+    if key_mask is not None:
+        _check_key_mask(k, key_mask)
+    _check_dropout(q, dropout, dropout_seed)
     B, T, H, D = q.shape
     return Problem(
         batch=B,
@@ -84,6 +108,7 @@ def describe(
         heads=H,
         kv_heads=k.shape[2],
         head_size=D,
+        value_size=v.shape[3],
         dtype=q.dtype,
         device=q.device,
         strides=(q.stride(), k.stride(), v.stride()),
@@ -94,24 +119,30 @@ def describe(
         softcap=softcap or 0.0,
         sinks=sinks is not None,
         documents=documents is not None,
+        bias=bias is not None,
+        bias_gradient=bias is not None and bias.requires_grad and torch.is_grad_enabled(),
+        key_mask=key_mask is not None,
+        dropout=dropout,
         return_lse=return_lse,
         deterministic=deterministic,
     )
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.dim() != 4 or k.dim() != 4:
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(
-            f"q and k must be [B, T, H, D] and [B, S, H_kv, D], got {_of(q)} and {_of(k)}"
+            "q, k and v must be [B, T, H, D], [B, S, H_kv, D] and [B, S, H_kv, Dv],"
+            f" got {_of(q)}, {_of(k)} and {_of(v)}"
         )
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must share a shape, got {_of(k)} and {_of(v)}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k and v must share batch, length and heads, got {_of(k)} and {_of(v)}")
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"q has batch {q.shape[0]}, k and v have {k.shape[0]}")
     if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q has head size {q.shape[3]}, k and v have {k.shape[3]}")
-    if not 1 <= q.shape[3] <= LARGEST_HEAD:
-        raise ValueError(f"head size {q.shape[3]} is not between 1 and {LARGEST_HEAD}")
+        raise ValueError(f"q has head size {q.shape[3]}, k has {k.shape[3]}")
+    for name, size in (("head size", q.shape[3]), ("value size", v.shape[3])):
+        if not 1 <= size <= LARGEST_HEAD:
+            raise ValueError(f"{name} {size} is not between 1 and {LARGEST_HEAD}")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2] != 0:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
     if not q.dtype == k.dtype == v.dtype:
@@ -122,10 +153,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, k, v must share a device, got {q.device}, {k.device}, {v.device}")
 
 
-def _check_options(
-    q: Tensor, k: Tensor, slopes: Tensor | None, sinks: Tensor | None, documents: Tensor | None
-) -> None:
-    B, T, H, _ = q.shape
+def _check_heads(q: Tensor, slopes: Tensor | None, sinks: Tensor | None) -> None:
+    H = q.shape[2]
     for name, tensor in (("alibi_slopes", slopes), ("sinks", sinks)):
         if tensor is not None and (tensor.shape != (H,) or tensor.device != q.device):
             raise ValueError(
@@ -137,17 +166,60 @@ def _check_options(
         raise ValueError("alibi_slopes get no gradient: pass alibi_slopes.detach()")
     if sinks is not None and not sinks.dtype.is_floating_point:
         raise ValueError(f"sinks must be floating point, got {sinks.dtype}")
-    if documents is None:
-        return
+
+
+def _check_documents(q: Tensor, k: Tensor, documents: Tensor) -> None:
+    B, T = q.shape[:2]
     if k.shape[1] != T:
         raise ValueError(f"documents need as many queries as keys, got {T} and {k.shape[1]}")
-    if documents.shape != (B, T) or documents.device != q.device:
+    packed = documents.dim() == 1 and documents.shape[0] >= 2  # cu_seqlens
+    if (not packed and documents.shape != (B, T)) or documents.device != q.device:
         raise ValueError(
-            f"documents must be [{B}, {T}] on {q.device},"
+            f"documents must be ids [{B}, {T}] or cu_seqlens [documents + 1] on {q.device},"
             f" got {_of(documents)} on {documents.device}"
         )
     if documents.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"documents must be int32 or int64, got {documents.dtype}")
+
+
+def _check_bias(q: Tensor, k: Tensor, bias: Tensor) -> None:
+    B, T, H, _ = q.shape
+    S = k.shape[1]
+    # == and not `in`, which fails on the symbolic sizes of torch.compile
+    fits = bias.dim() == 4 and all(
+        n == 1 or n == most for n, most in zip(bias.shape[:3], (B, H, T), strict=True)
+    )
+    if not fits or bias.shape[3] != S or bias.device != q.device:
+        raise ValueError(
+            f"bias must be [{B} or 1, {H} or 1, {T} or 1, {S}] on {q.device},"
+            f" got {_of(bias)} on {bias.device}"
+        )
+    if not bias.dtype.is_floating_point:
+        raise ValueError(
+            f"bias must be floating point, got {bias.dtype}; a mask of keys goes into key_mask"
+        )
+
+
+def _check_key_mask(k: Tensor, key_mask: Tensor) -> None:
+    B, S = k.shape[:2]
+    if key_mask.shape != (B, S) or key_mask.device != k.device:
+        raise ValueError(
+            f"key_mask must be [{B}, {S}] on {k.device}, got {_of(key_mask)} on {key_mask.device}"
+        )
+    if key_mask.dtype != torch.bool:
+        raise ValueError(f"key_mask must be torch.bool, True where seen, got {key_mask.dtype}")
+
+
+def _check_dropout(q: Tensor, dropout: float, seed: int | Tensor | None) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout} must be at least 0 and below 1")
+    if not isinstance(seed, Tensor):
+        return
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device:
+        raise ValueError(
+            f"dropout_seed must be an int, or one torch.int64 on {q.device},"
+            f" got {_of(seed)} {seed.dtype} on {seed.device}"
+        )
 
 
 def _of(tensor: Tensor) -> list[int]:

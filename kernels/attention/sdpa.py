@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention.problem import UNBOUNDED, Problem
+from kernels.attention.problem import Problem
 from kernels.attention.reference import visible
 
 
@@ -22,16 +22,20 @@ def supports(problem: Problem) -> str | None:
         return "scaled_dot_product_attention has no softcap"
     if problem.sinks:
         return "scaled_dot_product_attention has no sinks"
+    if problem.dropout > 0:
+        return "scaled_dot_product_attention draws its dropout differently"
     if 0 in (problem.batch, problem.queries, problem.keys):
         return "PyTorch's CPU kernel crashes on empty tensors (a division by zero in 2.13)"
+    if on_cpu and problem.bias_gradient and problem.return_lse:
+        return "PyTorch's CPU kernel with lse has no gradient of the bias"
     if on_cpu:
         return None
     if problem.return_lse:
         return "PyTorch's lse is not differentiable on GPUs"
     if problem.has_blind_queries:
         return f"{problem.queries} causal queries over {problem.keys} keys leave rows without a key"
-    if problem.alibi and problem.dtype != torch.float32:
-        return f"PyTorch would round the ALiBi bias to {problem.dtype}"
+    if (problem.alibi or problem.bias) and problem.dtype != torch.float32:
+        return f"PyTorch would add the bias in {problem.dtype}"
     if problem.deterministic:
         return "PyTorch's backward on GPUs is not deterministic"
     return None
@@ -45,45 +49,55 @@ def attention_sdpa(
     *,
     scale: float,
     alibi_slopes: Tensor | None,
+    bias: Tensor | None,
     documents: Tensor | None,
+    key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """out [B, T, H, D] and, where asked for, lse [B, H, T] of a supported problem."""
+    """out [B, T, H, Dv] and, where asked for, lse [B, H, T] of a supported problem."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, D]
     aligned = problem.after == 0 and problem.queries == problem.keys
-    only_causal = aligned and problem.before == UNBOUNDED and not problem.documents
-    is_causal = only_causal and not problem.alibi
+    is_causal = problem.plain and aligned
     bare = problem.plain and not problem.causal
-    mask = None if is_causal or bare else _mask(problem, alibi_slopes, documents)
+    mask = None
+    if not is_causal and not bare:
+        mask = _mask(problem, alibi_slopes, bias, documents, key_mask)
+    if problem.device.type == "cpu":  # its fused kernel takes one size of heads
+        q, k, v = (F.pad(x, (0, problem.widest - x.shape[3])) for x in (q, k, v))
     if not problem.return_lse:
         grouped = problem.heads != problem.kv_heads
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
         )
-        return out.transpose(1, 2), None
+        return out[..., : problem.value_size].transpose(1, 2), None
     out, lse = _FlashWithLse.apply(q, k, v, mask, is_causal, scale)
-    if problem.has_blind_queries:  # PyTorch says 0 there
-        blind = torch.arange(problem.queries, device=q.device) < (
-            problem.queries - problem.keys - problem.after
-        )
-        lse = lse.masked_fill(blind, float("-inf"))
-    return out.transpose(1, 2), lse
+    if mask is not None:  # PyTorch says 0 where a query sees no key
+        lse = lse.masked_fill((mask == float("-inf")).all(-1), float("-inf"))
+    return out[..., : problem.value_size].transpose(1, 2), lse
 
 
-def _mask(problem: Problem, alibi_slopes: Tensor | None, documents: Tensor | None) -> Tensor:
-    """The mask and bias of a problem: [.., T, S], added to the scores, in the widest dtype.
+def _mask(
+    problem: Problem,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    documents: Tensor | None,
+    key_mask: Tensor | None,
+) -> Tensor:
+    """Masks and biases of a problem: [B or 1, H or 1, T, S], added to the scores.
 
-    The CPU kernel takes a float32 mask with half-precision q; the bias is exact there.
+    In the widest dtype: the CPU kernel takes a float32 mask with half-precision q.
     """
     T, S, device = problem.queries, problem.keys, problem.device
     ahead = torch.arange(S, device=device) - torch.arange(T, device=device)[:, None] - (S - T)
     window = (problem.before, problem.after)
-    seen = visible(ahead, problem.causal, window, documents)  # [B or 1, 1, T, S]
+    seen = visible(ahead, problem.causal, window, documents, key_mask)  # [B or 1, 1, T, S]
     dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
     if device.type != "cpu":
         dtype = problem.dtype
     mask = torch.zeros(seen.shape, dtype=dtype, device=device)
     if alibi_slopes is not None:
         mask = mask - alibi_slopes.to(dtype)[:, None, None] * ahead.abs().to(dtype)
+    if bias is not None:
+        mask = mask + bias.to(dtype)
     return mask.masked_fill(~seen, float("-inf"))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import sdpa, tiles
-from kernels.attention.problem import UNBOUNDED, Problem, describe
+from kernels.attention.problem import Problem, describe
 
 BACKENDS = ("auto", "hopper", "triton", "torch", "reference")
 HOPPER = (9, 0)
@@ -98,8 +98,9 @@ def triton_refusal(problem: Problem) -> str | None:
             return f"it needs compute capability 8.0 or newer, this GPU has {_dotted(capability)}"
     if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it takes float16, bfloat16 and float32, got {problem.dtype}"
-    for name, strides in zip("qkv", problem.strides, strict=True):
-        if strides[3] != 1 and problem.head_size > 1:
+    sizes = (problem.head_size, problem.head_size, problem.value_size)
+    for name, size, strides in zip("qkv", sizes, problem.strides, strict=True):
+        if strides[3] != 1 and size > 1:
             return (
                 f"the last dimension of {name} has stride {strides[3]}, not 1: make it contiguous"
             )
@@ -117,12 +118,13 @@ def _hopper_refusal(problem: Problem) -> str | None:
     capability = torch.cuda.get_device_capability(problem.device)
     if capability != HOPPER:
         return f"it needs compute capability 9.0, this GPU has {_dotted(capability)}"
-    windowed = problem.before != UNBOUNDED or problem.after > 0
     features = {
-        "window": windowed,
-        "softcap": problem.softcap > 0,
-        "sinks": problem.sinks,
-        "documents": problem.documents,
+        "bias": problem.bias,
+        "key_mask": problem.key_mask,
+        "dropout": problem.dropout > 0,
+        f"values of {problem.value_size} under keys of {problem.head_size}": (
+            problem.value_size != problem.head_size
+        ),
     }
     unsupported = [name for name, used in features.items() if used]
     if unsupported:

@@ -44,6 +44,7 @@ class Tiles:
     forward: Tile
     dkdv: Tile
     dq: Tile
+    dbias: Tile | None = None  # where a bias may come
 
 
 def _tma(queries: int, keys: int, warps: int, stages: int, spills: int = 0) -> Tile:
@@ -73,20 +74,73 @@ _SM80 = {
     (256, False): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     (256, True): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
 }
+# With a bias the loops also hold a tile of it, of up to four bytes a score, and its pipeline; with
+# dropout the ten rounds of Philox. Not timed.
+_CROWDED_SM90 = {
+    64: Tiles(
+        Tile(128, 64, 8, 3),
+        _tma(32, 64, 4, 2, 48),
+        _tma(128, 64, 8, 2),
+        Tile(64, 64, 8, 2),
+    ),
+    128: Tiles(
+        _tma(128, 64, 8, 3),
+        _tma(32, 64, 4, 2, 256),
+        _tma(128, 64, 8, 2),
+        Tile(64, 64, 8, 2),
+    ),
+    256: Tiles(
+        _tma(64, 64, 8, 2),
+        _tma(32, 64, 8, 2, 168),
+        _tma(64, 64, 8, 2, 208),
+        Tile(32, 64, 8, 2),
+    ),
+}
+_CROWDED_SM80 = {
+    64: Tiles(
+        Tile(128, 64, 8, 2),
+        Tile(32, 64, 8, 2, spills=80),
+        Tile(64, 64, 8, 2),
+        Tile(64, 64, 8, 2),
+    ),
+    128: Tiles(
+        Tile(128, 64, 8, 2, spills=32),
+        Tile(32, 64, 8, 2, spills=168),
+        Tile(64, 64, 8, 2),
+        Tile(64, 64, 8, 2, spills=56),
+    ),
+    256: Tiles(
+        Tile(64, 32, 8, 2),
+        Tile(32, 32, 8, 2, spills=8),
+        Tile(32, 32, 8, 2),
+        Tile(32, 32, 8, 2, spills=8),
+    ),
+}
 # float32 multiplies without tensor cores (tf32 would miss the accuracy rule), so registers rule
 _FMA = Tile(32, 32, 8, 1, spills=192)
 _FLOAT32 = {
-    128: Tiles(_FMA, _FMA, _FMA),
-    256: Tiles(Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    128: Tiles(_FMA, _FMA, _FMA, _FMA),
+    256: Tiles(Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 # small and uneven, so that a few dozen tokens cross several tiles
-_INTERPRETER = Tiles(Tile(32, 16, 1, 1, True), Tile(16, 32, 1, 1), Tile(32, 16, 1, 1, True))
+_INTERPRETER = Tiles(
+    Tile(32, 16, 1, 1, True), Tile(16, 32, 1, 1), Tile(32, 16, 1, 1, True), Tile(16, 32, 1, 1)
+)
 
 
-def choose(device: torch.device, head_size: int, dtype: torch.dtype, *, causal: bool) -> Tiles:
+def choose(
+    device: torch.device,
+    head_size: int,
+    dtype: torch.dtype,
+    *,
+    causal: bool,
+    crowded: bool = False,
+) -> Tiles:
     """The tiles for a call.
 
     Args:
+        head_size: the larger one, where those of keys and values differ.
+        crowded: with a bias or dropout.
         device: a CUDA device of capability 8.0 or newer, or the CPU for Triton's interpreter.
 
     Raises:
@@ -95,16 +149,24 @@ def choose(device: torch.device, head_size: int, dtype: torch.dtype, *, causal: 
     if device.type == "cpu":
         return _INTERPRETER
     capability = torch.cuda.get_device_capability(device)
-    return choose_for(capability, head_size, dtype, causal=causal)
+    return choose_for(capability, head_size, dtype, causal=causal, crowded=crowded)
 
 
 @cache
 def choose_for(
-    capability: tuple[int, int], head_size: int, dtype: torch.dtype, *, causal: bool
+    capability: tuple[int, int],
+    head_size: int,
+    dtype: torch.dtype,
+    *,
+    causal: bool,
+    crowded: bool = False,
 ) -> Tiles:
     """The same by capability, with the check: needs no GPU."""
     if dtype == torch.float32:
         tiles = _FLOAT32[128 if head_size <= 128 else 256]
+    elif crowded:
+        crowd = _CROWDED_SM90 if capability[0] in (9, 10) else _CROWDED_SM80
+        tiles = crowd[next(size for size in (64, 128, 256) if head_size <= size)]
     else:
         table = _SM90 if capability[0] in (9, 10) else _SM80
         bucket = next(size for size in (32, 64, 128, 256) if head_size <= size)
@@ -117,6 +179,8 @@ def check_shared(
     capability: tuple[int, int], tiles: Tiles, head_size: int, dtype: torch.dtype
 ) -> None:
     """Refuse tiles the card has no room for, before Triton compiles them.
+
+    What a bias adds is left to the tests, which compile every tile for one in float32.
 
     Raises:
         ValueError: naming the pass, the bytes it needs and the bytes there are.

@@ -38,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention.hopper.masks import queries_of, query_tiles
-from kernels.attention.hopper.schedule import draw, following, publish, tile_at
+from kernels.attention.hopper.schedule import draw, drawn, following, tile_at
 from kernels.attention.hopper.scores import minus_delta, probabilities
 from kernels.attention.hopper.shim import tma_add, tma_load, tma_store
 
@@ -73,6 +73,7 @@ def _producer(
     turn = 0
     position = gl.program_id(0)
     while position < n_tiles * n_heads:
+        number = draw(counter_ptr, DRAW)
         rank, head = tile_at(position, n_tiles, n_heads, chunk)
         b = head // H_kv
         h = head - b * H_kv
@@ -101,11 +102,7 @@ def _producer(
                 stats_desc, [row + n_heads * GROUP * rows, 0], do_full.index(s), delta_smem.index(s)
             )
             it += 1
-        if DRAW:
-            position = draw(counter_ptr, n_tiles * n_heads)
-            publish(position, turn, ticket)
-        else:
-            position += gl.num_programs(0)
+        position = drawn(number, position, n_tiles * n_heads, turn, counter_ptr, ticket, DRAW)
         turn += 1
 
 

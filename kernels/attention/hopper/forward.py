@@ -38,22 +38,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.attention.hopper.masks import key_tiles, keys_of, tanh
-from kernels.attention.hopper.schedule import draw, following, publish, tile_at
+from kernels.attention.hopper.forward_chained import chained_consumer
+from kernels.attention.hopper.masks import key_tiles, keys_of
+from kernels.attention.hopper.schedule import draw, drawn, following, tile_at
 from kernels.attention.hopper.shim import tma_load, tma_store
-
-# Finite, since a row that sees no key of its first tile must not become NaN; and a power of two, so
-# that `s * scale - shift` is exactly 0 for it: with -1e30 the fused multiply-add keeps the rounding
-# error of `shift`, about 1e22, and its power of two is inf (seen at 77 queries over 200 keys).
-MASKED = gl.constexpr(-(2.0**100))
-LN_2 = gl.constexpr(0.6931471805599453)
+from kernels.attention.hopper.softmax import (
+    LN_2,
+    MASKED,
+    bias_scores,
+    hide,
+    pass_by,
+    softmax_step,
+)
 
 
 @gluon.jit
 def _producer(
     sources, rings, counter_ptr, sizes, limits,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, LIMITS: gl.constexpr, DRAW: gl.constexpr,
+    CAUSAL: gl.constexpr, LIMITS: gl.constexpr, DRAW: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
     """One warp: loads Q, K and V of every tile as soon as their places are free."""
     q_desc, k_desc, v_desc = sources
@@ -67,6 +70,7 @@ def _producer(
     turn = 0
     position = gl.program_id(0)
     while position < n_tiles * n_heads:
+        number = draw(counter_ptr, DRAW)
         rank, head = tile_at(position, n_tiles, n_heads, chunk)
         row = rank * BM
         if CAUSAL or LIMITS:
@@ -75,9 +79,10 @@ def _producer(
         h = head - b * H
         low, n_iter = key_tiles(row, row + BM - 1, b, T, S, limits, BN, CAUSAL, LIMITS)
         for w in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
-            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
-            tma_load(q_desc, [b, row + w * 64, h, 0], q_full.index(w), q_smem.index(w))
+            at = turn % PLACES * CONSUMERS + w
+            mbarrier.wait(q_empty.index(at), ((turn // PLACES) & 1) ^ 1)
+            mbarrier.expect(q_full.index(at), q_desc.block_type.nbytes)
+            tma_load(q_desc, [b, row + w * 64, h, 0], q_full.index(at), q_smem.index(at))
         for i in range(n_iter):
             s = it % STAGES
             phase = (it // STAGES) & 1
@@ -89,57 +94,8 @@ def _producer(
             mbarrier.expect(v_full.index(s), v_desc.block_type.nbytes)
             tma_load(v_desc, [b, key, h // GROUP, 0], v_full.index(s), v_smem.index(s))
             it += 1
-        if DRAW:
-            position = draw(counter_ptr, n_tiles * n_heads)
-            publish(position, turn, ticket)
-        else:
-            position += gl.num_programs(0)
+        position = drawn(number, position, n_tiles * n_heads, turn, counter_ptr, ticket, DRAW)
         turn += 1
-
-
-@gluon.jit
-def _softmax_step(s, peak, total, scale):
-    """Online softmax: P of these scores, and by how much what came before shrinks."""
-    new_peak = gl.maximum(peak, gl.max(s, 1))
-    shift = new_peak * scale
-    p = gl.exp2(s * scale - shift[:, None])
-    shrink = gl.exp2(peak * scale - shift)
-    return p, new_peak, total * shrink + gl.sum(p, 1), shrink
-
-
-@gluon.jit
-def _bias_scores(s, cols, origin, ramp, bend, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr):
-    """The soft cap, by (cap, scale / cap), and ALiBi at the keys `cols` [BN]."""
-    if SOFTCAP:
-        cap, inner = bend
-        s = cap * tanh(s * inner)
-    if ALIBI:
-        s = s + (ramp * (cols - origin).to(gl.float32))[None, :]
-    return s
-
-
-@gluon.jit
-def _hide(s, cols, first, limit, LIMITS: gl.constexpr):
-    """Rows see keys from `first` [64], counted under LIMITS only, to below `limit` [64]."""
-    seen = cols[None, :] < limit[:, None]
-    if LIMITS:
-        seen = seen & (cols[None, :] >= first[:, None])
-    return gl.where(seen, s, MASKED)
-
-
-@gluon.jit
-def _pass_by(n, it, k_ring, v_ring, STAGES: gl.constexpr):
-    """Let n key tiles go that only other rows of this tile see."""
-    _, k_full, k_empty = k_ring
-    _, v_full, v_empty = v_ring
-    for _ in range(n):
-        s = it % STAGES
-        mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
-        mbarrier.arrive(k_empty.index(s), count=1)
-        mbarrier.wait(v_full.index(s), (it // STAGES) & 1)
-        mbarrier.arrive(v_empty.index(s), count=1)
-        it += 1
-    return it
 
 
 @gluon.jit
@@ -185,7 +141,7 @@ def _consumer(
         n_iter = n_all
         if SKIP:
             low, n_iter = key_tiles(row, row + 63, b, T, S, limits, BN, CAUSAL, LIMITS)
-            it = _pass_by(all_low + n_all - low - n_iter, it, k_ring, v_ring, STAGES)
+            it = pass_by(all_low + n_all - low - n_iter, it, k_ring, v_ring, STAGES)
         rows = row + gl.arange(0, 64, ROW)
         limit = gl.full([64], 0, gl.int32, ROW) + S
         first = limit
@@ -217,10 +173,10 @@ def _consumer(
         qk = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
         qk = warpgroup_mma_wait(0, deps=(qk,))
         mbarrier.arrive(k_empty.index(s), count=1)
-        qk = _bias_scores(qk, cols + key, row + past, ramp, bend, SOFTCAP, ALIBI)
+        qk = bias_scores(qk, cols + key, row + past, ramp, bend, SOFTCAP, ALIBI)
         if EDGE > 0:
-            qk = _hide(qk, cols + key, first, limit, LIMITS)
-        p, peak, total, shrink = _softmax_step(qk, peak, total, scale)
+            qk = hide(qk, cols + key, first, limit, LIMITS)
+        p, peak, total, shrink = softmax_step(qk, peak, total, scale)
         p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
         it += 1
         for i in range(1, n_iter):
@@ -235,14 +191,14 @@ def _consumer(
             acc = warpgroup_mma(p16, v, acc, is_async=True)
             qk = warpgroup_mma_wait(1, deps=(qk,))
             mbarrier.arrive(k_empty.index(s), count=1)
-            qk = _bias_scores(qk, cols + key, row + past, ramp, bend, SOFTCAP, ALIBI)
+            qk = bias_scores(qk, cols + key, row + past, ramp, bend, SOFTCAP, ALIBI)
             if LIMITS:
                 if (key < clear_from) | (key + (BN - 1) > clear_to):
-                    qk = _hide(qk, cols + key, first, limit, LIMITS)
+                    qk = hide(qk, cols + key, first, limit, LIMITS)
             elif EDGE > 1:
                 if i < EDGE:
-                    qk = _hide(qk, cols + key, first, limit, LIMITS)
-            p, peak, total, shrink = _softmax_step(qk, peak, total, scale)
+                    qk = hide(qk, cols + key, first, limit, LIMITS)
+            p, peak, total, shrink = softmax_step(qk, peak, total, scale)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(v_empty.index(before), count=1)
             acc = acc * gl.convert_layout(shrink, ROW_O)[:, None]
@@ -256,7 +212,7 @@ def _consumer(
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_empty.index(s), count=1)
         if LIMITS:
-            it = _pass_by(low - all_low, it, k_ring, v_ring, STAGES)
+            it = pass_by(low - all_low, it, k_ring, v_ring, STAGES)
 
         lse = (peak * scale + gl.log2(total)) * LN_2
         if ALIBI:
@@ -273,6 +229,27 @@ def _consumer(
         turn += 1
         position = following(position, turn, ticket, DRAW)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _work(
+    results, biases, scale, rings, out_smem, sizes, limits,
+    W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr, EDGE: gl.constexpr,
+    SKIP: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
+    DRAW: gl.constexpr, SHARE: gl.constexpr, CHAINED: gl.constexpr,
+):  # fmt: skip
+    """A consumer, of either kind."""
+    if CHAINED:
+        chained_consumer(
+            results, biases, scale, rings, out_smem, sizes, limits, W, D, CONSUMERS, BN,
+            STAGES, CAUSAL, EDGE, SKIP, ALIBI, SOFTCAP, SINKS, DRAW,
+        )  # fmt: skip
+    else:
+        _consumer(
+            results, biases, scale, rings, out_smem, sizes, limits, W, D, CONSUMERS, BN,
+            STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS, DRAW, SHARE,
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["before", "after", "H", "T", "S", "n_heads", "n_tiles", "chunk"])
@@ -298,20 +275,22 @@ def attention_fwd_kernel(
     EDGE: gl.constexpr,  # key tiles at the end of a row that may need the mask
     SKIP: gl.constexpr,  # key tiles may be of no use to some warpgroups
     ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, DRAW: gl.constexpr,
-    SHARE: gl.constexpr,
+    SHARE: gl.constexpr,  # out leaves through the place of Q
+    CHAINED: gl.constexpr,  # see forward_chained.py
 ):  # fmt: skip
     """out and lse of the tiles this program gets; one launch has at most one program per SM."""
     DTYPE: gl.constexpr = q_desc.dtype
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_smem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 64, 1, D], q_desc.layout)
+    PLACES: gl.constexpr = 2 if CHAINED else 1  # of Q
+    q_smem = gl.allocate_shared_memory(DTYPE, [PLACES * CONSUMERS, 1, 64, 1, D], q_desc.layout)
     out_smem = q_smem
     if not SHARE:
         out_smem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 64, 1, D], out_desc.layout)
     k_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BN, 1, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BN, 1, D], v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
-    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [PLACES * CONSUMERS, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [PLACES * CONSUMERS, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -324,7 +303,7 @@ def attention_fwd_kernel(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=CONSUMERS)
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
-    for i in gl.static_range(CONSUMERS):
+    for i in gl.static_range(PLACES * CONSUMERS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     mbarrier.init(ticket_full, count=1)
@@ -344,27 +323,27 @@ def attention_fwd_kernel(
     # fmt: off
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consumer, (results, biases, scale, rings, out_smem, sizes, limits, 0, D,
+            (_work, (results, biases, scale, rings, out_smem, sizes, limits, 0, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE)),
-            (_consumer, (results, biases, scale, rings, out_smem, sizes, limits, 1, D,
+                         DRAW, SHARE, CHAINED)),
+            (_work, (results, biases, scale, rings, out_smem, sizes, limits, 1, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE)),
+                         DRAW, SHARE, CHAINED)),
             (_producer, (sources, rings, counter_ptr, sizes, limits,
-                         GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, DRAW)),
+                         GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, DRAW, PLACES)),
         ], [4, 1], [REGISTERS, 24])
     else:
         gl.warp_specialize([
-            (_consumer, (results, biases, scale, rings, out_smem, sizes, limits, 0, D,
+            (_work, (results, biases, scale, rings, out_smem, sizes, limits, 0, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE)),
-            (_consumer, (results, biases, scale, rings, out_smem, sizes, limits, 1, D,
+                         DRAW, SHARE, CHAINED)),
+            (_work, (results, biases, scale, rings, out_smem, sizes, limits, 1, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE)),
-            (_consumer, (results, biases, scale, rings, out_smem, sizes, limits, 2, D,
+                         DRAW, SHARE, CHAINED)),
+            (_work, (results, biases, scale, rings, out_smem, sizes, limits, 2, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE)),
+                         DRAW, SHARE, CHAINED)),
             (_producer, (sources, rings, counter_ptr, sizes, limits,
-                         GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, DRAW)),
+                         GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, DRAW, PLACES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])
     # fmt: on

@@ -149,6 +149,7 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
         SINKS=options.sinks is not None,
         DRAW=tile.draw,
         SHARE=BD == 256,
+        CHAINED=tile.chained and not masks["LIMITS"] and BD != 256,
         **masks,
         **options.caps(),
     )

@@ -29,17 +29,33 @@ def tile_at(position, n_tiles, n_heads, chunk):
 
 
 @gluon.jit
-def draw(counter_ptr, n_positions):
-    """Draw the next position. Every program draws until it is past the end, so there are exactly
-    `n_positions` draws, and the last one sets the counter back to 0 for the next launch."""
-    number = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-    if number == n_positions - 1:
-        gl.atomic_xchg(counter_ptr, 0, sem="relaxed")
-    return number + gl.num_programs(0)
+def draw(counter_ptr, DRAW: gl.constexpr):
+    """Producer, before it loads a tile: ask for a number. The answer takes as long as a tile."""
+    number = 0
+    if DRAW:
+        number = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    return number
 
 
 @gluon.jit
-def publish(position, turn, ticket):
+def drawn(number, position, n_positions, turn, counter_ptr, ticket, DRAW: gl.constexpr):
+    """Producer, after it loaded the tile: the next position, told to the consumers.
+
+    Every program draws until it is past the end, so there are exactly `n_positions` draws, and the
+    last one sets the counter back to 0 for the next launch.
+    """
+    if DRAW:
+        if number == n_positions - 1:
+            gl.atomic_xchg(counter_ptr, 0, sem="relaxed")
+        position = number + gl.num_programs(0)
+        _publish(position, turn, ticket)
+    else:
+        position += gl.num_programs(0)
+    return position
+
+
+@gluon.jit
+def _publish(position, turn, ticket):
     """Producer: hand the position of tile `turn + 1` to the consumers."""
     slot, full, empty = ticket
     ONE_WARP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])

@@ -18,6 +18,7 @@ class ForwardTile:
     registers: int  # per consumer thread; 65,536 in all, the loading warp keeps 24
     draw: bool  # tiles from a counter, see schedule.py
     together: int  # bytes of K and V that the tiles standing together may span; 0: one head
+    chained: bool = False  # no gap between tiles, see forward_chained.py; plain masks only
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ def padded_head(head_size: int) -> int:
 
 # (padded head size, causal)
 FORWARD = {
-    (64, False): ForwardTile(3, 128, 2, 160, False, 0),
+    (64, False): ForwardTile(3, 128, 2, 160, False, 0, chained=True),
     (64, True): ForwardTile(3, 128, 3, 160, True, 32 * MIB),
-    (128, False): ForwardTile(2, 128, 2, 240, False, 0),
+    (128, False): ForwardTile(2, 128, 2, 240, False, 0, chained=True),
     (128, True): ForwardTile(2, 128, 2, 240, True, 32 * MIB),
     (256, False): ForwardTile(2, 64, 2, 240, False, 0),
     (256, True): ForwardTile(2, 64, 2, 240, True, 32 * MIB),
@@ -56,8 +57,8 @@ BACKWARD = {
     (128, False): BackwardTile(64, 2, False, False, 16 * MIB),
     (128, True): BackwardTile(64, 2, False, True, 16 * MIB),
 }
-# three consumers are worth +10 % at D = 64, unless tiles of 192 queries leave much of the last one
-# empty: at 1024 causal queries these ran at 314 TFLOP/s, the three at 284
+# three consumers are worth +10 % at D = 64, unless the mask is causal and tiles of 192 queries leave
+# much of the last one empty: at 1024 causal queries these ran at 314 TFLOP/s, the three at 284
 FORWARD_128_ROWS = {
     False: ForwardTile(2, 128, 4, 240, False, 0),
     True: ForwardTile(2, 128, 4, 240, True, 32 * MIB),
@@ -77,7 +78,7 @@ def choose_forward(
     """
     size = padded_head(head_size)
     empty = -(-queries // 192) * 192 > MOST_EMPTY * (-(-queries // 128) * 128)
-    if size == 64 and (empty or (limits and biased)):
+    if size == 64 and ((causal and empty) or (limits and biased)):
         return FORWARD_128_ROWS[causal]
     return FORWARD[size, causal]
 

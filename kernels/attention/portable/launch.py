@@ -9,8 +9,18 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.attention.portable.score import DISTANCE, LOG2_E, NO_ALIBI, RAMP
-from kernels.attention.tiles import Tile
+from kernels.attention.dropout import threshold
+from kernels.attention.portable.extras import KEY_BIAS, NO_BIAS, PAIR_BIAS
+from kernels.attention.portable.score import (
+    DISTANCE,
+    FAST_TANH,
+    FULL_TANH,
+    LOG2_E,
+    NO_ALIBI,
+    NO_SOFTCAP,
+    RAMP,
+)
+from kernels.attention.tiles import Tile, Tiles, choose
 
 ALIGNMENT = 16  # bytes: the copy engine's rule for addresses and strides
 
@@ -26,24 +36,61 @@ class Features:
     alibi_slopes: Tensor | None = None  # [H] fp32
     sinks: Tensor | None = None  # [H]
     bounds: Tensor | None = None  # [B, 2, T] int32: where each token's document starts and ends
+    bias: Tensor | None = None  # [B or 1, H or 1, T or 1, S]
+    key_mask: Tensor | None = None  # [B, S] bool
+    key_range: Tensor | None = None  # [B, 2] int32: first and last key that may be seen
+    dropout: float = 0.0
+    dropout_seed: Tensor | None = None  # [1] int64
 
-    def switches(self, q: Tensor) -> dict[str, Any]:
+    def switches(self, q: Tensor, v: Tensor) -> dict[str, Any]:
         """The compile-time arguments all kernels share."""
-        head_size = q.shape[3]
+        head_size, value_size = q.shape[3], v.shape[3]
         alibi = NO_ALIBI
         if self.alibi_slopes is not None:
             # RAMP splits a small bias into two larger numbers, which costs float32 its last bits
             ramp = self.after == 0 and q.dtype != torch.float32
             alibi = RAMP if ramp else DISTANCE
+        softcap = NO_SOFTCAP
+        if self.softcap > 0:
+            softcap = FULL_TANH if q.dtype == torch.float32 else FAST_TANH
         return {
             "D": head_size,
             "BD": padded(head_size),
+            "DV": value_size,
+            "BDV": padded(value_size),
             "ALIBI": alibi.value,
-            "SOFTCAP": self.softcap > 0,
+            "SOFTCAP": softcap.value,
             "DOCUMENTS": self.bounds is not None,
             "BEFORE": self.before >= 0,
             "AFTER": self.after >= 0,
+            "BIAS": self._bias_layout.value,
+            "KEY_MASK": self.key_mask is not None,
+            "DROPOUT": self.dropout > 0,
         }
+
+    @property
+    def _bias_layout(self) -> Any:
+        if self.bias is None:
+            return NO_BIAS
+        return PAIR_BIAS if self.bias.shape[2] > 1 else KEY_BIAS
+
+    def extras(self) -> list[Any]:
+        """The arguments of bias, key mask and dropout, the same for all kernels."""
+        bias, steps = self.bias, [0, 0, 0]
+        if bias is not None:
+            bias = bias if bias.stride(3) == 1 else bias.contiguous()
+            sizes, strides = bias.shape[:3], bias.stride()[:3]
+            steps = [n if size > 1 else 0 for n, size in zip(strides, sizes, strict=True)]
+        key_mask = None if self.key_mask is None else self.key_mask.contiguous().view(torch.uint8)
+        keep_from = threshold(self.dropout) - 2**31
+        keep_scale = 1 / (1 - self.dropout)
+        return [bias, *steps, key_mask, self.key_range, self.dropout_seed, keep_from, keep_scale]
+
+    def tiles(self, q: Tensor, v: Tensor) -> Tiles:
+        """The tiles of this call."""
+        widest = max(q.shape[3], v.shape[3])
+        crowded = self.bias is not None or self.dropout > 0
+        return choose(q.device, widest, q.dtype, causal=self.causal, crowded=crowded)
 
     @property
     def causal(self) -> bool:
@@ -62,11 +109,16 @@ class Features:
 
     def has_edge(self, length: int, rows: int) -> bool:
         """Whether the last tile of `rows` a loop visits in [0, length) may need a mask."""
-        return self.after >= 0 or self.bounds is not None or length % rows != 0
+        return self.after >= 0 or self._ragged or length % rows != 0
 
     def has_far_edge(self, length: int, rows: int) -> bool:
         """The same, seen from the keys: there the diagonal comes first and the window last."""
-        return self.before >= 0 or self.bounds is not None or length % rows != 0
+        return self.before >= 0 or self._ragged or length % rows != 0
+
+    @property
+    def _ragged(self) -> bool:
+        """What is seen ends where the data says."""
+        return self.bounds is not None or self.key_mask is not None
 
 
 def padded(head_size: int) -> int:
@@ -92,8 +144,10 @@ def sources(tensors: tuple[Tensor, ...], tile: Tile, rows: int) -> tuple[tuple[A
     """
     if not tile.tma or not all(_takes_tma(x) for x in tensors):
         return tensors, False
-    block = [1, rows, 1, padded(tensors[0].shape[3])]
-    made = [TensorDescriptor(x, list(x.shape), [*_steps(x), 1], block) for x in tensors]
+    made = [
+        TensorDescriptor(x, list(x.shape), [*_steps(x), 1], [1, rows, 1, padded(x.shape[3])])
+        for x in tensors
+    ]
     return tuple(made), True
 
 

@@ -17,6 +17,11 @@ NO_ALIBI = tl.constexpr(0)
 RAMP = tl.constexpr(1)
 DISTANCE = tl.constexpr(2)
 
+# How softcap computes tanh; see there.
+NO_SOFTCAP = tl.constexpr(0)
+FAST_TANH = tl.constexpr(1)
+FULL_TANH = tl.constexpr(2)
+
 
 @triton.jit
 def load_rows(
@@ -89,9 +94,48 @@ def seen_range(
 
 
 @triton.jit
-def tanh(x):
-    """Through exp2, because libdevice has no interpreter; exact at both ends, as exp2 saturates."""
-    return 1.0 - 2.0 / (tl.exp2(x * 2.885390081777927) + 1.0)
+def key_tiles(
+    tile, T, S, before, after, bounds, key_range,
+    BM: tl.constexpr, BN: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
+    DOCUMENTS: tl.constexpr, KEY_MASK: tl.constexpr,
+):  # fmt: skip
+    """Which key tiles a tile of queries visits, and which of them every row sees whole.
+
+    Both ends of what a row sees grow with the row, so the first and last row bound the loops:
+    [begin, end) is visited and needs no mask in [full_begin, full_end).
+    """
+    shift = S - T
+    first_row, last_row = tile * BM, tl.minimum(tile * BM + BM, T) - 1
+    first_a, last_a = seen_range(
+        first_row, T, shift, before, after, S, bounds, BEFORE, AFTER, DOCUMENTS
+    )
+    first_z, last_z = seen_range(
+        last_row, T, shift, before, after, S, bounds, BEFORE, AFTER, DOCUMENTS
+    )
+    if KEY_MASK:  # one more interval, the same for all rows of this batch row
+        first_key, last_key = tl.load(key_range), tl.load(key_range + 1)
+        first_a, first_z = tl.maximum(first_a, first_key), tl.maximum(first_z, first_key)
+        last_a, last_z = tl.minimum(last_a, last_key), tl.minimum(last_z, last_key)
+    begin, end = first_a // BN * BN, last_z + 1
+    full_begin = (first_z + BN - 1) // BN * BN
+    full_end = tl.maximum(last_a + 1, 0) // BN * BN
+    return begin, end, full_begin, full_end
+
+
+@triton.jit
+def tanh(x, SOFTCAP: tl.constexpr = FAST_TANH):
+    """Through exp2, because libdevice has no interpreter; exact at both ends, as exp2 saturates.
+
+    Near 0 that keeps an absolute error of one rounding of 1, which is less than half precision
+    sees of a score, but many roundings of a float32 one: FULL_TANH has a polynomial there (our
+    least-squares fit of tanh on [-0.625, 0.625], relative error 4e-9).
+    """
+    y = 1.0 - 2.0 / (tl.exp2(x * 2.885390081777927) + 1.0)
+    if SOFTCAP == FULL_TANH:
+        z = x * x
+        series = 0.133314422 + z * (-0.0537397148 + z * (0.0206390866 - z * 0.00570498633))
+        y = tl.where(z < 0.390625, x + x * z * (-0.333332819 + z * series), y)
+    return y
 
 
 @triton.jit
@@ -104,7 +148,7 @@ def log2_scores(s, query, key, ramp, scale, cap, slope, ALIBI: tl.constexpr, SOF
     """
     bent = s
     if SOFTCAP:
-        bent = tanh(s * scale)
+        bent = tanh(s * scale, SOFTCAP)
         s = cap * bent
     else:
         s = s * scale

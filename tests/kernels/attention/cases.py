@@ -1,5 +1,6 @@
 """Calls of attention that cross its features, at a size for the interpreter and one for a GPU."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,13 +18,16 @@ class Case:
     T: int
     S: int
     D: int = 16
+    Dv: int = 0  # 0: as D
     B: int = 1
     H: int = 2
     H_kv: int = 2
-    options: dict[str, Any] = field(default_factory=dict)  # causal, window, softcap
+    options: dict[str, Any] = field(default_factory=dict)  # causal, window, softcap, dropout
     alibi: bool = False
     sinks: bool = False
     documents: bool = False
+    bias: str | None = None  # the dimensions it has beside keys, of "bht"; with b some are -inf
+    key_mask: bool = False
 
     def on_gpu(self) -> "Case":
         """The same case eight times as long, odd ends included, with heads of a real size."""
@@ -34,6 +38,7 @@ class Case:
             T=self.T if self.T == 1 else 8 * self.T + self.T % 2,
             S=8 * self.S + self.S % 2,
             D=4 * self.D,
+            Dv=4 * self.Dv,
             B=self.B + 1,
             options={**self.options, **longer},
         )
@@ -69,6 +74,35 @@ CASES = {
         sinks=True,
         documents=True,
     ),
+    "narrow values": Case(T=40, S=40, D=24, Dv=16, H_kv=1, options={"causal": True}),
+    "wide values": Case(T=33, S=50, Dv=40, H=1, H_kv=1, options={"causal": False}),
+    "bias of pairs": Case(T=33, S=50, options={"causal": False}, bias="ht"),
+    "bias of keys": Case(T=40, S=40, B=2, options={"causal": True}, bias="b"),
+    "bias, all its own": Case(
+        T=40, S=40, B=2, H_kv=1, options={"causal": True}, alibi=True, bias="bht"
+    ),
+    "key mask": Case(T=40, S=40, B=2, H_kv=1, options={"causal": True}, key_mask=True),
+    "key mask, both sides": Case(T=33, S=50, B=3, options={"causal": False}, key_mask=True),
+    "dropout": Case(T=40, S=40, B=2, options={"causal": True, "dropout": 0.3, "dropout_seed": 7}),
+    "everything and more": Case(
+        T=50,
+        S=50,
+        B=2,
+        Dv=24,
+        H=4,
+        options={
+            "causal": True,
+            "window": (25, -1),
+            "softcap": 2.0,
+            "dropout": 0.2,
+            "dropout_seed": 2**40 + 5,
+        },
+        alibi=True,
+        sinks=True,
+        documents=True,
+        bias="t",
+        key_mask=True,
+    ),
 }
 
 
@@ -77,14 +111,14 @@ class Inputs:
     """Fresh random tensors of a case, and the gradients that arrive from above."""
 
     case: Case
-    tensors: dict[str, Tensor]  # q, k, v and, where the case has them, sinks
+    tensors: dict[str, Tensor]  # q, k, v and, where the case has them, sinks and bias
     extras: dict[str, Any]  # the options and tensors that get no gradient
     d_out: Tensor
     d_lse: Tensor
 
 
 def inputs_of(case: Case, device: str, dtype: torch.dtype) -> Inputs:
-    """Normal q, k, v; slopes of a geometric series; documents of random lengths."""
+    """Normal q, k, v and bias; slopes of a geometric series; documents of random lengths."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, device=device)
@@ -92,7 +126,7 @@ def inputs_of(case: Case, device: str, dtype: torch.dtype) -> Inputs:
     tensors = {
         "q": normal(case.B, case.T, case.H, case.D).to(dtype),
         "k": normal(case.B, case.S, case.H_kv, case.D).to(dtype),
-        "v": normal(case.B, case.S, case.H_kv, case.D).to(dtype),
+        "v": normal(case.B, case.S, case.H_kv, case.Dv or case.D).to(dtype),
     }
     extras = dict(case.options)
     if case.sinks:
@@ -103,14 +137,35 @@ def inputs_of(case: Case, device: str, dtype: torch.dtype) -> Inputs:
         # about four documents in each row; ids repeat, because only runs count
         starts = torch.rand(case.B, case.T, device=device) < 4 / case.T
         extras["documents"] = starts.cumsum(1).remainder(3).to(torch.int32)
-    d_out = normal(case.B, case.T, case.H, case.D).to(dtype)
+    if case.bias is not None:
+        full = {"b": case.B, "h": case.H, "t": case.T}
+        bias = normal(*(n if name in case.bias else 1 for name, n in full.items()), case.S)
+        if "b" in case.bias:
+            bias = bias.masked_fill(torch.rand_like(bias) < 0.2, float("-inf"))
+            bias[-1, :, 0] = float("-inf")  # a query, or all of a batch row, sees nothing
+        tensors["bias"] = bias.to(dtype)
+    if case.key_mask:
+        extras["key_mask"] = padding(case.B, case.S, device)
+    d_out = normal(case.B, case.T, case.H, case.Dv or case.D).to(dtype)
     return Inputs(case, tensors, extras, d_out, normal(case.B, case.H, case.T))
+
+
+def padding(B: int, S: int, device: str) -> Tensor:
+    """A mask [B, S] with holes: padded on the left, then on the right, then nothing to see."""
+    place, row = torch.arange(S, device=device), torch.arange(B, device=device)[:, None] % 3
+    inside = torch.where(row == 0, place >= S // 2, (place < S // 2) & (row == 1))
+    return inside & (torch.rand(B, S, device=device) < 0.8)
 
 
 def run(inputs: Inputs, backend: str, **more: Any) -> dict[str, Tensor]:
     """out, lse and every gradient of `attention`."""
+    return run_by(attention, inputs, backend=backend, **more)
+
+
+def run_by(function: Callable[..., Any], inputs: Inputs, **more: Any) -> dict[str, Tensor]:
+    """The same of any function that is called like `attention`."""
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.tensors.items()}
-    out, lse = attention(**leaves, **inputs.extras, return_lse=True, backend=backend, **more)
+    out, lse = function(**leaves, **inputs.extras, return_lse=True, **more)
     return _with_gradients(inputs, leaves, out, lse)
 
 
@@ -122,14 +177,15 @@ def run_reference(inputs: Inputs, compute: torch.dtype) -> dict[str, Tensor]:
 
 
 def _with_gradients(
-    inputs: Inputs, leaves: dict[str, Tensor], out: Tensor, lse: Tensor
+    inputs: Inputs, leaves: dict[str, Tensor], out: Tensor, lse: Tensor | None
 ) -> dict[str, Tensor]:
-    # a query without keys has lse -inf, and no gradient can come through it
-    seen = lse.isfinite()
-    grads = torch.autograd.grad(
-        [out, torch.where(seen, lse, 0.0)],
-        list(leaves.values()),
-        [inputs.d_out.to(out.dtype), inputs.d_lse.to(lse.dtype)],
-    )
-    named = {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
-    return {"out": out.detach(), "lse": lse.detach(), **named}
+    outputs, arriving = {"out": out}, [inputs.d_out.to(out.dtype)]
+    if lse is not None:
+        # a query without keys has lse -inf, and no gradient can come through it
+        outputs["lse"] = torch.where(lse.isfinite(), lse, 0.0)
+        arriving.append(inputs.d_lse.to(lse.dtype))
+    grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), arriving)
+    results = {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    if lse is not None:
+        results["lse"] = lse.detach()
+    return {"out": out.detach(), **results}

@@ -27,7 +27,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.attention import tiles
 from kernels.attention.portable import Features, backward, forward
 
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 @dataclass
@@ -40,6 +47,11 @@ class Job:
     dtype: str = "bfloat16"
     alibi: bool = False
     everything: bool = False  # window, softcap, sinks and documents
+    value_size: int = 0  # 0: head_size
+    bias: str | None = None  # the dimensions it has beside keys, of "bht"
+    bias_dtype: str = "bfloat16"
+    key_mask: bool = False
+    dropout: float = 0.0
     T: int = 512
     S: int = 512
 
@@ -56,7 +68,7 @@ def record(job: Job) -> list[tuple[Any, list[Any], dict[str, Any]]]:
     """The launches of a forward and a backward pass: (kernel, arguments, keyword arguments)."""
     launches = []
     dtype = getattr(torch, job.dtype)
-    chosen = tiles.choose_for(tuple(job.capability), job.head_size, dtype, causal=job.causal)
+    chosen = tiles_of(job)
 
     def recorder(kernel: Any) -> Any:
         def run(*args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -81,9 +93,33 @@ def record(job: Job) -> list[tuple[Any, list[Any], dict[str, Any]]]:
         bounds = torch.zeros(2, 2, job.T, dtype=torch.int32)
         more = {"before": 100, "softcap": 20.0, "sinks": torch.zeros(4), "bounds": bounds}
         features = replace(features, **more)
-    out, lse = forward(q, k, k, features, tile=chosen.forward)
-    backward(q, None, q, k, k, out, lse, features, tiles=chosen)
+    v = torch.zeros(2, job.S, 2, job.value_size or job.head_size, dtype=dtype)
+    if job.bias is not None:
+        full = {"b": 2, "h": 4, "t": job.T}
+        sizes = [n if name in job.bias else 1 for name, n in full.items()]
+        bias = torch.zeros(*sizes, job.S, dtype=getattr(torch, job.bias_dtype))
+        features = replace(features, bias=bias)
+    if job.key_mask:
+        seen, ends = torch.ones(2, job.S, dtype=torch.bool), torch.zeros(2, 2, dtype=torch.int32)
+        features = replace(features, key_mask=seen, key_range=ends)
+    if job.dropout > 0:
+        features = replace(features, dropout=job.dropout, dropout_seed=torch.zeros(1).long())
+    out, lse = forward(q, k, v, features, tile=chosen.forward)
+    backward(
+        out, None, q, k, v, out, lse, features,
+        bias_gradient=job.bias is not None, tiles=chosen,
+    )  # fmt: skip
     return launches
+
+
+def tiles_of(job: Job) -> tiles.Tiles:
+    """The tiles the host code would choose on that card."""
+    widest = max(job.head_size, job.value_size)
+    dtype = getattr(torch, job.dtype)
+    crowded = job.bias is not None or job.dropout > 0
+    return tiles.choose_for(
+        tuple(job.capability), widest, dtype, causal=job.causal, crowded=crowded
+    )
 
 
 def compile_launch(

@@ -86,16 +86,16 @@ def interpreted() -> Iterator[None]:
 
 
 def _interpret_standard_library(patch: pytest.MonkeyPatch) -> None:
-    """tl.sum, tl.max and others are kernels too, decorated when Triton was imported."""
+    """tl.sum, tl.philox and others are kernels too, decorated when Triton was imported."""
     import triton.language as tl
-    from triton.language import core, standard
+    from triton.language import core, random, standard
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    for name, compiled in vars(standard).copy().items():
+    for name, compiled in {**vars(standard), **vars(random)}.items():
         if isinstance(compiled, JITFunction):
             function = InterpretedFunction(compiled.fn)
-            for module in (standard, tl, core):
+            for module in (standard, random, tl, core):
                 if getattr(module, name, None) is compiled:
                     patch.setattr(module, name, function)
 
@@ -114,7 +114,8 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def wrapper(*args: Any, **kwargs: Any) -> Tensor:
             fresh = make(*args, **kwargs)
-            return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
+            with torch.no_grad():  # torch.compile makes some that want gradients
+                return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
 
         return wrapper
 

@@ -18,9 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.attention.hopper.api import sink_gradient
-from kernels.attention.hopper.forward import MASKED
 from kernels.attention.hopper.launch import Blocks, Launch
 from kernels.attention.hopper.shim import tma_load, tma_store
+from kernels.attention.hopper.softmax import MASKED
 from kernels.attention.hopper.tiles import (
     BACKWARD,
     FORWARD,
@@ -139,6 +139,21 @@ def test_fewer_rows_are_taken_where_the_last_tile_would_be_empty() -> None:
     assert choose_forward(128, True, 1024) is FORWARD[128, True]
     case = Case(T=130, S=200, D=64, options={"causal": False})
     check(inputs_of(case, "cpu", torch.bfloat16), forward=FORWARD_128_ROWS[False])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(T=400, S=400, D=64, B=2, H=3, H_kv=1, options={"causal": True}),
+        Case(T=300, S=333, D=128, H=4, options={"causal": True}),
+        Case(T=200, S=130, D=64, H=3, H_kv=3, options={"causal": False}, sinks=True),
+        Case(T=300, S=300, D=128, options={"causal": True, "softcap": 2.0}, alibi=True),
+    ],
+)
+@pytest.mark.parametrize("n_sm", [2, 50])
+def test_chained_tiles_are_right(case: Case, n_sm: int) -> None:
+    tile = choose_forward(case.D, case.options["causal"], case.T)
+    check(inputs_of(case, "cpu", torch.bfloat16), replace(tile, chained=True), n_sm=n_sm)
 
 
 def test_scores_of_a_row_that_is_masked_so_far_cancel_exactly() -> None:

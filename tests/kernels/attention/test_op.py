@@ -1,6 +1,7 @@
 """The public function: refusals, torch.library, torch.compile, layouts, determinism."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kernels.attention import attention, explain
-from kernels.attention.op import document_bounds
+from kernels.attention.ranges import document_bounds, document_ids, key_range
 from kernels.attention.registration import attention_backward, attention_forward
-from tests.kernels.attention.cases import CASES, Case, inputs_of, run
+from tests.kernels.attention.cases import CASES, Case, inputs_of, run, run_by
 from tests.kernels.attention.conftest import Platform
 
 
@@ -26,9 +27,9 @@ Q, K, V = torch.zeros(2, 5, 4, 8), torch.zeros(2, 7, 2, 8), torch.zeros(2, 7, 2,
     ("q", "k", "v", "options", "message"),
     [
         (Q[0], K, V, {}, r"\[5, 4, 8\]"),
-        (Q, K, V[:, :6], {}, r"k and v must share a shape, got \[2, 7, 2, 8\] and \[2, 6, 2, 8\]"),
+        (Q, K, V[:, :6], {}, r"k and v must share .*, got \[2, 7, 2, 8\] and \[2, 6, 2, 8\]"),
         (Q[:1], K, V, {}, "q has batch 1, k and v have 2"),
-        (Q[..., :4], K, V, {}, "q has head size 4, k and v have 8"),
+        (Q[..., :4], K, V, {}, "q has head size 4, k has 8"),
         (Q[:, :, :3], K, V, {}, "3 query heads are not a multiple of 2 kv heads"),
         (*qkv(1, 2, 1, 257), {}, "head size 257 is not between 1 and 256"),
         (Q, K.half(), V, {}, "share a dtype, got torch.float32, torch.float16"),
@@ -40,8 +41,23 @@ Q, K, V = torch.zeros(2, 5, 4, 8), torch.zeros(2, 7, 2, 8), torch.zeros(2, 7, 2,
         (Q, K, V, {"alibi_slopes": torch.zeros(4).half()}, "must be torch.float32"),
         (Q, K, V, {"alibi_slopes": torch.zeros(4, requires_grad=True)}, "no gradient"),
         (Q, K, V, {"documents": torch.zeros(2, 5).int()}, "as many queries as keys, got 5 and 7"),
-        (Q, Q, Q, {"documents": torch.zeros(2, 4).int()}, r"documents must be \[2, 5\]"),
+        (
+            Q,
+            Q,
+            Q,
+            {"documents": torch.zeros(2, 4).int()},
+            r"documents must be ids \[2, 5\] or cu_seqlens",
+        ),
         (Q, Q, Q, {"documents": torch.zeros(2, 5)}, "int32 or int64, got torch.float32"),
+        (Q, Q, Q, {"documents": torch.zeros(1).int()}, r"cu_seqlens .*, got \[1\] on cpu"),
+        (*qkv(1, 2, 1, 8)[:2], torch.zeros(1, 2, 1, 300), {}, "value size 300 is not between"),
+        (Q, K, V, {"bias": torch.zeros(4, 5, 7)}, r"\[2 or 1, 4 or 1, 5 or 1, 7\] on cpu, got"),
+        (Q, K, V, {"bias": torch.zeros(1, 4, 5, 1)}, r"bias must be .*, got \[1, 4, 5, 1\]"),
+        (Q, K, V, {"bias": torch.ones(1, 1, 1, 7).bool()}, "torch.bool; .* goes into key_mask"),
+        (Q, K, V, {"key_mask": torch.ones(2, 5).bool()}, r"key_mask must be \[2, 7\]"),
+        (Q, K, V, {"key_mask": torch.ones(2, 7)}, "torch.bool, True where seen, got torch.float32"),
+        (Q, K, V, {"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
+        (Q, K, V, {"dropout_seed": torch.zeros(1).int()}, r"one torch.int64 on cpu, got \[1\]"),
         (Q, K, V, {"backend": "flash"}, "backend='flash' is not one of auto, hopper"),
     ],
 )
@@ -84,37 +100,49 @@ def test_library_checks_pass(platform: Platform) -> None:
     sinks = torch.zeros(2, device=platform.device)
     slopes = torch.ones(2, device=platform.device)
     bounds = document_bounds(torch.zeros(1, 20, dtype=torch.int32, device=platform.device))
-    for optional in ((None, None, None), (slopes, sinks, bounds)):
-        options = (*optional, 0.25, -1, 0, 0.0, True, "triton")
+    bias = torch.randn(1, 2, 20, 20, device=platform.device)
+    seen = torch.ones(1, 20, dtype=torch.bool, device=platform.device)
+    seed = torch.tensor([5], device=platform.device)
+    everything = (slopes, sinks, bounds, bias.requires_grad_(), seen, key_range(seen), seed)
+    for optional, dropout in (((None,) * 7, 0.0), (everything, 0.1)):
+        options = (*optional, 0.25, -1, 0, 0.0, dropout, True, "triton")
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         torch.library.opcheck(attention_forward, (*leaves, *options))
+        options = tuple(x.detach() if isinstance(x, Tensor) else x for x in options)
         out, lse = attention_forward(q, k, v, *options)
-        given = (torch.randn_like(q), torch.randn_like(lse), q, k, v, out, lse)
+        given = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, dropout > 0)
         torch.library.opcheck(attention_backward, (*given, *options))
 
 
-@pytest.mark.parametrize("backend", ["triton", "auto", "reference"])
-def test_compiles_without_a_graph_break(backend: str, platform: Platform) -> None:
-    inputs = inputs_of(
-        CASES["documents, both sides"] if backend == "reference" else CASES["documents"],
-        platform.device,
-        platform.dtype,
-    )
+COMPILED = [
+    ("documents", "triton"),
+    ("documents", "auto"),
+    ("documents, both sides", "reference"),
+    ("narrow values", "triton"),
+    ("bias, all its own", "triton"),
+    ("bias of pairs", "auto"),
+    ("key mask", "triton"),
+    ("dropout", "triton"),
+    ("everything and more", "triton"),
+]
 
-    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = attention(q, k, v, **inputs.extras, return_lse=True, backend=backend)
+
+@pytest.mark.parametrize(("name", "backend"), COMPILED)
+def test_compiles_without_a_graph_break(name: str, backend: str, platform: Platform) -> None:
+    inputs = inputs_of(CASES[name], platform.device, platform.dtype)
+
+    def call(**arguments: Any) -> tuple[Tensor, Tensor]:
+        out, lse = attention(**arguments)
         return out * 1.0, lse
 
-    results = []
+    torch._dynamo.reset()  # or the cases before this one count as recompilations
     # inductor takes half a minute to build its first C++ kernel; on GPUs it is what users get
-    for function in (call, torch.compile(call, fullgraph=True, backend=_compiler(platform))):
-        leaves = [x.clone().requires_grad_() for x in inputs.tensors.values()]
-        out, lse = function(*leaves)
-        grads = torch.autograd.grad([out, lse], leaves, [inputs.d_out, inputs.d_lse])
-        results.append([out, lse, *grads])
+    dynamic = True if name == "everything and more" else None  # one case with symbolic sizes
+    compiled = torch.compile(call, fullgraph=True, backend=_compiler(platform), dynamic=dynamic)
+    plain, other = (run_by(function, inputs, backend=backend) for function in (call, compiled))
     loose = 2e-2 if platform.on_gpu else 1e-5  # inductor fuses, so bf16 rounds elsewhere
-    for plain, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(plain, compiled, rtol=loose, atol=loose)
+    for key, value in plain.items():
+        torch.testing.assert_close(other[key], value, rtol=loose, atol=loose)
 
 
 def _compiler(platform: Platform) -> str:
@@ -188,6 +216,10 @@ def test_documents_are_separate_calls(backend: str, platform: Platform) -> None:
     # the same id comes back after another one: it is a new document
     ids = torch.tensor([3] * 7 + [1] * 20 + [3] * 13, device=platform.device)[None]
     out = attention(q, k, v, causal=True, documents=ids, backend=backend)
+    for dtype in (torch.int32, torch.int64):  # an empty document among them, and a rest
+        starts = torch.tensor([0, 7, 7, 27], dtype=dtype, device=platform.device)
+        packed = attention(q, k, v, causal=True, documents=starts, backend=backend)
+        assert torch.equal(packed, out)
     apart = [
         attention(q[:, a:b], k[:, a:b], v[:, a:b], causal=True, backend=backend)
         for a, b in ((0, 7), (7, 27), (27, 40))
@@ -218,13 +250,42 @@ def test_large_scores_do_not_overflow(platform: Platform) -> None:
         assert value.isfinite().all(), key
 
 
+def test_cu_seqlens_count_through_the_rows_of_a_batch() -> None:
+    starts = torch.tensor([0, 3, 8, 12])
+    ids = document_ids(starts, 2, 6)
+    assert ids.tolist() == [[1, 1, 1, 2, 2, 2], [2, 2, 3, 3, 3, 3]]
+
+
+def test_bias_gets_a_gradient_only_where_it_is_asked_for(platform: Platform) -> None:
+    inputs = inputs_of(CASES["bias of pairs"], platform.device, platform.dtype)
+    bias = inputs.tensors.pop("bias")
+    results = run(inputs, "triton", bias=bias)  # not a leaf, so no gradient of it is computed
+    inputs.tensors["bias"] = bias
+    for key, value in run(inputs, "triton").items():
+        if key == "dbias":
+            assert value.shape == bias.shape and value.dtype == bias.dtype
+        else:
+            assert torch.equal(value, results[key]), key
+
+
 @pytest.mark.gpu
-def test_cuda_graph_replays_with_new_inputs() -> None:
+@pytest.mark.parametrize("features", [False, True])
+def test_cuda_graph_replays_with_new_inputs(features: bool) -> None:
     q, k, v = qkv(2, 300, 4, 64, device="cuda", dtype=torch.bfloat16)
     leaves = [x.requires_grad_() for x in (q, k, v)]
+    more: dict[str, Tensor] = {}
+    if features:
+        more = {
+            "bias": torch.randn(1, 4, 300, 300, device="cuda"),
+            "key_mask": torch.rand(2, 300, device="cuda") < 0.7,
+            "documents": torch.tensor([0, 100, 250, 420, 600], device="cuda"),
+            "dropout_seed": torch.tensor([1], device="cuda"),
+        }
+        leaves.append(more["bias"].requires_grad_())
+    dropout = 0.2 if features else 0.0
 
     def step() -> list[Tensor]:
-        out = attention(*leaves, causal=True)
+        out = attention(q, k, v, causal=True, dropout=dropout, **more)
         return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
     stream = torch.cuda.Stream()
@@ -237,6 +298,22 @@ def test_cuda_graph_replays_with_new_inputs() -> None:
     with torch.no_grad():
         for x in leaves:
             x.copy_(torch.randn_like(x))
+        if features:
+            more["key_mask"].logical_not_()
+            more["documents"].copy_(torch.tensor([0, 50, 350, 360, 600]))
+            more["dropout_seed"] += 1
     graph.replay()
     for value, expected in zip(captured, step(), strict=True):
         torch.testing.assert_close(value, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["causal", "bias of pairs", "everything and more"])
+def test_fifty_repeats_are_identical(name: str) -> None:
+    # several tiles for each multiprocessor, so that programs finish in another order every time
+    case = replace(CASES[name], B=4, T=1000, S=1000, D=64, Dv=64, H=32, H_kv=8)
+    inputs = inputs_of(case, "cuda", torch.bfloat16)
+    first = run(inputs, "triton")
+    for _ in range(50):
+        for key, value in run(inputs, "triton").items():
+            assert torch.equal(value, first[key]), key

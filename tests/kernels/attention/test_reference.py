@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from kernels.attention import attention
+from kernels.attention.dropout import keep_mask
 from kernels.attention.reference import attention_reference
 from tests.kernels.attention.cases import CASES, Inputs, inputs_of
 
@@ -17,8 +18,12 @@ def by_loops(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Attention one score at a time, straight from the docstring of `attention`."""
     q, k, v = (inputs.tensors[name].double() for name in "qkv")
     case, options = inputs.case, inputs.extras
-    out = torch.zeros(case.B, case.T, case.H, case.D, dtype=torch.float64)
+    out = torch.zeros(case.B, case.T, case.H, v.shape[3], dtype=torch.float64)
     lse = torch.full((case.B, case.H, case.T), -math.inf, dtype=torch.float64)
+    dropout = options.get("dropout", 0.0)
+    if dropout:
+        seed = torch.tensor([options["dropout_seed"]])
+        mask = keep_mask(seed, dropout, (case.B, case.H, case.T, case.S))
     left, right = options.get("window") or (-1, -1)
     for b in range(case.B):
         for h in range(case.H):
@@ -33,6 +38,8 @@ def by_loops(inputs: Inputs) -> tuple[Tensor, Tensor]:
                     if case.documents:
                         between = options["documents"][b, min(s, t) : max(s, t) + 1]
                         hidden |= bool((between != between[0]).any())
+                    if case.key_mask:
+                        hidden |= not options["key_mask"][b, s]
                     if hidden:
                         continue
                     score = float(q[b, t, h] @ k[b, s, kv]) * case.D**-0.5
@@ -40,7 +47,11 @@ def by_loops(inputs: Inputs) -> tuple[Tensor, Tensor]:
                         score = options["softcap"] * math.tanh(score / options["softcap"])
                     if case.alibi:
                         score -= float(options["alibi_slopes"][h]) * abs(s - place)
-                    weights[s] = math.exp(score)
+                    if case.bias is not None:
+                        bias = inputs.tensors["bias"].expand(case.B, case.H, case.T, case.S)
+                        score += float(bias[b, h, t, s])
+                    if score > -math.inf:
+                        weights[s] = math.exp(score)
                 if case.sinks:
                     weights["sink"] = math.exp(float(inputs.tensors["sinks"][h]))
                 total = sum(weights.values())
@@ -48,13 +59,23 @@ def by_loops(inputs: Inputs) -> tuple[Tensor, Tensor]:
                     lse[b, h, t] = math.log(total)
                 for s, weight in weights.items():
                     if s != "sink":
-                        out[b, t, h] += weight / total * v[b, int(s), kv]
+                        kept = not dropout or bool(mask[b, h, t, int(s)])
+                        out[b, t, h] += kept * weight / total / (1 - dropout) * v[b, int(s), kv]
     return out, lse
 
 
 @pytest.mark.parametrize(
     "name",
-    ["seventeen", "causal, more queries", "alibi, both sides", "window, both sides", "everything"],
+    [
+        "seventeen",
+        "causal, more queries",
+        "alibi, both sides",
+        "window, both sides",
+        "everything",
+        "wide values",
+        "bias, all its own",
+        "everything and more",
+    ],
 )
 def test_reference_is_the_definition(name: str) -> None:
     inputs = inputs_of(CASES[name], "cpu", torch.float64)

@@ -21,8 +21,10 @@ ROOT = HERE.parents[2]
 @pytest.mark.parametrize("capability", tiles.SHARED_LIMIT)
 def test_every_shipped_tile_fits_its_card(capability: tuple[int, int]) -> None:
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    for head_size, dtype, causal in itertools.product(range(1, 257), dtypes, (False, True)):
-        tiles.choose_for(capability, head_size, dtype, causal=causal)  # raises where one does not
+    either = (False, True)
+    calls = itertools.product(range(1, 257), dtypes, either, either)
+    for head_size, dtype, causal, crowded in calls:  # raises where one does not
+        tiles.choose_for(capability, head_size, dtype, causal=causal, crowded=crowded)
 
 
 def test_a_tile_too_big_for_the_card_is_refused() -> None:
@@ -50,6 +52,20 @@ def test_shipped_tiles_compile_as_claimed(capability: tuple[int, int]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0)])
+def test_tiles_for_bias_and_dropout_compile_as_claimed(
+    capability: tuple[int, int],
+) -> None:
+    common = {"capability": capability}
+    # a bias in float32 takes the most room
+    sizes = (64, 128, 256) if capability in ((8, 6), (9, 0)) else (128,)
+    pairs = {**common, "bias": "ht", "bias_dtype": "float32"}
+    jobs: list[dict[str, Any]] = [{**pairs, "head_size": D} for D in sizes]
+    jobs.append({**common, "head_size": 64, "dropout": 0.1})
+    assert_as_claimed(jobs)
+
+
+@pytest.mark.slow
 def test_every_feature_compiles_and_fits() -> None:
     # the interpreter accepts code that the compiler does not
     jobs = [
@@ -59,11 +75,17 @@ def test_every_feature_compiles_and_fits() -> None:
             "causal": causal,
             "alibi": True,
             "everything": True,
+            **more,
         }
-        for capability, head_size, causal in (
-            ([9, 0], 128, True),
-            ([9, 0], 80, False),
-            ([8, 6], 128, False),
+        for capability, head_size, causal, more in (
+            ([9, 0], 128, True, {}),
+            ([9, 0], 80, False, {}),
+            ([8, 6], 128, False, {}),
+            ([9, 0], 192, True, {"value_size": 128, "key_mask": True}),
+            ([8, 6], 64, False, {"value_size": 128, "key_mask": True}),
+            ([8, 9], 80, True, {"bias": "bht", "key_mask": True, "dropout": 0.5}),
+            ([9, 0], 128, False, {"bias": "b", "dropout": 0.5, "value_size": 64}),
+            ([8, 0], 32, True, {"dtype": "float32", "bias": "t", "bias_dtype": "float32"}),
         )
     ]
     for found in compiled(jobs):
@@ -84,7 +106,10 @@ def assert_as_claimed(jobs: list[dict[str, Any]]) -> None:
         capability = tuple(found["capability"])
         dtype = getattr(torch, found["dtype"])
         head_size = found["head_size"]
-        chosen = tiles.choose_for(capability, head_size, dtype, causal=found["causal"])
+        crowded = found["bias"] is not None or found["dropout"] > 0
+        chosen = tiles.choose_for(
+            capability, head_size, dtype, causal=found["causal"], crowded=crowded
+        )
         given = (capability, head_size, dtype)
         kernel = found["kernel"]
         if "fwd" in kernel:
@@ -96,6 +121,9 @@ def assert_as_claimed(jobs: list[dict[str, Any]]) -> None:
         elif "dq" in kernel:
             estimate = tiles.dq_shared(capability, chosen.dq, head_size, dtype)
             claimed = chosen.dq.spills
+        elif "dbias" in kernel:
+            assert chosen.dbias is not None
+            estimate, claimed = 0, chosen.dbias.spills  # not estimated
         else:
             continue  # delta: a few hundred bytes
         about = f"{kernel} for {given}"

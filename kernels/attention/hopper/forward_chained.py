@@ -1,0 +1,215 @@
+"""The forward's consumer for plain causal and full masks: tiles follow each other without a gap.
+
+As `_consumer` of forward.py, but the first scores of a tile are issued before the last product of
+the tile before, so that the tensor cores work through its last softmax and its epilogue:
+
+    tile n    ... | Sj | Pj-1 Vj-1 | softmax Sj |
+    between         S'0 = Q' K'0 issued, then Pn Vn behind it; softmax S'0 while Pn Vn runs;
+                    O / l -> shared -> global
+    tile n + 1                      | S'1 | P'0 V'0 | ...
+
+So Q has two places. After the last tile the product S'0 is void: it is computed, since a branch
+around a product serialises the pipeline, and nobody reads it.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="untyped-decorator, misc"
+# ruff: noqa: SIM102 -- the outer `if` is decided at compile time
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels.attention.hopper.masks import key_tiles
+from kernels.attention.hopper.schedule import following, tile_at
+from kernels.attention.hopper.shim import tma_store
+from kernels.attention.hopper.softmax import (
+    LN_2,
+    MASKED,
+    bias_scores,
+    hide,
+    pass_by,
+    softmax_step,
+)
+
+
+@gluon.jit
+def _rows_of(
+    position, sizes, limits, W: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
+    CAUSAL: gl.constexpr, SKIP: gl.constexpr,
+):  # fmt: skip
+    """(head, first row, key tiles, key tiles before them for other rows only) of a tile."""
+    _H, T, S, n_heads, n_tiles, chunk = sizes
+    BM: gl.constexpr = CONSUMERS * 64
+    rank, head = tile_at(position, n_tiles, n_heads, chunk)
+    row = rank * BM + W * 64
+    if CAUSAL:
+        row = (n_tiles - 1 - rank) * BM + W * 64
+    _, n_iter = key_tiles(row, row + (BM - 1 - W * 64), 0, T, S, limits, BN, CAUSAL, 0)
+    passed = 0
+    if SKIP:
+        _, mine = key_tiles(row, row + 63, 0, T, S, limits, BN, CAUSAL, 0)
+        passed = n_iter - mine
+        n_iter = mine
+    return head, row, n_iter, passed
+
+
+@gluon.jit
+def _first_softmax(
+    qk, head, row, n_iter, biases, scale, sizes,
+    BN: gl.constexpr, LAYOUT: gl.constexpr, CAUSAL: gl.constexpr, EDGE: gl.constexpr,
+    ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
+):  # fmt: skip
+    """P, peak, total and ALiBi's ramp after the first key tile of a tile of rows."""
+    slopes_ptr, sinks_ptr, bend = biases
+    H, T, S, _n_heads, _n_tiles, _chunk = sizes
+    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    rows = row + gl.arange(0, 64, ROW)
+    ramp = 0.0
+    if ALIBI:
+        ramp = gl.load(slopes_ptr + head % H) / (scale * LN_2)  # in the unit of the scores
+    peak = gl.full([64], MASKED, gl.float32, ROW)
+    total = gl.full([64], 0.0, gl.float32, ROW)
+    if SINKS:  # one more score, whose value is zero
+        sink = gl.load(sinks_ptr + head % H).to(gl.float32) / (scale * LN_2)
+        peak = gl.full([64], 0.0, gl.float32, ROW) + sink
+        if ALIBI:
+            peak += ramp * (rows - row).to(gl.float32)
+        total += 1.0
+    keys = (n_iter - 1) * BN + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
+    qk = bias_scores(qk, keys, row + (S - T), ramp, bend, SOFTCAP, ALIBI)
+    if EDGE > 0:
+        limit = gl.full([64], 0, gl.int32, ROW) + S
+        if CAUSAL:
+            limit = gl.minimum(limit, rows + (S - T + 1))
+        qk = hide(qk, keys, limit, limit, 0)
+    p, peak, total, _ = softmax_step(qk, peak, total, scale)
+    return p, peak, total, ramp
+
+
+@gluon.jit
+def chained_consumer(
+    results, biases, scale, rings, out_smem, sizes, limits,
+    W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, EDGE: gl.constexpr, SKIP: gl.constexpr,
+    ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, DRAW: gl.constexpr,
+):  # fmt: skip
+    """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
+    out_desc, lse_ptr = results
+    _, _, bend = biases
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    q_ring, k_ring, v_ring, ticket = rings
+    q_smem, q_full, q_empty = q_ring
+    k_smem, k_full, k_empty = k_ring
+    v_smem, v_full, v_empty = v_ring
+    H, T, S, n_heads, n_tiles, _chunk = sizes
+    DTYPE: gl.constexpr = out_desc.dtype
+    n_positions = n_tiles * n_heads
+    past = S - T
+    cols = gl.arange(0, BN, gl.SliceLayout(0, S_LAYOUT))
+    nothing = gl.zeros([64, BN], gl.float32, S_LAYOUT)
+
+    position = gl.program_id(0)  # there are at most as many programs as tiles
+    head, row, n_iter, passed = _rows_of(position, sizes, limits, W, CONSUMERS, BN, CAUSAL, SKIP)
+    it = n_iter * 0  # a number of the device: the loop below cannot start from a constant
+    if SKIP:
+        it = pass_by(passed, it, k_ring, v_ring, STAGES)
+    turn = 0
+    place = W
+    mbarrier.wait(q_full.index(place), 0)
+    mbarrier.wait(k_full.index(it % STAGES), (it // STAGES) & 1)
+    q = q_smem.index(place).reshape([64, D])
+    k = k_smem.index(it % STAGES).reshape([BN, D]).permute((1, 0))
+    qk = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+    qk = warpgroup_mma_wait(0, deps=(qk,))
+    mbarrier.arrive(k_empty.index(it % STAGES), count=1)
+    p, peak, total, ramp = _first_softmax(
+        qk, head, row, n_iter, biases, scale, sizes,
+        BN, S_LAYOUT, CAUSAL, EDGE, ALIBI, SOFTCAP, SINKS,
+    )  # fmt: skip
+    p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+    it += 1
+    while position < n_positions:
+        acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
+        q = q_smem.index(place).reshape([64, D])
+        for i in range(1, n_iter):
+            s = it % STAGES
+            before = (it - 1) % STAGES
+            key = (n_iter - 1 - i) * BN
+            mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
+            k = k_smem.index(s).reshape([BN, D]).permute((1, 0))
+            qk = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(before), ((it - 1) // STAGES) & 1)
+            v = v_smem.index(before).reshape([BN, D])
+            acc = warpgroup_mma(p16, v, acc, is_async=True)
+            qk = warpgroup_mma_wait(1, deps=(qk,))
+            mbarrier.arrive(k_empty.index(s), count=1)
+            qk = bias_scores(qk, cols + key, row + past, ramp, bend, SOFTCAP, ALIBI)
+            if EDGE > 1:
+                if i < EDGE:
+                    limit = gl.full([64], 0, gl.int32, ROW) + S
+                    if CAUSAL:
+                        limit = gl.minimum(limit, row + gl.arange(0, 64, ROW) + (past + 1))
+                    qk = hide(qk, cols + key, limit, limit, 0)
+            p, peak, total, shrink = softmax_step(qk, peak, total, scale)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(v_empty.index(before), count=1)
+            acc = acc * gl.convert_layout(shrink, ROW_O)[:, None]
+            p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+            it += 1
+        mbarrier.arrive(q_empty.index(place), count=1)
+
+        turn += 1
+        position = following(position, turn, ticket, DRAW)
+        place = W + CONSUMERS * (turn & 1)
+        more = position < n_positions
+        # past the end the tile is that of position 0, and none of it is waited for or used
+        next_head, next_row, next_n_iter, passed = _rows_of(
+            gl.where(more, position, 0), sizes, limits, W, CONSUMERS, BN, CAUSAL, SKIP
+        )
+        last = it - 1
+        if more:
+            if SKIP:
+                it = pass_by(passed, it, k_ring, v_ring, STAGES)
+            mbarrier.wait(q_full.index(place), (turn // 2) & 1)
+            mbarrier.wait(k_full.index(it % STAGES), (it // STAGES) & 1)
+        q = q_smem.index(place).reshape([64, D])
+        k = k_smem.index(it % STAGES).reshape([BN, D]).permute((1, 0))
+        qk = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
+        v = v_smem.index(last % STAGES).reshape([BN, D])
+        acc = warpgroup_mma(p16, v, acc, is_async=True)
+        qk = warpgroup_mma_wait(1, deps=(qk,))
+        if more:
+            mbarrier.arrive(k_empty.index(it % STAGES), count=1)
+        lse = (peak * scale + gl.log2(total)) * LN_2
+        rows = row + gl.arange(0, 64, ROW)
+        if ALIBI:
+            lse = lse - ramp * scale * LN_2 * (rows - row).to(gl.float32)
+        gl.store(lse_ptr + head.to(gl.int64) * T + rows, lse, mask=rows < T)
+        share = gl.convert_layout(1.0 / total, ROW_O)
+        p, peak, total, ramp = _first_softmax(
+            qk, next_head, next_row, next_n_iter, biases, scale, sizes,
+            BN, S_LAYOUT, CAUSAL, EDGE, ALIBI, SOFTCAP, SINKS,
+        )  # fmt: skip
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(v_empty.index(last % STAGES), count=1)
+        p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+        it += 1
+        tma.store_wait(0)  # the tile before has left the staging buffer
+        out_smem.index(W).reshape([64, D]).store((acc * share[:, None]).to(DTYPE))
+        fence_async_shared()
+        tma_store(out_desc, [head // H, row, head % H, 0], out_smem.index(W))
+        head = next_head
+        row = next_row
+        n_iter = next_n_iter
+    tma.store_wait(0)

@@ -1,0 +1,60 @@
+"""What the forward's consumers share: the online softmax, biases and masks of scores."""
+
+# mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="untyped-decorator, misc"
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from kernels.attention.hopper.masks import tanh
+
+# Finite, since a row that sees no key of its first tile must not become NaN; and a power of two, so
+# that `s * scale - shift` is exactly 0 for it: with -1e30 the fused multiply-add keeps the rounding
+# error of `shift`, about 1e22, and its power of two is inf (seen at 77 queries over 200 keys).
+MASKED = gl.constexpr(-(2.0**100))
+LN_2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def softmax_step(s, peak, total, scale):
+    """Online softmax: P of these scores, and by how much what came before shrinks."""
+    new_peak = gl.maximum(peak, gl.max(s, 1))
+    shift = new_peak * scale
+    p = gl.exp2(s * scale - shift[:, None])
+    shrink = gl.exp2(peak * scale - shift)
+    return p, new_peak, total * shrink + gl.sum(p, 1), shrink
+
+
+@gluon.jit
+def bias_scores(s, cols, origin, ramp, bend, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr):
+    """The soft cap, by (cap, scale / cap), and ALiBi at the keys `cols` [BN]."""
+    if SOFTCAP:
+        cap, inner = bend
+        s = cap * tanh(s * inner)
+    if ALIBI:
+        s = s + (ramp * (cols - origin).to(gl.float32))[None, :]
+    return s
+
+
+@gluon.jit
+def hide(s, cols, first, limit, LIMITS: gl.constexpr):
+    """Rows see keys from `first` [64], counted under LIMITS only, to below `limit` [64]."""
+    seen = cols[None, :] < limit[:, None]
+    if LIMITS:
+        seen = seen & (cols[None, :] >= first[:, None])
+    return gl.where(seen, s, MASKED)
+
+
+@gluon.jit
+def pass_by(n, it, k_ring, v_ring, STAGES: gl.constexpr):
+    """Let n key tiles go that only other rows of this tile see."""
+    _, k_full, k_empty = k_ring
+    _, v_full, v_empty = v_ring
+    for _ in range(n):
+        s = it % STAGES
+        mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
+        mbarrier.arrive(k_empty.index(s), count=1)
+        mbarrier.wait(v_full.index(s), (it // STAGES) & 1)
+        mbarrier.arrive(v_empty.index(s), count=1)
+        it += 1
+    return it
