@@ -21,8 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 from flashtrain.config import (
     Config,
     ConfigError,
+    DataConfig,
     Mlp,
     ModelConfig,
+    Packing,
     PositionConfig,
     PositionKind,
     RopeType,
@@ -30,6 +32,7 @@ from flashtrain.config import (
     Target,
     to_dict,
 )
+from flashtrain.layout import check_layout, data_ranks, need, resolve_parallel
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -103,7 +106,7 @@ def resolve(config: Config, world_size: int) -> Config:
         for item in dataclasses.fields(part)
         if getattr(part, item.name) == MISSING
     ]
-    _need(not missing, f"{', '.join(missing)} must be set")
+    need(not missing, f"{', '.join(missing)} must be set")
     for key, value in {
         "model.n_layers": model.n_layers,
         "model.n_heads": model.n_heads,
@@ -118,7 +121,11 @@ def resolve(config: Config, world_size: int) -> Config:
         "data.sequence_length": data.sequence_length,
         "data.batch_size": data.batch_size,
         "data.micro_batch_size": data.micro_batch_size,
+        "data.validation_tokens": data.validation_tokens,
         "parallel.tensor": config.parallel.tensor,
+        "parallel.context": config.parallel.context,
+        "parallel.shard": config.parallel.shard,
+        "parallel.replicate": config.parallel.replicate,
         "engine.bucket_mb": config.engine.bucket_mb,
         "optimizer.lr": config.optimizer.lr,
         "optimizer.eps": config.optimizer.eps,
@@ -138,7 +145,7 @@ def resolve(config: Config, world_size: int) -> Config:
         "tracking.peak_tflops": config.tracking.peak_tflops,
     }.items():
         positive = value is None or (value > 0 and math.isfinite(value))
-        _need(positive, f"{key}={value} must be a number above 0")
+        need(positive, f"{key}={value} must be a number above 0")
     for key, value, low, high in (
         ("optimizer.beta1", config.optimizer.beta1, 0, 0.99999),  # 1 would divide by 1 - beta = 0
         ("optimizer.beta2", config.optimizer.beta2, 0, 0.99999),
@@ -147,35 +154,34 @@ def resolve(config: Config, world_size: int) -> Config:
         ("position.partial_rotary_factor", config.position.partial_rotary_factor, 0, 1),
         ("optimizer.weight_decay", config.optimizer.weight_decay, 0, math.inf),
         ("schedule.warmup_steps", config.schedule.warmup_steps, 0, math.inf),
+        ("loss.z_loss", config.loss.z_loss, 0, math.inf),
     ):
-        _need(low <= value <= high, f"{key}={value} must lie between {low} and {high}")
+        need(low <= value <= high, f"{key}={value} must lie between {low} and {high}")
 
-    _need(
+    need(
         re.fullmatch(r"[\w.+-]+", config.name) is not None,
         f"name={config.name!r} must be letters, digits and . _ + - only: it names a folder",
     )
-    _need(config.run_dir != "", "run_dir is empty: name a folder or leave it null")
-    _need(0 <= config.seed < 2**63, f"seed={config.seed} must lie between 0 and 2^63 - 1")
-    tensor = config.parallel.tensor
-    if tensor is None:
-        tensor = 2 if world_size % 2 == 0 else 1
-    micro_batch = data.micro_batch_size or max(1, data.batch_size * tensor // world_size)
+    need(config.run_dir != "", "run_dir is empty: name a folder or leave it null")
+    need(0 <= config.seed < 2**63, f"seed={config.seed} must lie between 0 and 2^63 - 1")
+    parallel = resolve_parallel(config.parallel, config.engine.name, world_size)
+    micro_batch = data.micro_batch_size or max(1, data.batch_size // data_ranks(parallel))
     config = dataclasses.replace(
         config,
         model=resolve_model(model),
         data=dataclasses.replace(data, micro_batch_size=micro_batch),
-        parallel=dataclasses.replace(config.parallel, tensor=tensor),
+        parallel=parallel,
+    )
+    need(
+        config.loss.fused or config.loss.z_loss == 0,
+        f"loss.z_loss={config.loss.z_loss} needs loss.fused=true: the loss over all logits has no "
+        "such term",
     )
     check_position(config.model, config.position)
     check_layout(config, world_size)
-    if data.source is Source.shards:
-        _need(
-            data.path is not None,
-            "data.path must name a folder of token shards; make one with "
-            "`python scripts/prepare_data.py INPUT... --output FOLDER`",
-        )
+    check_data(data)
     if data.source is Source.random:
-        _need(model.vocabulary is not None, "model.vocabulary must be set for data.source=random")
+        need(model.vocabulary is not None, "model.vocabulary must be set for data.source=random")
     if config.run_dir is None:
         config.run_dir = f"runs/{config.name}-{fingerprint(config)}"
     return config
@@ -185,15 +191,15 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
     """Head count, head size and MLP width filled in; refuses sizes that do not divide."""
     heads, width = model.n_heads, model.d_model
     if model.head_size is None:
-        _need(
+        need(
             width % heads == 0,
             f"model.d_model={width} is not divisible by model.n_heads={heads}: "
             "change one of them or set model.head_size",
         )
     size = model.head_size or width // heads
-    _need(size <= 256, f"head size {size} is above 256, the largest the attention kernels take")
+    need(size <= 256, f"head size {size} is above 256, the largest the attention kernels take")
     kv = model.n_kv_heads or heads
-    _need(
+    need(
         heads % kv == 0,
         f"model.n_heads={heads} is not a multiple of model.n_kv_heads={kv}",
     )
@@ -203,88 +209,78 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, n_kv_heads=kv, head_size=size, d_ff=d_ff)
 
 
+def check_data(data: DataConfig) -> None:
+    """Refuse keys of `data` that contradict each other."""
+    if data.source is Source.shards:
+        need(
+            data.path is not None or bool(data.sources),
+            "data.path must name a folder of token shards; make one with "
+            "`python scripts/prepare_data.py INPUT... --output FOLDER`",
+        )
+    need(
+        data.path is None or not data.sources,
+        f"data.path={data.path} and data.sources={','.join(data.sources)}: name one or the other",
+    )
+    need(
+        data.source is Source.shards or not data.sources,
+        f"data.sources={','.join(data.sources)} are token shards: set data.source=shards",
+    )
+    need(
+        data.source is not Source.random or data.packing is Packing.none,
+        f"data.packing={data.packing.name}: made-up tokens have no documents to pack",
+    )
+    need(
+        data.validation_path is None or data.validation_tokens is None,
+        f"data.validation_path={data.validation_path} and data.validation_tokens="
+        f"{data.validation_tokens}: name one or the other",
+    )
+    need(
+        data.validation_tokens is None or not data.sources,
+        f"data.validation_tokens={data.validation_tokens} is for one data.path: for a mixture name "
+        "data.validation_path",
+    )
+    need(
+        bool(data.sources) or not data.mix_changes,
+        "data.mix_changes are weights of data.sources, and there are none",
+    )
+
+
 def check_position(model: ModelConfig, position: PositionConfig) -> None:
     """Refuse what a kind of position cannot touch."""
     targets = set(position.applies_to)
     names = ",".join(t.name for t in position.applies_to)
     kind = position.kind
-    _need(bool(targets), "position.applies_to is empty: write position=none for no positions")
+    need(bool(targets), "position.applies_to is empty: write position=none for no positions")
     if kind is PositionKind.alibi:
-        _need(
+        need(
             targets == {Target.q, Target.k},
             f"position.applies_to=[{names}]: ALiBi is a bias on q.k scores, so it takes [q,k] only",
         )
     if kind is PositionKind.rope:
-        _need(
+        need(
             Target.embedding not in targets,
             f"position.applies_to=[{names}]: RoPE rotates heads and cannot go onto the embedding; "
             "choose any of q, k, v",
         )
         assert model.head_size is not None
         rotated = int(model.head_size * position.partial_rotary_factor)
-        _need(
+        need(
             rotated >= 2 and rotated % 2 == 0,
             f"RoPE turns pairs: head size {model.head_size} x position.partial_rotary_factor="
             f"{position.partial_rotary_factor} gives {rotated}, which must be even and at least 2",
         )
         scaling = position.scaling
         if scaling.rope_type in (RopeType.yarn, RopeType.llama3):
-            _need(
+            need(
                 scaling.original_max_position_embeddings is not None,
                 f"position.scaling.rope_type={scaling.rope_type.name} needs "
                 "position.scaling.original_max_position_embeddings",
             )
     if Target.embedding in targets:
-        _need(
+        need(
             len(targets) == 1,
             f"position.applies_to=[{names}]: `embedding` already reaches q, k and v; name it alone",
         )
-
-
-def check_layout(config: Config, world_size: int) -> None:
-    """Refuse degrees that do not multiply or divide, naming both numbers."""
-    model, data, tensor = config.model, config.data, config.parallel.tensor
-    assert tensor is not None and model.n_kv_heads is not None and model.d_ff is not None
-    assert data.micro_batch_size is not None
-    _need(
-        world_size % tensor == 0,
-        f"parallel.tensor={tensor} does not divide the {world_size} processes of this run",
-    )
-    replicas = world_size // tensor
-    _need(
-        model.n_heads % tensor == 0,
-        f"model.n_heads={model.n_heads} is not divisible by parallel.tensor={tensor}",
-    )
-    _need(
-        model.n_kv_heads % tensor == 0 or tensor % model.n_kv_heads == 0,
-        f"model.n_kv_heads={model.n_kv_heads} and parallel.tensor={tensor}: one must divide "
-        "the other, so that ranks hold or share whole key/value heads",
-    )
-    for key, value in (
-        ("model.d_ff", model.d_ff),
-        ("data.sequence_length", data.sequence_length),
-        ("model.vocabulary", model.vocabulary),
-    ):
-        _need(
-            value is None or value % tensor == 0,
-            f"{key}={value} is not divisible by parallel.tensor={tensor}",
-        )
-    per_pass = data.micro_batch_size * replicas
-    _need(
-        data.batch_size % per_pass == 0,
-        f"data.batch_size={data.batch_size} is not divisible by data.micro_batch_size="
-        f"{data.micro_batch_size} x {replicas} data-parallel ranks = {per_pass}",
-    )
-    _need(
-        config.trainer.evaluate_sequences % replicas == 0,
-        f"trainer.evaluate_sequences={config.trainer.evaluate_sequences} is not divisible by "
-        f"{replicas} data-parallel ranks",
-    )
-
-
-def _need(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise ConfigError(sentence)
 
 
 def fingerprint(config: Config) -> str:
@@ -293,6 +289,7 @@ def fingerprint(config: Config) -> str:
     for key in ("run_dir", "name", "parallel", "engine", "checkpoint", "tracking", "attention"):
         del tree[key]
     tree["trainer"] = {"steps": config.trainer.steps}
+    del tree["loss"]["fused"]
     del tree["data"]["micro_batch_size"]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -25,11 +25,14 @@ Target = Enum("Target", ["q", "k", "v", "embedding"])
 RopeType = Enum("RopeType", ["default", "linear", "ntk", "yarn", "llama3"])
 Source = Enum("Source", ["shards", "shakespeare", "random"])
 TokenizerKind = Enum("TokenizerKind", ["bpe", "bytes"])
+DataFormat = Enum("DataFormat", ["auto", "flashtrain", "nanogpt", "llmc", "megatron"])
+Packing = Enum("Packing", ["none", "concatenate", "best_fit"])
 OptimizerKind = Enum("OptimizerKind", ["adamw"])
 ScheduleKind = Enum("ScheduleKind", ["cosine", "linear", "wsd", "constant"])
-EngineKind = Enum("EngineKind", ["native"])
+EngineKind = Enum("EngineKind", ["native", "deepspeed"])
 Compute = Enum("Compute", ["bf16", "fp32"])
 Backend = Enum("Backend", ["auto", "hopper", "triton", "torch", "reference"])
+ContextKind = Enum("ContextKind", ["gather", "ring", "ulysses"])
 Recompute = Enum("Recompute", ["none", "selective", "full"])
 WandbMode = Enum("WandbMode", ["auto", "online", "offline", "disabled"])
 
@@ -80,13 +83,49 @@ class PositionConfig:
 
 
 @dataclass
+class MixSource:
+    path: str = MISSING
+    weight: float = 1.0  # share of the sequences, in proportion to those of the other sources
+    format: DataFormat = DataFormat.auto
+
+
+@dataclass
+class MixChange:
+    at_tokens: int = MISSING  # of the run so far; the first sequence from there on is affected
+    weights: dict[str, float] = field(default_factory=dict)  # sources not named keep theirs
+
+
+@dataclass
+class RampStage:
+    until_tokens: int = MISSING  # of the run
+    batch_size: int | None = None  # null: data.batch_size
+    sequence_length: int | None = None  # null: data.sequence_length, which it has to divide
+
+
+@dataclass
 class DataConfig:
     source: Source = Source.shards
-    path: str | None = None  # folder of token shards, from scripts/prepare_data.py
+    # token shards: a folder from scripts/prepare_data.py, nanoGPT's or llm.c's folder or files, or
+    # the prefix of Megatron's .bin and .idx
+    path: str | None = None
+    format: DataFormat = DataFormat.auto  # auto: told by the files themselves
+    sources: dict[str, MixSource] = field(default_factory=dict)  # in place of path: a mixture
+    mix_changes: list[MixChange] = field(default_factory=list)  # other weights later in the run
+    # data to evaluate on; null: the held-out split of path, or of each source by its weight
+    validation_path: str | None = None
+    # likewise: the last tokens of path, which are not trained on; for data that hold out nothing
+    validation_tokens: int | None = None
+    # for data without a tokenizer of their own: bytes, a tokenizer.json or its folder, a model's
+    # name in Hugging Face's cache, tiktoken:NAME
+    tokenizer_path: str | None = None
+    # none: attention runs over the ends of documents; concatenate: documents end to end, cut every
+    # sequence_length tokens, and kept apart; best_fit: kept apart, cut only where too long
+    packing: Packing = Packing.none
     tokenizer: TokenizerKind = TokenizerKind.bpe  # for source=shakespeare only
     tokenizer_vocabulary: int = 4096  # likewise
     sequence_length: int = 1024
     batch_size: int = MISSING  # sequences per optimizer step, over all GPUs
+    ramp: list[RampStage] = field(default_factory=list)  # smaller and shorter at the start
     # sequences per forward pass on one data-parallel rank; null: its whole share of the batch
     micro_batch_size: int | None = None
 
@@ -112,18 +151,42 @@ class ScheduleConfig:
 
 @dataclass
 class ParallelConfig:
-    tensor: int | None = 1  # ranks that share one copy of each layer; null: 2 in an even world
+    """tensor x context x shard x replicate = the processes of the run; null takes what is left.
+
+    Ranks of the last two see different samples.
+    """
+
+    tensor: int | None = 1  # ranks that share the arithmetic of each layer; null: 2 where it fits
+    context: int = 1  # ranks that hold parts of the same sequences
+    # how attention sees the other parts: gather brings all keys and values to every rank, ring a
+    # rank's at a time, ulysses exchanges tokens for heads
+    context_kind: ContextKind = ContextKind.gather
+    shard: int | None = 1  # ranks that each keep a part of the same weights (FSDP, ZeRO)
+    replicate: int | None = None  # ranks that keep the same part
+    # what `shard` cuts: 1 weights and optimizer state, 2 gradients too, 3 gathered weights too
+    zero: int = 3
 
 
 @dataclass
 class EngineConfig:
     name: EngineKind = EngineKind.native
-    bucket_mb: int = 64  # MiB of gradients a data-parallel all-reduce carries
+    bucket_mb: int = 64  # native, shard=1: MiB of gradients that one all-reduce carries
+    # DeepSpeed's own keys (zero_optimization.offload_optimizer.device=cpu, ..), checked by it
+    deepspeed: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class PrecisionConfig:
     compute: Compute = Compute.bf16  # activations and products; master weights are always fp32
+
+
+@dataclass
+class LossConfig:
+    # head and cross-entropy by chunks of tokens, the logits never in memory as a whole;
+    # false: all logits, then their cross-entropy
+    fused: bool = True
+    # z: z lse^2 is added to a token's training loss, which keeps logits from drifting; 0: nothing
+    z_loss: float = 0.0
 
 
 @dataclass
@@ -183,6 +246,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -4,20 +4,19 @@
 the machine it is to run on.
 """
 
+import importlib.util
 import os
 from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flashtrain.config import Config, ConfigError, PositionKind
+from flashtrain.config import Config, ConfigError, EngineKind, Packing, PositionKind
 from flashtrain.data.source import prepare_source
 from flashtrain.model.dtypes import DTYPES
 from flashtrain.model.gpt import n_parameters
 from flashtrain.tracking.wandb import choose_mode
 from kernels.attention import explain
-
-BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and AdamW's two moments
 
 
 def admit(config: Config, world_size: int, local_processes: int) -> Config:
@@ -26,6 +25,8 @@ def admit(config: Config, world_size: int, local_processes: int) -> Config:
     Makes the embedded text's token shards where they are absent. Raises ConfigError or DataError.
     """
     choose_mode(config.tracking.wandb.mode)  # refuses a W&B that is asked for and not installed
+    if config.engine.name is EngineKind.deepspeed:
+        _check_deepspeed(config)
     _check_files(config)
     config = prepare_source(config, world_size)
     _check_memory(config, local_processes)
@@ -48,9 +49,14 @@ def describe_attention(config: Config) -> str:
         slopes = None
         if config.position.kind is PositionKind.alibi:
             slopes = torch.empty(heads[0], device=device)
+        documents = None
+        if config.data.packing is not Packing.none:
+            documents = torch.empty(batch, T, device=device, dtype=torch.int64)
         name = config.attention.backend.name
         try:
-            return explain(q, k, v, causal=True, alibi_slopes=slopes, backend=name)
+            return explain(
+                q, k, v, causal=True, alibi_slopes=slopes, documents=documents, backend=name
+            )
         except ValueError as error:
             raise ConfigError(f"attention.backend={name}: {error}") from error
 
@@ -66,10 +72,45 @@ def _check_files(config: Config) -> None:
         )
 
 
+def _check_deepspeed(config: Config) -> None:
+    """Refuse a DeepSpeed that is not there, and keys of its own that it does not know."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "engine=deepspeed needs the package deepspeed, which is not installed: "
+            "pip install 'deepspeed>=0.19.6,<0.20', or use engine=native"
+        )
+    from flashtrain.engine.deepspeed import check_keys  # imports DeepSpeed, so not before
+
+    check_keys(config)
+
+
+def bytes_per_parameter(config: Config) -> float:
+    """Least memory one process needs for each parameter of its tensor-parallel part.
+
+    Weights in fp32 and AdamW's two moments, 12 bytes, over the shard axis; gradients; and the
+    gathered weights that stay between forward and backward where `parallel.zero` leaves them whole.
+    """
+    parallel, data = config.parallel, config.data
+    shard, zero = parallel.shard or 1, parallel.zero
+    compute: int = DTYPES[config.precision.compute].itemsize
+    gathered = compute if zero < 3 else 0
+    if config.engine.name is EngineKind.deepspeed:
+        options = config.engine.deepspeed.get("zero_optimization", {})
+        there: bool = options.get("offload_optimizer", {}).get("device", "none") == "none"
+        gradients = compute if zero == 1 else 4 / shard
+        return 12 * there / shard + (gathered or compute / shard) + gradients
+    if shard == 1:
+        return 16
+    ranks = shard * (parallel.replicate or 1)
+    several = data.batch_size > ranks * (data.micro_batch_size or data.batch_size)
+    whole = zero == 1 and several  # gradients wait for the last micro-batch unreduced
+    return 12 / shard + gathered + (4 if whole else 4 / shard)
+
+
 def _check_memory(config: Config, local_processes: int) -> None:
     """Refuse a model whose weights and optimizer alone are larger than the memory they go to."""
     parameters = n_parameters(config.model, config.position, config.data.sequence_length)
-    needed = parameters * BYTES_PER_PARAMETER // (config.parallel.tensor or 1)
+    needed = parameters * bytes_per_parameter(config) / (config.parallel.tensor or 1)
     if torch.cuda.is_available():
         where, there = "GPU", torch.cuda.get_device_properties(0).total_memory
     else:
@@ -79,5 +120,5 @@ def _check_memory(config: Config, local_processes: int) -> None:
         raise ConfigError(
             f"{parameters:,} parameters need {needed / 2**30:,.1f} GiB per process for weights, "
             f"gradients and AdamW's moments, and this {where} has {there / 2**30:,.1f}: choose a "
-            "smaller model or a higher parallel.tensor"
+            "smaller model, or a higher parallel.tensor, parallel.shard or parallel.zero"
         )

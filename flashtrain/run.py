@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from flashtrain import checkpoint
 from flashtrain.build import start_from_vectors
-from flashtrain.config import Config, Source, to_dict
-from flashtrain.data.tokenizer import Tokenizer, load_tokenizer
+from flashtrain.config import Config, to_dict
+from flashtrain.data.source import open_tokenizer
 from flashtrain.door import describe_attention
 from flashtrain.engine.base import Engine
 from flashtrain.launch import ENDED
@@ -37,7 +37,7 @@ class Run:
         self.folder = Path(config.run_dir)
         self.why = "finished"
         self.peers = checkpoint.Peers(dist.group.WORLD if mesh.world_size > 1 else None)
-        self.tokenizer = _tokenizer(config)
+        self.tokenizer = open_tokenizer(config)
         self.speed = Speedometer(config, mesh.world_size, device)
         self.trackers = Trackers(config, self.folder) if mesh.rank == 0 else Trackers.silent()
 
@@ -116,9 +116,3 @@ class Run:
         self.trackers.finish(failed=kind is not None)
         if kind is None and self.mesh.rank == 0:
             (self.folder / ENDED).write_text(json.dumps({"why": self.why}) + "\n")
-
-
-def _tokenizer(config: Config) -> Tokenizer | None:
-    if config.data.source is Source.random or config.data.path is None:
-        return None
-    return load_tokenizer(config.data.path)

@@ -28,7 +28,9 @@ from flashtrain.trainer import Hook, Trainer
 def train(config: Config, device: torch.device) -> None:
     """One run from its newest checkpoint, or from its seed, to its end. Collective."""
     assert config.parallel.tensor is not None and config.parallel.shard is not None
-    mesh = build_mesh(config.parallel.tensor, TIMEOUT, config.parallel.shard)
+    mesh = build_mesh(
+        config.parallel.tensor, TIMEOUT, config.parallel.shard, config.parallel.context
+    )
     engine = build_engine(config, mesh, device)
     loader = open_loader(config, mesh.data.rank, mesh.data.size, device)
     rates = partial(

@@ -23,11 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed as dist
 
-from flashtrain.build import build_model
+from flashtrain.build import build_engine
 from flashtrain.compose import load
 from flashtrain.config import ConfigError
 from flashtrain.data.source import open_loader, prepare_source
-from flashtrain.engine.native import NativeEngine
 from flashtrain.metrics import flops_per_token
 from flashtrain.parallel.mesh import build_mesh
 
@@ -46,10 +45,12 @@ def measure(case: str, steps: int, warmup: int, device: torch.device) -> dict[st
     overrides = [*case.split(), "data=random"] if "data=" not in case else case.split()
     config = load([*overrides, f"trainer.steps={steps + warmup}"], world)
     config = prepare_source(config, world)
-    mesh = build_mesh(config.parallel.tensor or 1)
+    parallel = config.parallel
+    mesh = build_mesh(
+        parallel.tensor or 1, shard=parallel.shard or 1, context=parallel.context
+    )
     torch.cuda.reset_peak_memory_stats()
-    model = build_model(config, mesh.tensor, device)
-    engine = NativeEngine(model, config, mesh, device)
+    engine = build_engine(config, mesh, device)
     loader = open_loader(config, mesh.data.rank, mesh.data.size, device)
     times = []
     for step in range(warmup + steps):

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from flashtrain.checkpoint.integrity import (
+    MANIFEST,
     CheckpointError,
     Manifest,
     NewerFormatError,
@@ -74,6 +75,24 @@ def find_latest(folder: Path, peers: Peers = ALONE) -> Path | None:
     if failure is not None:
         raise CheckpointError(failure)
     return None
+
+
+def locate(folder: Path, peers: Peers = ALONE) -> Path:
+    """`folder` itself when it is a checkpoint, else the newest valid one of that run folder.
+
+    Every rank of `peers` calls it. Raises CheckpointError where there is none.
+    """
+    if (folder / MANIFEST).is_file():
+        verify(folder, peers)
+        return folder
+    found = find_latest(folder / "checkpoints", peers)
+    if found is None:
+        what = "holds no checkpoint" if folder.is_dir() else "is not a folder"
+        raise CheckpointError(
+            f"{folder} {what}: name a run folder, as train.sh printed it, or a checkpoint like "
+            "runs/NAME/checkpoints/step-00000100"
+        )
+    return found
 
 
 def verify(path: Path, peers: Peers = ALONE) -> None:

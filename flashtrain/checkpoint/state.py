@@ -6,7 +6,7 @@ tensors, of which this rank holds the boxes that `shard_of` says.
 
 import base64
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,20 @@ def collect(model: nn.Module, optimizer: Optimizer | None = None) -> State:
 
     Raises CheckpointError for a persistent buffer or an optimizer entry that has no logical name.
     """
-    names = _names(model)
+    refuse_buffers(model)
+    states = {} if optimizer is None else optimizer.state
+    return collect_parameters(dict(model.named_parameters()), states)
+
+
+def collect_parameters(
+    parameters: Mapping[str, Tensor], states: Mapping[Tensor, Mapping[str, Any]]
+) -> State:
+    """`collect` for parameters by name and optimizer state by parameter, as an engine holds them
+    beside its model."""
+    names = {parameter: name for name, parameter in parameters.items()}
     tensors = {f"model/{name}": local_tensor(p, shard_of(p)) for p, name in names.items()}
-    _refuse_buffers(model)
     scalars: dict[str, Tensor] = {}
-    for parameter, name, key, value in _optimizer_entries(optimizer, names):
+    for parameter, name, key, value in _optimizer_entries(states, names):
         full = f"optimizer/{key}/{name}"
         if not isinstance(value, Tensor):
             raise CheckpointError(
@@ -54,11 +63,7 @@ def collect(model: nn.Module, optimizer: Optimizer | None = None) -> State:
     return State(tensors, scalars)
 
 
-def _names(model: nn.Module) -> dict[Tensor, str]:
-    return {parameter: name for name, parameter in model.named_parameters()}
-
-
-def _refuse_buffers(model: nn.Module) -> None:
+def refuse_buffers(model: nn.Module) -> None:
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     lost = [name for name in model.state_dict() if name not in known]
     if lost:
@@ -69,11 +74,9 @@ def _refuse_buffers(model: nn.Module) -> None:
 
 
 def _optimizer_entries(
-    optimizer: Optimizer | None, names: dict[Tensor, str]
+    states: Mapping[Tensor, Mapping[str, Any]], names: dict[Tensor, str]
 ) -> Iterator[tuple[Tensor, str, str, Any]]:
-    if optimizer is None:
-        return
-    for parameter, entries in optimizer.state.items():
+    for parameter, entries in states.items():
         if parameter not in names:
             raise CheckpointError(
                 f"the optimizer holds a parameter of shape {list(parameter.shape)} that the model "
@@ -84,7 +87,7 @@ def _optimizer_entries(
                 yield parameter, names[parameter], key, value
 
 
-def prepare(model: nn.Module, optimizer: Optimizer, saved: Collection[str]) -> None:
+def prepare(parameters: Mapping[str, Tensor], optimizer: Optimizer, saved: Collection[str]) -> None:
     """Make the state of a fresh Adam or AdamW, for the parameters that `saved` has state of.
 
     torch makes it at the first step and only for parameters with a gradient, so a fresh optimizer
@@ -92,7 +95,7 @@ def prepare(model: nn.Module, optimizer: Optimizer, saved: Collection[str]) -> N
     fused and capturable kinds, else on the host.
     """
     with_state = {name.split("/", 2)[2] for name in saved if name.startswith("optimizer/")}
-    names = _names(model)
+    names = {parameter: name for name, parameter in parameters.items()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if optimizer.state.get(parameter) or names.get(parameter) not in with_state:
@@ -102,10 +105,11 @@ def prepare(model: nn.Module, optimizer: Optimizer, saved: Collection[str]) -> N
                     f"cannot resume a fresh {type(optimizer).__name__}: its state is unknown "
                     f"here, only that of {AdamW.__name__} is"
                 )
-            optimizer.state[parameter] = _adam_state(parameter, group)
+            optimizer.state[parameter] = adam_state(parameter, group)
 
 
-def _adam_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+def adam_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """What Adam and AdamW keep of a parameter, before their first step."""
     on_device = group["fused"] or group["capturable"]
     double = torch.get_default_dtype() == torch.float64 and not group["fused"]
     moments = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(group["amsgrad"])

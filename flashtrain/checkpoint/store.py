@@ -128,7 +128,7 @@ def _write_rank(tmp: Path, rank: int, state: State) -> dict[str, Any]:
             if box.owned:
                 key = entry_key(tensor_name, local, box)
                 entries.append((key, local.view(box)))
-                pieces.append([name, key, box.offset, box.shape])
+                pieces.append([name, key, box.start, box.shape])
         tensors[tensor_name] = {"shape": local.shape, "dtype": local.dtype, "pieces": pieces}
     files = {name: asdict(write_tensors(tmp / name, entries))} if entries else {}
     scalars = {key: value.item() for key, value in state.scalars.items()}

@@ -1,9 +1,10 @@
 """Boxes of logical tensors in safetensors files.
 
-A box is an offset and a shape per dimension, so any way to cut a tensor fits: rows, columns, rows
-of columns. Files are written here and not by the safetensors package, because it wants the whole
-file in host memory first and cannot say what the checksum should be; one tensor at a time is
-copied to the host, hashed and written. The package reads them back, memory-mapped.
+A box (flashtrain/model/shard.py) is a start and a shape per dimension, so any way to cut a tensor
+fits: rows, columns, rows of columns, parts of rows. Files are written here and not by the
+safetensors package, because it wants the whole file in host memory first and cannot say what the
+checksum should be; one tensor at a time is copied to the host, hashed and written. The package
+reads them back, memory-mapped.
 """
 
 import json
@@ -25,7 +26,7 @@ from flashtrain.checkpoint.integrity import (
     TensorRecord,
     overlap,
 )
-from flashtrain.model.shard import Shard
+from flashtrain.model.shard import Box, Shard, boxes
 
 # names as in the safetensors format
 DTYPES = {
@@ -43,40 +44,27 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Box:
-    """Where a part of a local tensor lies in it and in the whole."""
-
-    local: tuple[int, ...]
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    owned: bool  # this rank writes it; every box is read
-
-
-@dataclass(frozen=True)
 class LocalTensor:
+    """What this rank holds of a logical tensor: contiguous memory, and the boxes in it."""
+
     tensor: Tensor
     shape: tuple[int, ...]  # of the whole
-    boxes: tuple[Box, ...]
+    boxes: tuple[Box, ...]  # the owned ones are written; every box is read
 
     @property
     def dtype(self) -> str:
         return str(self.tensor.dtype).removeprefix("torch.")
 
     def view(self, box: Box) -> Tensor:
-        return self.tensor[tuple(map(slice, box.local, map(int.__add__, box.local, box.shape)))]
+        return box.view(self.tensor)
 
 
 def local_tensor(tensor: Tensor, shard: Shard) -> LocalTensor:
-    """`tensor` as the part of the whole that `shard` describes (of a parameter or its moments)."""
-    if tensor.dim() == 0:
-        return LocalTensor(tensor, (), (Box((), (), (), shard.pieces[0].owned),))
-    boxes = []
-    for piece in shard.pieces:
-        local, offset, shape = [0] * tensor.dim(), [0] * tensor.dim(), list(tensor.shape)
-        local[piece.dim], offset[piece.dim] = piece.local, piece.start
-        shape[piece.dim] = piece.length
-        boxes.append(Box(tuple(local), tuple(offset), tuple(shape), piece.owned))
-    return LocalTensor(tensor, shard.shape, tuple(boxes))
+    """`tensor` as the part of the whole that `shard` describes (of a parameter or its moments).
+
+    tensor: of the shard's shape, or where the shard is a span, its values in that order.
+    """
+    return LocalTensor(tensor, shard.shape, tuple(boxes(shard)))
 
 
 def owned_bytes(tensors: dict[str, LocalTensor]) -> int:
@@ -92,7 +80,7 @@ def entry_key(name: str, local: LocalTensor, box: Box) -> str:
     """The tensor's name alone when the box is the whole, so that other readers find it too."""
     if box.shape == local.shape:
         return name
-    return f"{name}@{','.join(map(str, box.offset))}"
+    return f"{name}@{','.join(map(str, box.start))}"
 
 
 def write_tensors(path: Path, entries: Sequence[tuple[str, Tensor]]) -> FileRecord:
@@ -138,12 +126,12 @@ class Reader:
         for box in local.boxes:
             target = local.view(box)
             for piece in record.pieces:
-                shared = overlap(box.offset, box.shape, piece.offset, piece.shape)
+                shared = overlap(box.start, box.shape, piece.offset, piece.shape)
                 if shared is None:
                     continue
                 start, shape = shared
                 source = self._read(piece.file, piece.key, _range(start, piece.offset, shape))
-                target[_range(start, box.offset, shape)].copy_(source)
+                target[_range(start, box.start, shape)].copy_(source)
 
     def _read(self, file: str, key: str, part: tuple[slice, ...]) -> Tensor:
         try:

@@ -1,13 +1,13 @@
 """What the trainer asks of an engine, and nothing more."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 from torch import Tensor
-from torch.optim import Optimizer
 
+from flashtrain.checkpoint import State
 from flashtrain.data.loader import Batch
-from flashtrain.model.gpt import GPT
+from flashtrain.engine.decoder import Decoder
 
 
 class Engine(Protocol):
@@ -29,10 +29,18 @@ class Engine(Protocol):
         """Mean loss per valid token over every data rank's `batches`; no gradients."""
         ...
 
-    def next_token_logits(self, tokens: Tensor, position: int) -> Tensor:
-        """Logits [V] after `tokens[0, position]`, whole on every rank. tokens: [1, T] int64."""
+    def decoder(self) -> Decoder:
+        """The model as it is now, asked for its next token. Every rank calls it alike."""
         ...
 
-    def state(self) -> tuple[GPT, Optimizer]:
-        """What a checkpoint holds: parameters (perhaps shards) and the optimizer over them."""
+    def state(self, saved: Collection[str] = ()) -> State:
+        """Views of weights and optimizer state under their logical names, for a checkpoint.
+
+        saved: names of a checkpoint about to be loaded; optimizer state that it has and a fresh
+        optimizer lacks is made. Whoever writes to the views calls `loaded` afterwards.
+        """
+        ...
+
+    def loaded(self) -> None:
+        """Take over what was written to the views of `state`. Collective."""
         ...

@@ -1,44 +1,74 @@
-"""Training with PyTorch itself: data parallelism by DDP over the tensor-parallel model.
+"""Training with PyTorch itself: DDP or FSDP2 over the tensor-parallel model.
 
 One step, as the gradient sees it: each micro-batch adds the gradient of (its summed loss / valid
-tokens of the whole global batch); DDP sums over the data ranks while backward still runs; one small
-all-reduce sums what tensor ranks hold in part; then norm, clip, AdamW. So the loss is a mean over
-the global batch however it was split.
+tokens of the whole global batch); DDP or FSDP sums over the data ranks while backward still runs;
+one small all-reduce an axis sums what ranks still hold in part; then norm, clip, AdamW. So the loss
+is a mean over the global batch however it was split.
+
+Norm, clip, optimizer and checkpoints see `parameters`: this rank's memory of each parameter, plain
+tensors whether they are whole, tensor-parallel shards or parts of those.
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flashtrain.config import Config, Recompute
+from flashtrain.checkpoint import State, collect_parameters, prepare, refuse_buffers
+from flashtrain.config import Config, LossConfig, Recompute
 from flashtrain.data.loader import Batch
+from flashtrain.engine.compile import compile_blocks
+from flashtrain.engine.decoder import Decoder
+from flashtrain.engine.evaluation import mean_loss, sum_over
 from flashtrain.engine.recompute import recompute_blocks
 from flashtrain.model.gpt import GPT
 from flashtrain.optim.adamw import build_adamw
-from flashtrain.parallel.collectives import all_gather
-from flashtrain.parallel.gradients import clip_by_norm_, gradient_norm, sum_partial_gradients
-from flashtrain.parallel.loss import IGNORED, cross_entropy_sum
+from flashtrain.parallel.context import own_batch
+from flashtrain.parallel.fsdp import give_back, held_parameters, set_pass, take_gradients
+from flashtrain.parallel.gradients import (
+    average_gradients,
+    clip_by_norm_,
+    gradient_norm,
+    sum_partial_gradients,
+)
+from flashtrain.parallel.loss import IGNORED, cross_entropy_sum, linear_cross_entropy_sum
 from flashtrain.parallel.mesh import Axis, Mesh
 
 
 class SummedLoss(nn.Module):
-    """tokens, labels [B, T] int64 -> fp32 sum of token losses; the unit that DDP wraps."""
+    """tokens, labels [B, T] int64 -> fp32 sum of token losses; the unit that DDP wraps.
 
-    def __init__(self, model: GPT, tensor: Axis) -> None:
+    Without gradients it is the cross-entropy alone: the z-loss is for training only.
+    """
+
+    def __init__(self, model: GPT, tensor: Axis, loss: LossConfig) -> None:
         super().__init__()
-        self.model, self.tensor = model, tensor
+        self.model, self.tensor, self.config = model, tensor, loss
+
+    def compile_head(self) -> None:
+        """What is fused needs no compiler."""
+        if not self.config.fused:
+            self.head = torch.compile(self.head, dynamic=False)  # type: ignore[method-assign]
 
     def head(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        if self.config.fused:
+            return linear_cross_entropy_sum(
+                hidden,
+                self.model.head.weight,
+                labels,
+                self.tensor,
+                softcap=self.model.config.logit_softcap,
+                z_loss=self.config.z_loss if torch.is_grad_enabled() else 0.0,
+            )
         logits = self.model.logits(hidden)
         start = self.tensor.rank * logits.shape[-1]
         return cross_entropy_sum(logits, labels, self.tensor, start)
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        return self.head(self.model(tokens), labels)
+    def forward(self, tokens: Tensor, labels: Tensor, documents: Tensor | None = None) -> Tensor:
+        return self.head(self.model(tokens, documents), labels)
 
 
 class NativeEngine:
@@ -47,76 +77,79 @@ class NativeEngine:
     def __init__(self, model: GPT, config: Config, mesh: Mesh, device: torch.device) -> None:
         """`model`: sharded and filled, on `device`. Collective over the mesh when data > 1."""
         self.model, self.mesh, self.device = model, mesh, device
-        self.clip_norm = config.optimizer.clip_norm
-        self.optimizer = build_adamw(model, config.optimizer)
-        self.loss = SummedLoss(model, mesh.tensor)
+        self.clip_norm, self.zero = config.optimizer.clip_norm, config.parallel.zero
+        refuse_buffers(model)
+        self.parameters = held_parameters(model)
+        self.optimizer = build_adamw(self.parameters, config.optimizer)
+        self.loss = SummedLoss(model, mesh.tensor, config.loss)
         if config.trainer.recompute is not Recompute.none:
             recompute_blocks(model, config.trainer.recompute)
         compiles = config.trainer.compile
         if device.type == "cuda" if compiles is None else compiles:
-            # block by block: one graph serves all layers, so start-up does not grow with depth
-            for block in model.blocks:
-                block.compile(dynamic=False)
-            self.loss.head = torch.compile(self.loss.head, dynamic=False)  # type: ignore[method-assign]
+            compile_blocks(model)
+            self.loss.compile_head()
         self.forward: nn.Module = self.loss
-        if mesh.data.size > 1:
+        # what FSDP leaves whole on every rank of the shard axis; its gradients are averaged here
+        self.unsharded: list[nn.Parameter] = []
+        if mesh.shard.size > 1:
+            own = {id(parameter) for parameter in model.parameters()}
+            self.unsharded = [p for p in self.parameters.values() if id(p) in own]
+        elif mesh.replicate.size > 1:
             self.forward = DistributedDataParallel(
                 self.loss,
-                process_group=mesh.data.group,
+                process_group=mesh.replicate.group,
                 bucket_cap_mb=config.engine.bucket_mb,
                 gradient_as_bucket_view=True,
                 init_sync=False,  # weights are a function of the seed alone: equal already
             )
 
     def forward_backward(self, batches: list[Batch]) -> Tensor:
+        batches = [own_batch(batch, self.mesh.context) for batch in batches]
         valid = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
-        self._sum_over_data(valid)
-        # DDP divides by the number of data ranks; the loss is a sum over them
-        share = self.mesh.data.size / valid.clamp(min=1)
+        sum_over(self.mesh.tokens, valid)
+        # DDP and FSDP divide by the number of their ranks; the loss is a sum over them
+        share = self.mesh.tokens.size / valid.clamp(min=1)
         total = torch.zeros((), device=self.device)
         for index, batch in enumerate(batches):
-            with self._summing_gradients(last=index == len(batches) - 1):
-                loss = self.forward(batch.tokens, batch.labels)
+            last = index == len(batches) - 1
+            set_pass(self.model, self.zero, last)
+            with self._summing_gradients(last):
+                loss = self.forward(*batch)
                 (loss * share).backward()
             total += loss.detach()
-        self._sum_over_data(total)
+        take_gradients(self.model, self.parameters)
+        sum_over(self.mesh.tokens, total)
         return total / valid.clamp(min=1)
 
     def step(self, learning_rate: float) -> Tensor:
-        sum_partial_gradients(self.model, self.mesh.tensor)
-        parameters = list(self.model.parameters())
-        norm = gradient_norm(parameters, self.mesh.tensor)
+        parameters = list(self.parameters.values())
+        average_gradients(self.unsharded, self.mesh.tokens)
+        sum_partial_gradients(parameters, self.mesh.tensor)
+        norm = gradient_norm(parameters, self.mesh.tensor, self.mesh.shard)
         if self.clip_norm is not None:
             clip_by_norm_(parameters, norm, self.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         return norm
 
-    @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:
-        sums = torch.zeros(2, device=self.device, dtype=torch.float64)
-        for batch in batches:
-            sums[0] += self.loss(batch.tokens, batch.labels)
-            sums[1] += (batch.labels != IGNORED).sum()
-        self._sum_over_data(sums)
-        return (sums[0] / sums[1].clamp(min=1)).float()
+        own = (own_batch(batch, self.mesh.context) for batch in batches)
+        loss = mean_loss(self.loss, own, self.mesh.tokens, self.device)
+        give_back(self.model)
+        return loss
 
-    @torch.no_grad()
-    def next_token_logits(self, tokens: Tensor, position: int) -> Tensor:
-        logits = self.model.logits(self.model(tokens))[0, position].float()
-        axis = self.mesh.tensor
-        if axis.group is None:
-            return logits
-        return all_gather(logits, axis.size, axis.name).flatten()
+    def decoder(self) -> Decoder:
+        return Decoder(self.model, self.mesh.tensor, after=partial(give_back, self.model))
 
-    def state(self) -> tuple[GPT, torch.optim.Optimizer]:
-        return self.model, self.optimizer
+    def state(self, saved: Collection[str] = ()) -> State:
+        prepare(self.parameters, self.optimizer, saved)
+        return collect_parameters(self.parameters, self.optimizer.state)
 
-    def _sum_over_data(self, tensor: Tensor) -> None:
-        if self.mesh.data.group is not None:
-            dist.all_reduce(tensor, group=self.mesh.data.group)
+    def loaded(self) -> None:
+        """Nothing to do: the views are the weights themselves."""
 
     def _summing_gradients(self, last: bool) -> contextlib.AbstractContextManager[None]:
         if last or not isinstance(self.forward, DistributedDataParallel):

@@ -3,11 +3,15 @@
 Dims: B batch, T tokens, D head size, H query heads and K key/value heads *of this rank*.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashtrain.config import ModelConfig, PositionConfig, PositionKind, Target
+from flashtrain.model.cache import LayerCache
 from flashtrain.model.linear import Linear
 from flashtrain.model.norm import RMSNorm
 from flashtrain.model.rope import rotate
@@ -37,9 +41,18 @@ class Attention(nn.Module):
         self.adds = position.kind in (PositionKind.learned, PositionKind.sinusoidal)
         self.rotates = position.kind is PositionKind.rope
         self.slopes = position.kind is PositionKind.alibi
+        # what mixes the tokens of the heads: another where ranks hold parts of the sequence
+        self.attend: Callable[..., Tensor] = partial(attention, causal=True)
 
-    def forward(self, x: Tensor, position: Tensor | None) -> Tensor:
-        """`x [B, T, d_model]` (or its part of the sequence), `position` as in `position.py`.
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor | None,
+        documents: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """`x [B, T, d_model]` (or its part of the sequence), `position` as in `position.py`,
+        `documents [B, T]` and `cache` as in `GPT.forward`.
 
         T is that of the projection's output: under tensor parallelism x holds fewer tokens.
         """
@@ -48,7 +61,14 @@ class Attention(nn.Module):
         if self.slopes:
             assert position is not None
             own = position[self.first_head : self.first_head + q.shape[2]]
-        mixed = attention(q, k, v, causal=True, alibi_slopes=own, backend=self.backend)
+        if cache is not None and not cache.filling:
+            mixed = cache.attend(q, k, v, own, self.backend)
+        else:
+            if cache is not None:
+                cache.fill(k, v)
+            mixed = self.attend(
+                q, k, v, alibi_slopes=own, documents=documents, backend=self.backend
+            )
         y: Tensor = self.out(mixed.flatten(2))
         return y
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from flashtrain.config import Mlp, ModelConfig, Norm, PositionConfig, PositionKind, Target
 from flashtrain.model.attention import Attention
+from flashtrain.model.cache import KVCache, LayerCache
 from flashtrain.model.embedding import Embedding
 from flashtrain.model.linear import Linear
 from flashtrain.model.mlp import build_mlp
 from flashtrain.model.norm import build_norm
-from flashtrain.model.position import build_position
+from flashtrain.model.position import build_position, places_in
 
 
 class Block(nn.Module):
@@ -27,8 +28,14 @@ class Block(nn.Module):
         self.norm_mlp = build_norm(model)
         self.mlp = build_mlp(model)
 
-    def forward(self, x: Tensor, position: Tensor | None) -> Tensor:
-        x = x + self.attention(self.norm_attention(x), position)
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor | None,
+        documents: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.norm_attention(x), position, documents, cache)
         y: Tensor = x + self.mlp(self.norm_mlp(x))
         return y
 
@@ -65,13 +72,26 @@ class GPT(nn.Module):
         if model.tied_head:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, documents: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """documents [B, T] int64: a token sees those of its own run of equal numbers only, and
+        positions count from the first of them.
+
+        cache: while it is filling, keeps the keys and values of `tokens`; after that `tokens` is
+        [1, B], the next token of each of its sequences.
+        """
         x: Tensor = self.embedding(tokens)
-        position = self.position(tokens.shape[1], tokens.device)
+        length = tokens.shape[1]
+        places = None if documents is None else places_in(documents)
+        if cache is not None and not cache.filling:
+            length, places = cache.room, cache.next_places()
+        position = self.position(length, tokens.device, places)
         if self.position_on_embedding:
             x, position = x + position.to(x.dtype), None
-        for block in self.blocks:
-            x = block(x, position)
+        layers = [None] * len(self.blocks) if cache is None else cache.layers
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x = block(x, position, documents, layer)
         hidden: Tensor = self.norm(x)
         return hidden
 

@@ -12,13 +12,14 @@ cos and sin differ by a rounding between CPU and GPU.
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from flashtrain.config import ModelConfig
 from flashtrain.model.gpt import GPT
-from flashtrain.model.shard import Piece, shard_of
+from flashtrain.model.shard import boxes, held, shard_of
 
 STEP = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's increment, as a signed number
 MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
@@ -29,22 +30,27 @@ BLOCK = {"cpu": 2**14, "cuda": 2**23}
 LANES = 1024  # blocks are a multiple of it, so of every vector width: no scalar tail rounds apart
 
 
-@torch.no_grad()
 def init_weights(model: GPT, seed: int) -> None:
-    """Fill every parameter in place, GPT-2's way (Radford et al. 2019, section 2.3).
+    """Fill every parameter in place; see `init_parameters`."""
+    init_parameters(dict(model.named_parameters()), model.config, seed)
+
+
+@torch.no_grad()
+def init_parameters(parameters: Mapping[str, nn.Parameter], model: ModelConfig, seed: int) -> None:
+    """Fill parameters in place by name, GPT-2's way (Radford et al. 2019, section 2.3).
 
     Matrices and tables normal(0, init_std); the projections that write to the residual stream
     (`attention.out`, `mlp.down`) divided by sqrt(2 n_layers), so that its variance does not grow
     with depth; norms one, biases zero.
     """
-    std = model.config.init_std
-    residual = std / math.sqrt(2 * model.config.n_layers)
-    for name, parameter in model.named_parameters():
+    std = model.init_std
+    residual = std / math.sqrt(2 * model.n_layers)
+    for name, parameter in parameters.items():
         module = name.rpartition(".")[0]
         if name.endswith("bias"):
-            parameter.zero_()
+            held(parameter).zero_()
         elif "norm" in module.rpartition(".")[2]:
-            parameter.fill_(1.0)
+            held(parameter).fill_(1.0)
         else:
             writes = module.endswith(("attention.out", "mlp.down"))
             fill_normal(parameter, seed, name, residual if writes else std)
@@ -55,12 +61,12 @@ def fill_normal(parameter: nn.Parameter, seed: int, name: str, std: float) -> No
     """Write this shard's part of the whole tensor `name`, normal(0, std)."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     key = int.from_bytes(digest, "little", signed=True)
-    shard = shard_of(parameter)
+    shard, memory = shard_of(parameter), held(parameter)
     with _one_thread():
-        for piece in shard.pieces:
-            target = parameter.narrow(piece.dim, piece.local, piece.length)
+        for box in boxes(shard):
+            target = box.view(memory)
             values = target.contiguous()
-            _fill(values.view(-1), key, std, shard.shape, piece)
+            _fill(values.view(-1), key, std, *_runs(shard.shape, box.start, box.shape))
             if values.data_ptr() != target.data_ptr():
                 target.copy_(values)
 
@@ -80,14 +86,30 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _fill(target: Tensor, key: int, std: float, shape: tuple[int, ...], piece: Piece) -> None:
-    """`target` [n]: the piece's values in its own row-major order.
+def _runs(
+    shape: tuple[int, ...], start: tuple[int, ...], part: tuple[int, ...]
+) -> tuple[int, int, int, int]:
+    """A box as runs of consecutive values of the whole: (outer, run, stride, offset).
 
-    A piece along `dim` is `outer` runs of consecutive values, `stride` apart in the whole.
+    `outer` runs of `run` values whose beginnings are `stride` apart, the first at `offset`. One dim
+    at most may be cut behind another one of more than one row, which matrices cannot break.
     """
-    inner = math.prod(shape[piece.dim + 1 :])
-    outer, stride = math.prod(shape[: piece.dim]), shape[piece.dim] * inner
-    run, offset = piece.length * inner, piece.start * inner
+    inner = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    offset = sum(at * step for at, step in zip(start, inner, strict=True))
+    cut = [dim for dim, (size, own) in enumerate(zip(shape, part, strict=True)) if own != size]
+    if not cut:
+        return 1, math.prod(shape), 0, offset
+    last = cut[-1]
+    outer = math.prod(part[:last])
+    if outer > 1 and any(part[dim] != shape[dim] for dim in range(1, last)):
+        raise ValueError(f"the box {part} of {shape} is not runs of one distance")
+    return outer, part[last] * inner[last], shape[last] * inner[last], offset
+
+
+def _fill(
+    target: Tensor, key: int, std: float, outer: int, run: int, stride: int, offset: int
+) -> None:
+    """`target` [outer x run]: the runs of `_runs`, one after the other."""
     # where runs begin and end on whole pairs, one hash serves two values
     paired = offset % 2 == 0 and (outer == 1 or (run % 2 == 0 and stride % 2 == 0))
     step = 2 if paired else 1

@@ -1,12 +1,15 @@
 """What a model knows about token order: one module, asked once per forward pass.
 
-`GPT` calls `position(T, device)` and hands the answer to the token embedding (learned and
+`GPT` calls `position(T, device, places)` and hands the answer to the token embedding (learned and
 sinusoidal with `applies_to: [embedding]`) or to the attention of every block:
 
     learned, sinusoidal   [T, D]  vectors; a projection that receives them sees x + p
     rope                  [T, R]  fp32, cos in the first half, sin in the second (R rotated dims)
     alibi                 [H]     fp32, the slope of every head of the whole model
     none                  None
+
+Where sequences are packed documents, `places [B, T]` says how far each token is from the first of
+its document, and the first two are [B, T, ..].
 
 Tables are made outside the blocks, on demand: a model is built on the meta device first, and a
 compiled block must not make and keep tensors of its own.
@@ -17,6 +20,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from flashtrain.config import ModelConfig, PositionConfig, PositionKind, Target
 from flashtrain.model.rope import rope_frequencies
@@ -29,7 +33,7 @@ class LearnedPosition(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(max_length, d_model, dtype=torch.float32))
 
-    def forward(self, T: int, device: torch.device) -> Tensor:
+    def forward(self, T: int, device: torch.device, places: Tensor | None = None) -> Tensor:
         """Raises ValueError when the sequence is longer than the table."""
         rows = self.weight.shape[0]
         if rows < T:
@@ -37,7 +41,7 @@ class LearnedPosition(nn.Module):
                 f"a sequence of {T} tokens is longer than the {rows} learned positions: raise "
                 "data.sequence_length before training, or use position=rope, alibi or sinusoidal"
             )
-        return self.weight[:T]
+        return self.weight[:T] if places is None else F.embedding(places, self.weight)
 
 
 class FixedPosition(nn.Module, ABC):
@@ -52,13 +56,13 @@ class FixedPosition(nn.Module, ABC):
     def make(self, T: int) -> Tensor:
         """`[T, ..]` fp32 on the CPU."""
 
-    def forward(self, T: int, device: torch.device) -> Tensor:
+    def forward(self, T: int, device: torch.device, places: Tensor | None = None) -> Tensor:
         table = self._table
         if table is None or table.device != device or table.shape[0] < T:
             # a table first made while sampling under inference_mode must still serve training
             with torch.inference_mode(False):
                 table = self._table = self.make(max(T, self.max_length)).to(device)
-        return table[:T]
+        return table[:T] if places is None else table[places]
 
 
 class SinusoidalPosition(FixedPosition):
@@ -102,15 +106,23 @@ class AlibiPosition(FixedPosition):
     def make(self, T: int) -> Tensor:
         return torch.tensor(alibi_slopes(T), dtype=torch.float32, device="cpu")
 
-    def forward(self, T: int, device: torch.device) -> Tensor:
+    def forward(self, T: int, device: torch.device, places: Tensor | None = None) -> Tensor:
         return super().forward(self.max_length, device)  # rows are heads, whatever T
 
 
 class NoPosition(nn.Module):
     """Causal attention alone tells order: Haviv et al. 2022, arXiv:2203.16634."""
 
-    def forward(self, T: int, device: torch.device) -> None:
+    def forward(self, T: int, device: torch.device, places: Tensor | None = None) -> None:
         return None
+
+
+def places_in(documents: Tensor) -> Tensor:
+    """[B, T] -> how many tokens of the same run of equal numbers come before each: [B, T] int64."""
+    place = torch.arange(documents.shape[1], device=documents.device)
+    begins = documents[:, 1:] != documents[:, :-1]
+    first = torch.where(F.pad(begins, (1, 0), value=True), place, 0).cummax(1).values
+    return place - first
 
 
 def build_position(model: ModelConfig, position: PositionConfig, max_length: int) -> nn.Module:

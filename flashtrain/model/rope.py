@@ -16,7 +16,8 @@ from flashtrain.config import PositionConfig, RopeScaling, RopeType
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turn dims i and i + R/2 of every head by its position's angle (the rotate-half pairing).
 
-    x [B, T, H, D], table [T, R] from `RotaryPosition`, R <= D; dims from R on pass through.
+    x [B, T, H, D], table [T, R] or [B, T, R] from `RotaryPosition`, R <= D; dims from R on pass
+    through.
     Computed in fp32, returned in x's dtype.
     """
     half = table.shape[-1] // 2

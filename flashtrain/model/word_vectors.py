@@ -10,16 +10,16 @@ too. Tokens of spaces only, or pieces of words that the file does not list, keep
 """
 
 import gzip
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashtrain.config import ConfigError
-from flashtrain.model.shard import shard_of
+from flashtrain.model.shard import Box
 
 LONGEST = 1 << 20  # bytes of a line or word; beyond, the file is something else
 Floats = np.ndarray[tuple[int], np.dtype[np.float32]]
@@ -64,21 +64,25 @@ def load_word_vectors(path: str | Path, vocabulary: Mapping[str, int], d_model: 
 
 
 @torch.no_grad()
-def start_from_word_vectors(model: nn.Module, vectors: WordVectors, init_std: float) -> None:
-    """Overwrite the rows of `model.embedding.weight` that this rank holds.
+def start_from_word_vectors(
+    memory: Tensor, parts: Iterable[Box], vectors: WordVectors, init_std: float
+) -> None:
+    """Overwrite those rows of `embedding.weight` as far as this rank holds them.
+
+    memory: what it holds; parts: which boxes of the whole table that is.
 
     All vectors are multiplied by one factor that gives them root mean square `init_std`: they start
     as large as the random rows around them, and keep their directions and relative lengths. The
     factor comes from the whole file, so it is the same on every rank.
     """
-    weight = model.get_parameter("embedding.weight")
     values = vectors.values * (init_std / vectors.values.double().square().mean().sqrt().float())
-    for piece in shard_of(weight).pieces:
-        if piece.dim != 0:
-            raise ValueError(f"word vectors fill whole rows, but embedding.weight has {piece}")
-        here = (vectors.ids >= piece.start) & (vectors.ids < piece.start + piece.length)
-        rows = vectors.ids[here] - piece.start + piece.local
-        weight[rows.to(weight.device)] = values[here].to(weight.device)
+    for box in parts:
+        (first, left), (count, width) = box.start, box.shape
+        here = (vectors.ids >= first) & (vectors.ids < first + count)
+        rows = vectors.ids[here] - first
+        box.view(memory)[rows.to(memory.device)] = values[here, left : left + width].to(
+            memory.device, memory.dtype
+        )
 
 
 def _read(path: Path, wanted: set[bytes], d_model: int) -> Iterator[tuple[bytes, Floats]]:

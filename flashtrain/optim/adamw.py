@@ -1,5 +1,7 @@
 """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with weight decay on matrices only."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.optim import AdamW
@@ -7,8 +9,8 @@ from torch.optim import AdamW
 from flashtrain.config import OptimizerConfig
 
 
-def build_adamw(model: nn.Module, config: OptimizerConfig) -> AdamW:
-    """AdamW over the model's parameters; on CUDA one fused kernel per group.
+def build_adamw(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> AdamW:
+    """AdamW over the model's parameters by name; on CUDA one fused kernel per group.
 
     Decay pulls weights of products and the token embedding to zero. Norm weights and biases have a
     natural scale of their own, and a position table is read row by row at every step, so neither
@@ -16,7 +18,7 @@ def build_adamw(model: nn.Module, config: OptimizerConfig) -> AdamW:
     """
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         decays = parameter.dim() >= 2 and not name.startswith("position.")
         (matrices if decays else rest).append(parameter)
     groups = [

@@ -93,6 +93,39 @@ def all_gather(x: Tensor, size: int, name: str) -> Tensor:
     return _wait(_c10d.all_gather_into_tensor(x.contiguous().unsqueeze(0), size, name))
 
 
+def gather_ranks(x: Tensor, axis: Axis) -> Tensor:
+    """What every rank holds: [...] -> [n, ...].
+
+    forward   y = x_s for all s
+    backward  dx_r = (sum over s of dy_s)[r]
+    """
+    y: Tensor = _GatherRanks.apply(x, axis.size, axis.name)
+    return y
+
+
+def exchange_ranks(x: Tensor, axis: Axis) -> Tensor:
+    """Part s of x goes to rank s: [n, ...] -> [n, ...].
+
+    forward   y_r[s] = x_s[r]
+    backward  dx_r[s] = dy_s[r]
+    """
+    y: Tensor = _ExchangeRanks.apply(x, axis.size, axis.name)
+    return y
+
+
+def start_shift(x: Tensor, rank: int, size: int, name: str) -> Tensor:
+    """What the rank before this one holds, in a ring; to be read only through `finish_shift`. No
+    gradient. x: contiguous, of one shape on all ranks."""
+    sent, received = [0] * size, [0] * size
+    sent[(rank + 1) % size] = received[(rank - 1) % size] = x.numel()
+    pending: Tensor = _c10d.all_to_all_single(x.flatten(), received, sent, name)
+    return pending.view(x.shape)
+
+
+def finish_shift(pending: Tensor) -> Tensor:
+    return _wait(pending)
+
+
 def _wait(pending: Tensor) -> Tensor:
     done: Tensor = _c10d.wait_tensor(pending)
     return done
@@ -118,3 +151,31 @@ class _ScatterSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return finish_gather(start_gather(grad, ctx.size, ctx.name)), None, None
+
+
+class _GatherRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, name: str) -> Tensor:
+        ctx.size, ctx.name = size, name
+        return all_gather(x, size, name)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        own = _c10d.reduce_scatter_tensor(grad.contiguous(), "sum", ctx.size, ctx.name)
+        return _wait(own).squeeze(0), None, None
+
+
+class _ExchangeRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, name: str) -> Tensor:
+        ctx.size, ctx.name = size, name
+        return _exchange(x, size, name)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _exchange(grad, ctx.size, ctx.name), None, None
+
+
+def _exchange(x: Tensor, size: int, name: str) -> Tensor:
+    each = [1] * size
+    return _wait(_c10d.all_to_all_single(x.contiguous(), each, each, name))

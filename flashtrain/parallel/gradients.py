@@ -1,13 +1,14 @@
-"""What a gradient still needs under tensor parallelism: sums of partial terms, a norm, a clip.
+"""What a gradient still needs after backward: sums of partial terms, a norm, a clip.
 
-All three are a few kernels and at most one collective each, and none waits for the device.
+All are a few kernels and at most one collective per axis each, and none waits for the device.
+Parameters here are plain tensors: of a sharded one, this rank's part (`held_parameters`).
 """
 
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashtrain.model.shard import owned_rows
 from flashtrain.parallel.layers import PartialRows
@@ -15,7 +16,7 @@ from flashtrain.parallel.mesh import Axis
 
 
 @torch.no_grad()
-def sum_partial_gradients(model: nn.Module, axis: Axis) -> None:
+def sum_partial_gradients(parameters: Iterable[Tensor], axis: Axis) -> None:
     """Complete the gradients that are sums over tensor ranks, in place.
 
     Replicated parameters (norms, biases of row-split layers, position tables) saw a part of the
@@ -27,7 +28,7 @@ def sum_partial_gradients(model: nn.Module, axis: Axis) -> None:
     if axis.group is None:
         return
     by_dtype: dict[torch.dtype, list[tuple[Tensor, PartialRows]]] = {}
-    for parameter in model.parameters():
+    for parameter in parameters:
         if parameter.grad is not None:
             for rows in _partial_rows(parameter):
                 by_dtype.setdefault(parameter.grad.dtype, []).append((parameter.grad, rows))
@@ -53,11 +54,25 @@ def _partial_rows(parameter: Tensor) -> tuple[PartialRows, ...]:
 
 
 @torch.no_grad()
-def gradient_norm(parameters: Iterable[Tensor], axis: Axis) -> Tensor:
+def average_gradients(parameters: Iterable[Tensor], axis: Axis) -> None:
+    """Replace gradients by their mean over the ranks of an axis, in place: one flat all-reduce."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if axis.group is None or not grads:
+        return
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat, group=axis.group)
+    flat /= axis.size
+    parts = flat.split([grad.numel() for grad in grads])
+    torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[Tensor], *axes: Axis) -> Tensor:
     """The 2-norm of the whole model's gradient, 0-dim fp32 (fp64 for fp64), equal on all ranks.
 
-    Each row counts once, on the rank that owns it. Gradients must be complete: call
-    `sum_partial_gradients` first. Raises ValueError when no parameter has a gradient.
+    axes: those over which ranks hold different rows, not one that holds copies. Each row counts
+    once, on the rank that owns it. Gradients must be complete: call `sum_partial_gradients` first.
+    Raises ValueError when no parameter has a gradient.
     """
     with_grad = [p for p in parameters if p.grad is not None]
     if not with_grad:
@@ -67,8 +82,9 @@ def gradient_norm(parameters: Iterable[Tensor], axis: Axis) -> Tensor:
     total = torch.zeros((), device=with_grad[0].device, dtype=wide)
     if rows:
         total = torch.stack(torch._foreach_norm(rows, 2, dtype=wide)).square().sum()
-    if axis.group is not None:
-        dist.all_reduce(total, group=axis.group)
+    for axis in axes:
+        if axis.group is not None:
+            dist.all_reduce(total, group=axis.group)
     return total.sqrt()
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from flashtrain.model.embedding import Embedding
 from flashtrain.model.linear import Linear
-from flashtrain.model.shard import Piece, Shard, owned_rows, shard_of, whole
+from flashtrain.model.shard import Piece, Shard, boxes, held, shard_of, whole
 from flashtrain.parallel.collectives import scatter_sequence
 from flashtrain.parallel.mesh import Axis
 from flashtrain.parallel.overlap import gather_linear
@@ -108,11 +108,12 @@ def gather_whole(parameter: Tensor, axis: Axis, tensor: Tensor | None = None) ->
 
     A collective: each rank puts the rows it owns into zeros, and the sum is exact.
     """
-    tensor = parameter if tensor is None else tensor
-    full = tensor.new_zeros(shard_of(parameter).shape)
-    owned = (piece for piece in shard_of(parameter).pieces if piece.owned)
-    for piece, rows in zip(owned, owned_rows(parameter, tensor), strict=True):
-        full.narrow(piece.dim, piece.start, piece.length).copy_(rows)
+    memory = held(parameter if tensor is None else tensor)
+    full = memory.new_zeros(shard_of(parameter).shape)
+    for box in boxes(shard_of(parameter)):
+        if box.owned:
+            place = zip(box.start, box.shape, strict=True)
+            full[tuple(slice(at, at + length) for at, length in place)] = box.view(memory)
     if axis.group is not None:
         dist.all_reduce(full, group=axis.group)
     return full

@@ -1,6 +1,6 @@
-"""Cross-entropy over logits whose vocabulary is split over the tensor ranks.
+"""Cross-entropy over a vocabulary that is split over the tensor ranks, with or without logits.
 
-Dims: N tokens, V_local this rank's vocabulary, n ranks.
+Dims: N tokens, D width, V_local this rank's vocabulary, n ranks.
 """
 
 from typing import Any
@@ -8,14 +8,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtrain.parallel.collectives import all_gather
+from flashtrain.parallel.collectives import all_gather, gather_sequence
 from flashtrain.parallel.mesh import Axis
+from kernels.linear_cross_entropy import VocabularyShard, linear_cross_entropy
 
 IGNORED = -100  # the label of a token that does not count, as in torch
 
 # Logits are widened to fp32 this many at a time (128 MiB), never all at once: for 16k tokens and
 # 50k words the whole would be 3.3 GB. Under torch.compile nothing is widened in memory anyway.
 CHUNK = 2**25
+
+
+def linear_cross_entropy_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    axis: Axis,
+    *,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Sum over tokens of -log softmax(hidden weight^T)[label], without the logits in memory.
+
+    forward   X = concat over s of x_s, along T;  Y_r = X W_r^T, by chunks of tokens;
+              lse and the label's logit from all ranks' shards, one small gather a chunk
+    backward  dx_r = (sum over s of dY_s W_s)[part r of T];  dW_r = dY_r^T X
+
+    Args:
+        hidden: x_r [B, T/n, D], this rank's part of the sequence.
+        weight: W_r [V_local, D], words from `axis.rank * V_local` on.
+        labels: [B, T] int64 in the whole vocabulary; -100 does not count.
+        softcap, z_loss: see `linear_cross_entropy`.
+
+    Returns:
+        0-dim fp32 tensor (fp64 for fp64), equal on all ranks.
+    """
+    shard = None
+    if axis.group is not None:
+        words = weight.size(0)
+
+        def combine(own: Tensor) -> Tensor:
+            lses, picks = all_gather(own, axis.size, axis.name).unbind(1)  # [n, N] each
+            return torch.stack([lses.logsumexp(0), picks.sum(0)])
+
+        shard = VocabularyShard(axis.rank * words, axis.size * words, combine)
+    return linear_cross_entropy(
+        gather_sequence(hidden, axis), weight, labels, ignore_index=IGNORED, softcap=softcap,
+        z_loss=z_loss, shard=shard,
+    )  # fmt: skip
 
 
 def cross_entropy_sum(

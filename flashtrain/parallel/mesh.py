@@ -1,11 +1,14 @@
-"""The layout of a run: which ranks share a layer, and which hold copies of it.
+"""The layout of a run: which ranks share a layer, which share its storage, which hold copies of it.
 
-Tensor ranks are neighbours (rank = data rank x tensor + tensor rank), so that the collectives
-inside every layer stay on one node's NVLink and only gradients cross nodes.
+rank = ((replicate rank x shard + shard rank) x context + context rank) x tensor + tensor rank.
+Tensor ranks are neighbours, so that the collectives inside every layer stay on one node's NVLink;
+then come those that hold parts of the same sequences, which talk inside every attention; then those
+that gather weights from each other; only sums of gradients go the furthest way.
 """
 
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import product
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -32,37 +35,77 @@ SINGLE = Axis(size=1, rank=0, group=None)
 
 @dataclass(frozen=True)
 class Mesh:
+    """What holds weights takes context ranks for data ranks: both see other tokens than their
+    neighbours and need the same gradients, so weights are cut or copied over both alike."""
+
     world_size: int
     rank: int
-    tensor: Axis  # ranks that share one copy of each layer
-    data: Axis  # ranks that hold the same shard and see different samples
+    tensor: Axis  # ranks that share the arithmetic of each layer
+    data: Axis  # ranks that see different samples: parallel.replicate x parallel.shard
+    shard: Axis = SINGLE  # ranks that each keep a part of the same weights and optimizer state
+    replicate: Axis = SINGLE  # ranks that keep the same part
+    context: Axis = SINGLE  # ranks that hold parts of the same sequences
+    tokens: Axis = SINGLE  # ranks that see different tokens: data x context = replicate x shard
 
 
-def build_mesh(tensor: int, timeout: timedelta | None = None) -> Mesh:
-    """The mesh of this process group; every rank must call it, with the same arguments.
+ALONE = Mesh(world_size=1, rank=0, tensor=SINGLE, data=SINGLE)
+
+
+def build_mesh(
+    tensor: int, timeout: timedelta | None = None, shard: int = 1, context: int = 1
+) -> Mesh:
+    """The mesh of this process group, replicate = ranks / (shard x context x tensor); every rank
+    must call it, with the same arguments.
 
     `timeout` bounds collectives on the new groups, which do not inherit the one given to
-    `init_process_group` (null: the backend's default). Raises ValueError when `tensor` does not
+    `init_process_group` (null: the backend's default). Raises ValueError when the degrees do not
     divide the number of ranks.
     """
     ready = dist.is_available() and dist.is_initialized()
     world, rank = (dist.get_world_size(), dist.get_rank()) if ready else (1, 0)
-    if tensor < 1 or world % tensor:
+    inner = tensor * shard * context
+    if min(tensor, shard, context) < 1 or world % inner:
+        factors = {"shard": shard, "context": context}
+        others = [f" x parallel.{name}={size}" for name, size in factors.items() if size != 1]
+        degrees = f"parallel.tensor={tensor}" + "".join(others) + (f" = {inner}" if others else "")
         raise ValueError(
-            f"parallel.tensor={tensor} must be at least 1 and divide the {world} processes of this "
-            "run: change it or the number of processes"
+            f"{degrees} must be at least 1 and divide the {world} processes of this run: change "
+            "it or the number of processes"
         )
-    replicas = world // tensor
+    sizes = {"replicate": world // inner, "shard": shard, "context": context, "tensor": tensor}
+    axes = _Axes(sizes, rank, timeout)
     return Mesh(
         world,
         rank,
-        tensor=_axis(
-            [[d * tensor + t for t in range(tensor)] for d in range(replicas)], rank, timeout
-        ),
-        data=_axis(
-            [[d * tensor + t for d in range(replicas)] for t in range(tensor)], rank, timeout
-        ),
+        tensor=axes.along("tensor"),
+        data=axes.along("replicate", "shard"),
+        shard=axes.along("shard", "context") if shard > 1 else SINGLE,
+        replicate=axes.along("replicate") if shard > 1 else axes.along("replicate", "context"),
+        context=axes.along("context"),
+        tokens=axes.along("replicate", "shard", "context"),
     )
+
+
+class _Axes:
+    """Makes each group once, however many axes turn out to be the same ranks."""
+
+    def __init__(self, sizes: dict[str, int], rank: int, timeout: timedelta | None) -> None:
+        self.sizes, self.rank, self.timeout = sizes, rank, timeout
+        self.made: dict[tuple[str, ...], Axis] = {}
+
+    def along(self, *names: str) -> Axis:
+        """The ranks whose places differ on these axes only. Collective."""
+        names = tuple(name for name in self.sizes if name in names and self.sizes[name] > 1)
+        if names not in self.made:
+            self.made[names] = self._make(names)
+        return self.made[names]
+
+    def _make(self, names: tuple[str, ...]) -> Axis:
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for rank, place in enumerate(product(*map(range, self.sizes.values()))):
+            fixed = tuple(p for name, p in zip(self.sizes, place, strict=True) if name not in names)
+            rows.setdefault(fixed, []).append(rank)
+        return _axis(list(rows.values()), self.rank, self.timeout)
 
 
 def _axis(rows: list[list[int]], rank: int, timeout: timedelta | None) -> Axis:

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flashtrain.config import Config, Source
+from flashtrain.layout import describe_layout
 from flashtrain.model.gpt import n_parameters
 
 LOG = logging.getLogger("flashtrain")
@@ -144,12 +145,14 @@ def start_card(config: Config, folder: Path, notes: Sequence[str]) -> list[tuple
     """Label and text of each line of the card."""
     model, data, trainer = config.model, config.data, config.trainer
     world = dist.get_world_size() if dist.is_initialized() else 1
-    tensor = config.parallel.tensor or 1
+    sharing = (config.parallel.tensor or 1) * config.parallel.context  # ranks of one data rank
     per_step = data.batch_size * data.sequence_length
     parameters = n_parameters(model, config.position, data.sequence_length)
-    micro_batch = data.micro_batch_size or data.batch_size * tensor // world
-    accumulation = data.batch_size // (micro_batch * (world // tensor))
+    micro_batch = data.micro_batch_size or data.batch_size * sharing // world
+    accumulation = data.batch_size // (micro_batch * (world // sharing))
     targets = ",".join(target.name for target in config.position.applies_to)
+    mixture = ", ".join(f"{source.weight:g} {name}" for name, source in data.sources.items())
+    made = "made-up tokens" if data.source is Source.random else "embedded"
     return [
         (
             "model",
@@ -159,7 +162,7 @@ def start_card(config: Config, folder: Path, notes: Sequence[str]) -> list[tuple
         ),
         ("parameters", f"{count(parameters)} ({parameters:,})"),
         ("positions", f"{config.position.kind.name} on {targets}"),
-        ("data", data.path or ("made-up tokens" if data.source is Source.random else "embedded")),
+        ("data", mixture or data.path or made),
         (
             "step",
             f"{per_step:,} tokens: {data.batch_size} sequences of {data.sequence_length}, "
@@ -168,8 +171,7 @@ def start_card(config: Config, folder: Path, notes: Sequence[str]) -> list[tuple
         ("training", f"{trainer.steps} steps, {count(trainer.steps * per_step)} tokens"),
         (
             "layout",
-            f"{world} processes: tensor {tensor} x data {world // tensor}, "
-            f"{config.precision.compute.name}",
+            f"{describe_layout(config.parallel, world)}, {config.precision.compute.name}",
         ),
         ("run folder", str(folder)),
         *(("", note) if index else ("start", note) for index, note in enumerate(notes)),

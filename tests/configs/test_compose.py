@@ -16,6 +16,8 @@ CHOICES = sorted(
 # what a choice cannot bring by itself
 NEEDS = {
     ("data", "shards"): ["data.path=tokens"],
+    ("data", "packed"): ["data.path=tokens"],
+    ("data", "mixture"): ["+data.sources={web:{path:a,weight:7},code:{path:b}}"],
     ("data", "random"): ["model.vocabulary=512"],
     ("model", "gpt2_1.5b"): ["parallel=data"],  # 25 heads
     ("parallel", "tensor8"): ["model.n_heads=8"],  # gpt_tiny has 4
@@ -68,9 +70,15 @@ def test_no_config_names_a_python_object() -> None:
 
 def test_the_fingerprint_follows_the_numbers_and_not_the_layout() -> None:
     base = fingerprint(load([], 4))
-    for same in ("parallel=data", "data.micro_batch_size=2", "tracking=quiet", "attention=torch"):
+    for same in (
+        *("parallel=data", "data.micro_batch_size=2", "tracking=quiet", "attention=torch"),
+        "loss.fused=false",
+    ):
         assert fingerprint(load([same], 4)) == base, same
-    for other in ("optimizer.lr=1e-5", "seed=1", "model.n_layers=3", "position=alibi"):
+    for other in (
+        *("optimizer.lr=1e-5", "seed=1", "model.n_layers=3", "position=alibi"),
+        "loss.z_loss=1e-4",
+    ):
         assert fingerprint(load([other], 4)) != base, other
 
 

@@ -60,6 +60,7 @@ REFUSED = [
     ("optimizer.clip_norm=0", "optimizer.clip_norm 0"),
     ("schedule.final_ratio=2", "schedule.final_ratio 2"),
     ("schedule.warmup_steps=-3", "schedule.warmup_steps -3"),
+    ("loss.z_loss=-1", "loss.z_loss -1"),
     ("trainer.steps=0", "trainer.steps 0"),
     ("model.n_heads=0", "model.n_heads 0"),
     ("model.n_kv_heads=0", "model.n_kv_heads 0"),
@@ -77,6 +78,8 @@ REFUSED = [
         "data.batch_size=33 data.micro_batch_size=4",
         "data.batch_size=33 data.micro_batch_size=4 1 data-parallel",
     ),
+    # what the loss over all logits lacks
+    ("loss.fused=false loss.z_loss=1e-4", "loss.z_loss=0.0001 loss.fused=true"),
     # what a kind of position cannot touch
     ("position=alibi position.applies_to=[q,k,v]", "position.applies_to=[q,k,v] ALiBi [q,k]"),
     ("position=rope position.applies_to=[embedding]", "[embedding] RoPE q, k, v"),

@@ -84,6 +84,7 @@ LAYOUTS = {
     "tensor2": (["parallel.tensor=2", "data.micro_batch_size=4"], 2),
     "data2": (["parallel.tensor=1", "data.micro_batch_size=2"], 2),
     "tensor2_data2": (["parallel.tensor=2", "data.micro_batch_size=4"], 4),
+    "tensor2_shard2": (["parallel=fsdp", "parallel.tensor=2", "data.micro_batch_size=2"], 4),
 }
 ONE = ["parallel.tensor=1", "data.micro_batch_size=8"]
 

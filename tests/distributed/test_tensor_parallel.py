@@ -85,7 +85,7 @@ def backward(model: GPT, axis: Axis) -> tuple[Tensor, Tensor]:
     logits = model.logits(model(tokens))
     loss = cross_entropy_sum(logits, labels, axis, axis.rank * (V // axis.size))
     loss.backward()
-    sum_partial_gradients(model, axis)
+    sum_partial_gradients(model.parameters(), axis)
     return loss.detach(), logits.detach()
 
 

@@ -11,7 +11,7 @@ from flashtrain.compose import load
 from flashtrain.config import Config, ConfigError
 from flashtrain.data.prepare import Recipe, prepare
 from flashtrain.data.shards import DataError
-from flashtrain.door import admit, describe_attention
+from flashtrain.door import admit, bytes_per_parameter, describe_attention
 from kernels.attention.select import resolve
 
 SMALL = [
@@ -149,3 +149,37 @@ def test_a_gpu_too_old_for_the_kernels_is_refused(
     with pytest.raises(ConfigError, match=r"8\.0 or newer, this GPU has 7\.5"):
         admitted(shards, "experiment=null")
     resolve.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["parallel=data"], 16),
+        (["parallel=fsdp"], 16 / 4),
+        (["parallel=zero2"], 16 / 4 + 2),  # and the gathered bf16 weights
+        (["parallel=zero1"], 16 / 4 + 2),
+        (["parallel=zero1", "data.micro_batch_size=1"], 12 / 4 + 2 + 4),  # and whole gradients
+        (["parallel=hsdp", "parallel.shard=2"], 16 / 2),
+        (["engine=deepspeed", "parallel=fsdp"], 12 / 4 + 2 / 4 + 4 / 4),
+        (["engine=deepspeed", "parallel=zero1"], 12 / 4 + 2 + 2),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_memory_of_a_parameter(overrides: list[str], expected: float) -> None:
+    line = ["experiment=null", "data=random", "model.vocabulary=64", "data.batch_size=8"]
+    line += ["data.micro_batch_size=null", "trainer.evaluate_sequences=4"]
+    assert bytes_per_parameter(load([*line, *overrides], 4)) == pytest.approx(expected)
+
+
+def test_offloaded_optimizer_state_weighs_nothing_on_the_gpu() -> None:
+    line = ["experiment=null", "data=random", "model.vocabulary=64", "engine=deepspeed"]
+    line += ["+engine.deepspeed.zero_optimization.offload_optimizer.device=cpu"]
+    assert bytes_per_parameter(load(line, 1)) == 2 + 4
+
+
+def test_an_engine_that_is_not_installed_is_refused(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="deepspeed, which is not installed: pip install"):
+        admitted(shards, "engine=deepspeed")

@@ -66,6 +66,22 @@ def test_recomputation_changes_memory_and_nothing_else(kind: str) -> None:
     assert_same(gradients(again), gradients(plain))
 
 
+def test_the_loss_without_logits_is_the_loss_with_them() -> None:
+    fused, plain = engine("precision=fp32"), engine("loss.fused=false", "precision=fp32")
+    batches = [batch(4), batch(4, seed=1)]
+    batches[0].labels[:, :5] = IGNORED
+    torch.testing.assert_close(
+        fused.forward_backward(batches), plain.forward_backward(batches), rtol=1e-6, atol=0
+    )
+    assert_same(gradients(fused), gradients(plain))
+
+
+def test_z_loss_is_added_in_training_only() -> None:
+    with_z, without = engine("loss.z_loss=0.01"), engine()
+    assert with_z.forward_backward([batch(4)]) > without.forward_backward([batch(4)]) + 0.01
+    torch.testing.assert_close(with_z.evaluate([batch(4)]), without.evaluate([batch(4)]))
+
+
 def test_clipping_uses_the_norm_of_the_whole_gradient() -> None:
     one = engine("optimizer.clip_norm=1e-3")
     one.forward_backward([batch(4)])
@@ -109,4 +125,5 @@ def test_next_token_logits_are_those_of_that_position() -> None:
     tokens = batch(1).tokens
     with torch.no_grad():
         expected = one.model.logits(one.model(tokens))[0, 5]
-    torch.testing.assert_close(one.next_token_logits(tokens, 5), expected)
+    found = one.decoder().logits(tokens, torch.tensor([5]))
+    torch.testing.assert_close(found[0], expected)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from flashtrain.config import PositionConfig, PositionKind
 from flashtrain.model.gpt import GPT
 from flashtrain.model.init import fill_normal, init_weights, normal_pairs
-from flashtrain.model.shard import Piece, Shard
+from flashtrain.model.shard import Piece, Shard, Span
 from tests.flashtrain.model.test_gpt import tiny
 
 N = 1_000_000
@@ -78,6 +78,22 @@ def test_a_shard_of_several_pieces_holds_each_of_them(dim: int) -> None:
     part = shard((60, 60), (20, 60) if dim == 0 else (60, 20), *pieces)
     expected = [whole.narrow(dim, piece.start, piece.length) for piece in pieces]
     assert torch.equal(part, torch.cat(expected, dim))
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 13), (13, 14), (13, 700), (701, 1891), (470, 517)])
+def test_a_span_holds_its_values_of_the_shard(first: int, last: int) -> None:
+    """As FSDP and ZeRO cut what tensor parallelism left: here rows 20 to 62, or columns 5 to 35."""
+    whole = numbers(shape=(63, 47))
+    for local, piece in (
+        (whole[20:63], Piece(0, 0, 20, 43, True)),
+        (whole[:, 5:35], Piece(1, 0, 5, 30, True)),
+    ):
+        parameter = nn.Parameter(torch.full((last - first,), math.nan))
+        span = Span(tuple(local.shape), first, last - first)
+        parameter.shard = Shard((63, 47), (piece,), span)  # type: ignore[attr-defined]
+        if last <= local.numel():
+            fill_normal(parameter, 0, "a", 1.0)
+            assert torch.equal(parameter.detach(), local.flatten()[first:last])
 
 
 def test_three_dims_and_tensors_above_one_block_shard_alike() -> None:

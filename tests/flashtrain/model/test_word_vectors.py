@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from flashtrain.config import ConfigError
-from flashtrain.model.shard import Piece, Shard
+from flashtrain.model.shard import Piece, Shard, Span, boxes, shard_of
 from flashtrain.model.word_vectors import (
     WordVectors,
     load_word_vectors,
@@ -122,8 +122,9 @@ def embedding(rows: int, *pieces: Piece) -> nn.Module:
 
 def started(model: nn.Module) -> Tensor:
     vectors = WordVectors(torch.from_numpy(ROWS), torch.tensor([0, 2, 4, 7]), 0.5)
-    start_from_word_vectors(model, vectors, init_std=0.02)
-    return model.get_parameter("embedding.weight").detach()
+    weight = model.get_parameter("embedding.weight")
+    start_from_word_vectors(weight, boxes(shard_of(weight)), vectors, init_std=0.02)
+    return weight.detach()
 
 
 def test_matched_rows_start_from_their_vectors_at_the_embedding_s_scale() -> None:
@@ -138,5 +139,9 @@ def test_a_shard_takes_its_rows_of_the_whole() -> None:
     whole = started(embedding(8))
     upper = started(embedding(4, Piece(0, 0, 4, 4, True)))
     assert torch.equal(upper, whole[4:])
+    inner = embedding(2)  # of the table [8, 3]: the end of row 4, and on until the first of row 6
+    inner.embedding.weight.data = torch.full((6,), 9.0)
+    inner.embedding.weight.shard = Shard((8, 3), (Piece(0, 0, 0, 8, True),), Span((8, 3), 13, 6))
+    assert torch.equal(started(inner), whole.flatten()[13:19])
     mixed = started(embedding(4, Piece(0, 0, 6, 2, True), Piece(0, 2, 1, 2, True)))
     assert torch.equal(mixed, whole[[6, 7, 1, 2]])

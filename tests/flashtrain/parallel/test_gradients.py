@@ -9,7 +9,12 @@ from torch import nn
 from torch.testing import assert_close
 
 from flashtrain.model.shard import Piece
-from flashtrain.parallel.gradients import clip_by_norm_, gradient_norm, sum_partial_gradients
+from flashtrain.parallel.gradients import (
+    average_gradients,
+    clip_by_norm_,
+    gradient_norm,
+    sum_partial_gradients,
+)
 from flashtrain.parallel.layers import PartialRows, mark_replicated, shard_parameter
 from flashtrain.parallel.mesh import SINGLE, build_mesh
 from tests.harness import run_ranks
@@ -68,7 +73,7 @@ def check_terms_are_summed_and_rows_count_once() -> None:
     model.norm.grad = torch.full((3,), 1.0 + rank)
     model.split.grad = torch.full((3, 2), 10.0 * (1 + rank))
     model.low.grad = torch.full((2,), 1.0 + rank, dtype=torch.bfloat16)
-    sum_partial_gradients(model, axis)
+    sum_partial_gradients(model.parameters(), axis)
 
     own = [10.0 * (1 + rank)] * 2
     assert model.norm.grad.tolist() == [3.0] * 3
@@ -78,3 +83,17 @@ def check_terms_are_summed_and_rows_count_once() -> None:
     norm = gradient_norm(model.parameters(), axis)
     assert norm.dtype is torch.float32
     assert_close(norm, torch.linalg.vector_norm(whole))
+
+
+def test_whole_gradients_are_averaged(tmp_path: Path) -> None:
+    run_ranks(check_whole_gradients_are_averaged, 2, tmp_path)
+
+
+def check_whole_gradients_are_averaged() -> None:
+    rank = dist.get_rank()
+    one, other, unused = (nn.Parameter(torch.zeros(shape)) for shape in ((3,), (2, 2), (5,)))
+    one.grad, other.grad = torch.full((3,), 1.0 + rank), torch.full((2, 2), 10.0 * rank)
+    average_gradients([one, other, unused], build_mesh(1).data)
+    assert one.grad.tolist() == [1.5] * 3
+    assert other.grad.tolist() == [[5.0, 5.0]] * 2
+    assert unused.grad is None

@@ -50,7 +50,7 @@ def part(x: Tensor, axis: Axis, dim: int = 1) -> Tensor:
 
 def check_gradients(split: nn.Module, dense: nn.Module, axis: Axis) -> None:
     """Each gradient is its slice of the dense one, on every rank that holds the slice."""
-    sum_partial_gradients(split, axis)
+    sum_partial_gradients(split.parameters(), axis)
     theirs = dict(dense.named_parameters())
     for name, ours in split.named_parameters():
         expected = theirs[name].grad

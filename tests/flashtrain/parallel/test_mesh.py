@@ -48,3 +48,29 @@ def check_tensor_ranks_are_neighbours() -> None:
     assert build_mesh(tensor=1).data.size == 4
     with pytest.raises(ValueError, match=r"parallel.tensor=3 .* the 4 processes"):
         build_mesh(tensor=3)
+
+
+def test_a_shard_axis_lies_between_tensor_and_replicate(tmp_path: Path) -> None:
+    run_ranks(check_a_shard_axis, 8, tmp_path)
+
+
+def check_a_shard_axis() -> None:
+    rank = dist.get_rank()
+    mesh = build_mesh(tensor=2, shard=2)
+    for axis, place, members in (
+        (mesh.tensor, rank % 2, {rank // 2 * 2, rank // 2 * 2 + 1}),
+        (mesh.shard, rank // 2 % 2, {rank // 4 * 4 + rank % 2, rank // 4 * 4 + rank % 2 + 2}),
+        (mesh.replicate, rank // 4, {rank % 4, rank % 4 + 4}),
+        (mesh.data, rank // 2, {rank % 2 + 2 * i for i in range(4)}),
+    ):
+        assert axis.rank == place
+        seen = torch.zeros(8)
+        seen[rank] = 1
+        dist.all_reduce(seen, group=axis.group)
+        assert set(seen.nonzero().flatten().tolist()) == members
+    whole = build_mesh(tensor=1, shard=8)
+    assert whole.shard == whole.data
+    assert whole.replicate == SINGLE
+    message = r"parallel.tensor=2 x parallel.shard=3 = 6 must .* the 8 processes"
+    with pytest.raises(ValueError, match=message):
+        build_mesh(tensor=2, shard=3)

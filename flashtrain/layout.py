@@ -1,0 +1,192 @@
+"""The rules of a layout: degrees that multiply to the world, sizes that they divide."""
+
+import dataclasses
+
+from flashtrain.config import (
+    Config,
+    ConfigError,
+    ContextKind,
+    EngineKind,
+    Packing,
+    ParallelConfig,
+    PositionKind,
+)
+
+
+def resolve_parallel(
+    parallel: ParallelConfig, engine: EngineKind, world_size: int
+) -> ParallelConfig:
+    """Every degree filled in; refuses those whose product is not the number of processes."""
+    tensor, shard, replicate = parallel.tensor, parallel.shard, parallel.replicate
+    context = parallel.context
+    if tensor is None:
+        tensor = 2 if world_size % (2 * context * (shard or 1) * (replicate or 1)) == 0 else 1
+    inner, spoken = tensor * context, f"parallel.tensor={tensor}"
+    if context > 1:
+        spoken = f"parallel.context={context} x {spoken}"
+    need(
+        world_size % inner == 0,
+        f"{spoken} does not divide the {world_size} processes of this run",
+    )
+    if engine is EngineKind.deepspeed and shard == 1:
+        shard, replicate = None, replicate or 1  # its ZeRO always shards, over all data ranks
+    if shard is None:
+        need(
+            replicate is not None,
+            "parallel.shard=null and parallel.replicate=null: one of them takes all processes that "
+            "are left, so the other must be a number",
+        )
+        assert replicate is not None
+        shard = max(1, world_size // (inner * replicate))
+    if replicate is None:
+        replicate = max(1, world_size // (inner * shard))
+    product = replicate * shard * inner
+    need(
+        product == world_size,
+        f"parallel.replicate={replicate} x parallel.shard={shard} x {spoken} = "
+        f"{product} is not the {world_size} processes of this run: change a degree, or leave "
+        "parallel.replicate or parallel.shard null to take what is left",
+    )
+    need(
+        parallel.zero in (1, 2, 3),
+        f"parallel.zero={parallel.zero} must be 1 (weights and optimizer state are sharded), 2 "
+        "(gradients too) or 3 (gathered weights too); for none of them use parallel.shard=1 with "
+        "engine=native: DeepSpeed's stage 0 clips bf16 gradients by a wrong norm",
+    )
+    return dataclasses.replace(parallel, tensor=tensor, shard=shard, replicate=replicate)
+
+
+def data_ranks(parallel: ParallelConfig) -> int:
+    """How many ranks see different samples; `parallel` is resolved."""
+    assert parallel.shard is not None and parallel.replicate is not None
+    return parallel.shard * parallel.replicate
+
+
+def describe_layout(parallel: ParallelConfig, world_size: int) -> str:
+    """As a run's first lines show it: "8 processes: tensor 2 x shard 2 (zero 3) x replicate 2"."""
+    tensor, shard, context = parallel.tensor or 1, parallel.shard or 1, parallel.context
+    replicate = world_size // (tensor * context * shard)
+    inner = f"tensor {tensor}"
+    if context > 1:
+        inner += f" x context {context} ({parallel.context_kind.name})"
+    if shard == 1:
+        return f"{world_size} processes: {inner} x data {replicate}"
+    copies = f" x replicate {replicate}" if replicate > 1 else ""
+    return f"{world_size} processes: {inner} x shard {shard} (zero {parallel.zero}){copies}"
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Refuse sizes that the degrees do not divide, naming both numbers. `config` is resolved."""
+    model, data, tensor = config.model, config.data, config.parallel.tensor
+    assert tensor is not None and model.n_kv_heads is not None and model.d_ff is not None
+    assert data.micro_batch_size is not None
+    ranks = data_ranks(config.parallel)
+    need(
+        model.n_heads % tensor == 0,
+        f"model.n_heads={model.n_heads} is not divisible by parallel.tensor={tensor}",
+    )
+    need(
+        model.n_kv_heads % tensor == 0 or tensor % model.n_kv_heads == 0,
+        f"model.n_kv_heads={model.n_kv_heads} and parallel.tensor={tensor}: one must divide "
+        "the other, so that ranks hold or share whole key/value heads",
+    )
+    for key, value in (
+        ("model.d_ff", model.d_ff),
+        ("data.sequence_length", data.sequence_length),
+        ("model.vocabulary", model.vocabulary),
+    ):
+        need(
+            value is None or value % tensor == 0,
+            f"{key}={value} is not divisible by parallel.tensor={tensor}",
+        )
+    per_pass = data.micro_batch_size * ranks
+    need(
+        data.batch_size % per_pass == 0,
+        f"data.batch_size={data.batch_size} is not divisible by data.micro_batch_size="
+        f"{data.micro_batch_size} x {ranks} data-parallel ranks = {per_pass}",
+    )
+    need(
+        config.trainer.evaluate_sequences % ranks == 0,
+        f"trainer.evaluate_sequences={config.trainer.evaluate_sequences} is not divisible by "
+        f"{ranks} data-parallel ranks",
+    )
+    if config.parallel.context > 1:
+        check_context(config)
+    if config.engine.name is EngineKind.deepspeed:
+        check_deepspeed(config)
+    need(
+        config.engine.name is EngineKind.deepspeed or not config.engine.deepspeed,
+        f"engine.deepspeed={config.engine.deepspeed} is for engine=deepspeed; the native engine "
+        "has no use for it",
+    )
+
+
+def check_sequence(tokens: int, parallel: ParallelConfig, key: str) -> None:
+    """Refuse a length that context and tensor ranks do not divide; `key` is what set it."""
+    assert parallel.tensor is not None
+    pieces = 2 * parallel.context * parallel.tensor
+    need(
+        parallel.context == 1 or tokens % pieces == 0,
+        f"{key}={tokens} is not divisible by 2 x parallel.context={parallel.context} x "
+        f"parallel.tensor={parallel.tensor} = {pieces}",
+    )
+
+
+def check_context(config: Config) -> None:
+    """What each form of attention over parts of a sequence cannot do."""
+    parallel, model = config.parallel, config.model
+    assert parallel.tensor is not None and model.n_kv_heads is not None
+    kind = f"parallel.context_kind={parallel.context_kind.name}"
+    check_sequence(config.data.sequence_length, parallel, "data.sequence_length")
+    need(
+        config.engine.name is not EngineKind.deepspeed,
+        f"parallel.context={parallel.context} with engine=deepspeed: use engine=native",
+    )
+    if parallel.context_kind is ContextKind.ulysses:
+        for key, heads in (
+            ("model.n_heads", model.n_heads),
+            ("model.n_kv_heads", model.n_kv_heads),
+        ):
+            need(
+                heads % (parallel.tensor * parallel.context) == 0,
+                f"{key}={heads} is not divisible by parallel.tensor={parallel.tensor} x "
+                f"parallel.context={parallel.context}, as {kind} needs: use gather or ring",
+            )
+    if parallel.context_kind is ContextKind.ring:
+        need(
+            config.position.kind is not PositionKind.alibi,
+            f"position=alibi with {kind}, which is for plain causal attention: use gather or "
+            "ulysses",
+        )
+        need(
+            config.data.packing is Packing.none,
+            f"data.packing={config.data.packing.name} with {kind}, which is for plain causal "
+            "attention: use gather or ulysses",
+        )
+
+
+def check_deepspeed(config: Config) -> None:
+    """What DeepSpeed's ZeRO cannot do over our tensor parallelism."""
+    parallel, model = config.parallel, config.model
+    assert parallel.tensor is not None and model.n_kv_heads is not None
+    need(
+        parallel.replicate == 1,
+        f"parallel.replicate={parallel.replicate} with engine=deepspeed: its ZeRO shards over all "
+        "data ranks, so set parallel.replicate=1 parallel.shard=null, or engine=native",
+    )
+    need(
+        model.n_kv_heads >= parallel.tensor,
+        f"model.n_kv_heads={model.n_kv_heads} with parallel.tensor={parallel.tensor} and "
+        "engine=deepspeed: ranks would share key/value heads, which its gradient norm counts once "
+        "each; lower parallel.tensor or use engine=native",
+    )
+    need(
+        not (parallel.zero == 3 and config.trainer.compile),
+        "trainer.compile=true with engine=deepspeed and parallel.zero=3, whose hooks inside every "
+        "layer torch.compile cannot trace: leave it null, or use parallel.zero=2 or engine=native",
+    )
+
+
+def need(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ConfigError(sentence)

@@ -1,0 +1,207 @@
+"""Context parallelism: every rank of an axis holds a part of each sequence.
+
+A sequence of T tokens is cut into 2c chunks over c ranks, and rank r holds chunks r and 2c-1-r, in
+this order. Under a causal mask an early chunk sees little and its late partner much, so all ranks
+have the same work. Everything but attention runs on a rank's own tokens. Attention has three forms:
+
+    gather   all keys and values go to every rank, [B, T, K, D]; any mask
+    ring     keys and values go round, a rank's at a time (ring.py); causal attention only
+    ulysses  tokens are exchanged for heads and back: each rank computes whole sequences for H/c
+             of its heads (Jacobs et al. 2023, arXiv:2309.14509); any mask
+
+The axis's ranks see different tokens, so losses and gradients are summed over them as over data
+ranks. `documents` are those of whole sequences everywhere: every rank reads them all.
+
+Dims: B batch, T tokens of whole sequences, c ranks, L = T / 2c, H and K query and key/value heads
+of this tensor rank, D head size.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashtrain.config import ContextKind
+from flashtrain.data.loader import Batch
+from flashtrain.model.gpt import GPT
+from flashtrain.parallel.collectives import exchange_ranks, gather_ranks
+from flashtrain.parallel.mesh import Axis
+from flashtrain.parallel.ring import ring_attention
+from kernels.attention import attention
+
+
+def split_context(model: GPT, axis: Axis, kind: ContextKind) -> None:
+    """Make a model run on this rank's part of each sequence, in place: `own_part` of its tokens.
+
+    Attention talks over the axis, and positions are those in the whole sequence. An axis of one
+    leaves the model as it is.
+    """
+    if axis.group is None:
+        return
+    forms: dict[ContextKind, Callable[..., Tensor]] = {
+        ContextKind.gather: gather_attention,
+        ContextKind.ring: ring_attention,
+        ContextKind.ulysses: ulysses_attention,
+    }
+    parts = _Parts(axis, forms[kind])
+    for block in model.blocks:
+        block.attention.attend = parts
+    # a hook, because a wrapping module would rename the table of learned positions
+    model.position.register_forward_pre_hook(parts.own_places)
+
+
+@contextlib.contextmanager
+def whole_sequences(model: GPT) -> Iterator[None]:
+    """In here the model runs whole sequences on every rank of the axis: for text that it makes
+    itself, which is short and whose keys and values are kept."""
+    parts = model.blocks[0].attention.attend
+    if not isinstance(parts, _Parts):
+        yield
+        return
+    parts.on = False
+    try:
+        yield
+    finally:
+        parts.on = True
+
+
+class _Parts:
+    """What a model does otherwise where it sees a part of each sequence."""
+
+    def __init__(self, axis: Axis, form: Callable[..., Tensor]) -> None:
+        self.axis, self.form, self.on = axis, form, True
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if self.on:
+            return self.form(q, k, v, axis=self.axis, **options)
+        return attention(q, k, v, causal=True, **options)
+
+    def own_places(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Ask for the places of this rank's tokens, not for the first ones."""
+        length, device, places = arguments
+        if not self.on:
+            return arguments
+        whole = self.axis.size * length
+        if places is None:
+            places = torch.arange(whole, device=device)
+        return whole, device, own_part(places, self.axis, dim=-1)
+
+
+def own_part(x: Tensor, axis: Axis, dim: int = 1) -> Tensor:
+    """This rank's two chunks of a whole sequence: T along `dim` becomes T/c, in order.
+
+    Raises ValueError when 2c does not divide T.
+    """
+    if axis.group is None:
+        return x
+    chunks = 2 * axis.size
+    if x.size(dim) % chunks:
+        raise ValueError(
+            f"a sequence of {x.size(dim)} tokens does not divide into the {chunks} chunks of "
+            f"{axis.size} context ranks: pad it to {-(-x.size(dim) // chunks) * chunks}"
+        )
+    parts = x.chunk(chunks, dim)
+    return torch.cat([parts[chunk] for chunk in own_chunks(axis)], dim)
+
+
+def own_batch(batch: Batch, axis: Axis) -> Batch:
+    """This rank's tokens and labels, shifted against each other before; the documents of all."""
+    if axis.group is None:
+        return batch
+    return batch._replace(tokens=own_part(batch.tokens, axis), labels=own_part(batch.labels, axis))
+
+
+def own_chunks(axis: Axis) -> tuple[int, int]:
+    return axis.rank, 2 * axis.size - 1 - axis.rank
+
+
+def join_parts(parts: Tensor) -> Tensor:
+    """Whole sequences from all ranks' parts: [c, B, T/c, ...] -> [B, T, ...]."""
+    early, late = parts.chunk(2, dim=2)
+    return torch.cat([early, late.flip(0)]).transpose(0, 1).flatten(1, 2)
+
+
+def cut_parts(whole: Tensor, size: int) -> Tensor:
+    """The inverse of `join_parts`: [B, T, ...] -> [c, B, T/c, ...]."""
+    early, late = whole.unflatten(1, (2 * size, -1)).transpose(0, 1).chunk(2)
+    return torch.cat([early, late.flip(0)], dim=2)
+
+
+def gather_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, axis: Axis, alibi_slopes: Tensor | None,
+    documents: Tensor | None, backend: str,
+) -> Tensor:  # fmt: skip
+    """Causal attention of this rank's queries over whole sequences.
+
+    q [B, T/c, H, D], k and v [B, T/c, K, D]; documents [B, T] as for `attention`. A chunk's
+    queries are the last of the keys up to its end, which is how `attention` places them.
+    """
+    whole = join_parts(gather_ranks(torch.cat([k, v], dim=2), axis))
+    k, v = whole.chunk(2, dim=2)
+    length = q.shape[1] // 2
+    mixed = []
+    for chunk, queries in zip(own_chunks(axis), q.split(length, dim=1), strict=True):
+        end = (chunk + 1) * length
+        seen = k[:, :end], v[:, :end]
+        mixed.append(
+            attention(queries, *seen, causal=True, alibi_slopes=alibi_slopes, backend=backend)
+            if documents is None
+            else _packed_attention(queries, *seen, documents[:, :end], alibi_slopes, backend)
+        )
+    return torch.cat(mixed, dim=1)
+
+
+def _packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor, alibi_slopes: Tensor | None, backend: str
+) -> Tensor:
+    """Queries that are the last T of S places, each over the keys of its own document.
+
+    `attention` takes documents for T = S only. So: first the keys that the chunk has itself. Before
+    it at most one document can go on into it, the one that its first token belongs to: the keys of
+    that one, for the queries of that one. The two are merged by their lse.
+    """
+    start = k.shape[1] - q.shape[1]
+    out, lse = attention(
+        q, k[:, start:], v[:, start:], causal=True, alibi_slopes=alibi_slopes,
+        documents=documents[:, start:].contiguous(), return_lse=True, backend=backend,
+    )  # fmt: skip
+    if start == 0:
+        return out
+    changed = documents[:, 1:] != documents[:, :-1]
+    runs = nn.functional.pad(changed.long().cumsum(1), (1, 0))
+    goes_on = runs == runs[:, start : start + 1]  # [B, S]
+    before, lse_before = attention(
+        q, k, v, causal=True, alibi_slopes=alibi_slopes,
+        key_mask=goes_on & (torch.arange(k.shape[1], device=k.device) < start),
+        return_lse=True, backend=backend,
+    )  # fmt: skip
+    lse_before = lse_before.masked_fill(~goes_on[:, None, start:], float("-inf"))
+    total = torch.logaddexp(lse, lse_before)
+    share, share_before = (
+        (part - total).exp().transpose(1, 2).unsqueeze(-1) for part in (lse, lse_before)
+    )
+    return (share * out + share_before * before).to(q.dtype)
+
+
+def ulysses_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, axis: Axis, alibi_slopes: Tensor | None,
+    documents: Tensor | None, backend: str,
+) -> Tensor:  # fmt: skip
+    """Causal attention of this rank's queries over whole sequences; arguments as above.
+
+    Needs c to divide H and K.
+    """
+    size = axis.size
+    heads = [x.unflatten(2, (size, -1)) for x in (q, k, v)]  # [B, T/c, c, H/c, D]
+    counts = [x.shape[3] for x in heads]
+    by_rank = torch.cat(heads, dim=3).permute(2, 0, 1, 3, 4)  # [c, B, T/c, (H + 2K)/c, D]
+    q, k, v = join_parts(exchange_ranks(by_rank, axis)).split(counts, dim=2)
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.chunk(size)[axis.rank]
+    mixed = attention(
+        q, k, v, causal=True, alibi_slopes=alibi_slopes, documents=documents, backend=backend
+    )
+    back = exchange_ranks(cut_parts(mixed, size), axis)  # [c, B, T/c, H/c, D]
+    return back.permute(1, 2, 0, 3, 4).flatten(2, 3)

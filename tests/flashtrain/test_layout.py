@@ -1,0 +1,77 @@
+"""Degrees that fill in and degrees that are refused; sizes are held to them in tests/configs."""
+
+import pytest
+
+from flashtrain.compose import load
+from flashtrain.config import ConfigError, EngineKind, ParallelConfig
+from flashtrain.layout import describe_layout, resolve_parallel
+
+SMALL = [
+    "experiment=null", "data=random", "model.vocabulary=64", "data.batch_size=32",
+    "data.micro_batch_size=null",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "world", "degrees"),
+    [
+        ("parallel=data", 4, (4, 1, 1)),
+        ("parallel=tensor2", 8, (4, 1, 2)),
+        ("parallel=fsdp", 4, (1, 4, 1)),
+        ("parallel=fsdp parallel.tensor=2", 8, (1, 4, 2)),
+        ("parallel=hsdp", 16, (2, 8, 1)),
+        ("parallel=hsdp parallel.shard=2 parallel.tensor=2", 16, (4, 2, 2)),
+        ("parallel=fsdp parallel.replicate=2", 8, (2, 4, 1)),
+        ("parallel.shard=2", 2, (1, 2, 1)),  # no room is left for the two tensor ranks of `auto`
+        ("parallel.shard=2", 8, (2, 2, 2)),
+        ("engine=deepspeed parallel=data", 4, (1, 4, 1)),
+        ("engine=deepspeed parallel=zero2 parallel.tensor=2", 4, (1, 2, 2)),
+    ],
+)
+def test_free_degrees_take_what_is_left(
+    line: str, world: int, degrees: tuple[int, int, int]
+) -> None:
+    parallel = load([*SMALL, *line.split(" ")], world).parallel
+    assert (parallel.replicate, parallel.shard, parallel.tensor) == degrees
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("parallel.replicate=2 parallel.shard=2 parallel.tensor=1", "= 4 is not the 8 processes"),
+        ("parallel.shard=3 parallel.tensor=2", "= 6 is not the 8 processes"),
+        ("parallel=fsdp parallel.replicate=null", "parallel.shard=null parallel.replicate=null"),
+        ("parallel.shard=0", "parallel.shard=0"),
+        ("parallel=fsdp parallel.zero=0", "parallel.zero=0 parallel.shard=1 engine=native"),
+        ("parallel=fsdp parallel.zero=4", "parallel.zero=4"),
+        (
+            "parallel=fsdp data.batch_size=12 data.micro_batch_size=1",
+            "batch_size=12 8 data-parallel",
+        ),
+        ("engine=deepspeed parallel.replicate=2", "parallel.replicate=2 engine=native"),
+        (
+            "engine=deepspeed parallel=fsdp parallel.tensor=4 model.n_kv_heads=2",
+            "model.n_kv_heads=2 parallel.tensor=4 engine=native",
+        ),
+        ("engine=deepspeed trainer.compile=true", "trainer.compile=true parallel.zero=3"),
+        ("+engine.deepspeed.zero_optimization.stage=1", "engine.deepspeed engine=deepspeed"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_one_sentence(line: str, words: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load([*SMALL, *line.split(" ")], 8)
+    sentence = str(refusal.value)
+    assert "\n" not in sentence
+    assert not [word for word in words.split(" ") if word not in sentence], sentence
+
+
+def test_resolving_again_changes_nothing() -> None:
+    for engine in (EngineKind.native, EngineKind.deepspeed):
+        once = resolve_parallel(ParallelConfig(tensor=2), engine, 8)
+        assert resolve_parallel(once, engine, 8) == once
+
+
+def test_a_layout_in_words() -> None:
+    assert describe_layout(ParallelConfig(tensor=2), 8) == "8 processes: tensor 2 x data 4"
+    words = describe_layout(ParallelConfig(tensor=2, shard=2, zero=2), 8)
+    assert words == "8 processes: tensor 2 x shard 2 (zero 2) x replicate 2"
