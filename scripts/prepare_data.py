@@ -1,30 +1,29 @@
-"""Text files to token shards that data.path=FOLDER trains on.
+"""Text to token shards that data.path=FOLDER trains on.
 
     python scripts/prepare_data.py corpus/ --output data/corpus --vocabulary 32768
-    python scripts/prepare_data.py *.jsonl.gz --output data/web --tokenizer gpt2/tokenizer.json
+    python scripts/prepare_data.py *.jsonl.gz --output data/web --tokenizer gpt2 --deduplicate
     python scripts/prepare_data.py books.parquet --output data/books --field content --workers 8
+    python scripts/prepare_data.py hf:NAME:CONFIG:train --output data/hub --tokenizer tiktoken:NAME
 
-Reads .txt and .md (a file is a document), .jsonl (.gz, .zst) and .parquet, and folders of them.
-The split is by hash of the text: see flashtrain/data/split.py. The format of what is written:
-flashtrain/data/shards.py.
+Reads .txt and .md (a file is a document), .jsonl (.gz, .zst) and .parquet, folders of them, and one
+Hugging Face data set hf:NAME[@REVISION][:CONFIG[:SPLIT]], streamed. Interrupted, the same command
+goes on from its last save. Bad documents are counted and left out. The split is by hash of the text
+(flashtrain/data/split.py); the format of what is written: flashtrain/data/shards.py.
 """
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 
-from flashtrain.data.prepare import Progress, Recipe, prepare
+from flashtrain.data.bars import Bars
+from flashtrain.data.encode import cores
+from flashtrain.data.prepare import Recipe, prepare
 from flashtrain.data.shards import DataError, Manifest
-
-STAGES = {"tokenizer": "training the tokenizer", "tokens": "writing tokens"}
 
 
 def arguments() -> argparse.Namespace:
@@ -34,10 +33,11 @@ def arguments() -> argparse.Namespace:
         description=about, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="file or folder")
+    add("inputs", nargs="+", metavar="INPUT", help="file, folder or hf:NAME")
     add("--output", required=True, metavar="FOLDER", help="where the shards go")
-    add("--tokenizer", default=default.tokenizer, metavar="bpe|bytes|PATH",
-        help="bpe trains one on the input; PATH: a tokenizer.json or its folder")  # fmt: skip
+    add("--tokenizer", default=default.tokenizer, metavar="KIND",
+        help="bpe trains one on the input; else bytes, a tokenizer.json or its folder, a Hugging "
+        "Face model in the local cache, or tiktoken:NAME")  # fmt: skip
     add("--vocabulary", type=int, default=default.vocabulary, metavar="N",
         help="size of a BPE trained here (default %(default)s)")  # fmt: skip
     add("--field", default=default.field, metavar="NAME",
@@ -46,34 +46,14 @@ def arguments() -> argparse.Namespace:
         help="share of the text held out (default %(default)s)")  # fmt: skip
     add("--shard-tokens", type=int, default=default.shard_tokens, metavar="N",
         help="tokens in one file at most (default %(default)s)")  # fmt: skip
-    add("--workers", type=int, default=1, metavar="N",
-        help="processes that encode; the output does not depend on it (default 1)")  # fmt: skip
+    add("--deduplicate", action="store_true", help="leave out texts that came before, by hash")
+    add("--longest", type=int, default=default.longest, metavar="BYTES",
+        help="leave out longer documents (default %(default)s)")  # fmt: skip
+    add("--workers", type=int, default=cores(), metavar="N",
+        help="processes that encode; the output is the same (default: cores)")  # fmt: skip
     add("--source", metavar="NOTE", help="where the text is from, its licence: kept with the data")
     add("--force", action="store_true", help="replace what is at --output")
     return parser.parse_args()
-
-
-class Display:
-    """A bar for each stage, over bytes of the input."""
-
-    def __init__(self, bars: Bars) -> None:
-        self.bars = bars
-        self.tasks: dict[str, TaskID] = {}
-        self.began = self.latest = time.perf_counter()
-
-    def __call__(self, progress: Progress) -> None:
-        now = time.perf_counter()
-        if progress.stage not in self.tasks:
-            self.began = self.latest  # a stage starts where the one before reported last
-            self.tasks[progress.stage] = self.bars.add_task(
-                STAGES[progress.stage], total=progress.all_bytes, rate=""
-            )
-        task = self.tasks[progress.stage]
-        self.latest = now
-        rate = f"{progress.documents:,} documents"
-        if progress.tokens:
-            rate += f"  {progress.tokens / (now - self.began) / 1e6:.2f} M tokens/s"
-        self.bars.update(task, completed=progress.done_bytes, rate=rate)
 
 
 def summary(output: str, manifest: Manifest) -> list[str]:
@@ -98,14 +78,12 @@ def main() -> int:
         field=options.field,
         validation_share=options.validation_share,
         shard_tokens=options.shard_tokens,
+        deduplicate=options.deduplicate,
+        longest=options.longest,
     )
     console = Console(stderr=True)
-    columns = ("{task.description}", "{task.percentage:3.0f} %", "{task.fields[rate]}")
-    about, percent, rate = map(TextColumn, columns)
     try:
-        with Bars(
-            about, BarColumn(), percent, rate, TimeRemainingColumn(), console=console
-        ) as bars:
+        with Bars(console) as bars:
             manifest = prepare(
                 options.inputs,
                 options.output,
@@ -113,8 +91,11 @@ def main() -> int:
                 source=options.source,
                 workers=options.workers,
                 force=options.force,
-                report=Display(bars),
+                report=bars,
             )
+    except KeyboardInterrupt:
+        console.print("interrupted: the same command goes on from its last save")
+        return 130
     except DataError as error:
         console.print(f"[red]{escape(str(error))}[/]", soft_wrap=True, highlight=False)
         return 2

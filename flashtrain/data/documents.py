@@ -1,5 +1,7 @@
 """Documents out of files: text, JSON lines (plain, gzip, Zstandard) and Parquet.
 
+Memory holds one document, or ROWS rows of Parquet, at a time.
+
 A bad document (see `Bad`) is counted and left out; a file that cannot be read at all ends the
 preparation, because half of a data set is not what was asked for.
 """
@@ -21,6 +23,8 @@ JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET = (".parquet",)
 SUFFIXES = (*TEXT, *JSONL, *PARQUET)
 ROWS = 1024  # of a Parquet file that are in memory at once
+LONGEST = 1 << 28  # bytes; a longer document is more often a broken file than a text
+READ = 1 << 17  # bytes of JSON lines read at a time
 
 
 class Bad(Enum):
@@ -30,12 +34,18 @@ class Bad(Enum):
     utf8 = "invalid UTF-8"
     json = "invalid JSON"
     field = "no text in the field"
+    huge = "longer than the limit"
+    duplicate = "duplicate"
+
+
+Place = tuple[int, int]  # number of a file, how many of its documents came before
 
 
 @dataclass(frozen=True)
 class Document:
     content: str | Bad
-    read_bytes: int  # of the file, up to and with this document: for the time that is left
+    read_bytes: int  # of the input, up to and with this document: for the time that is left
+    after: Place = (0, 0)  # where reading goes on behind it
 
 
 def find_files(inputs: Iterable[str | Path]) -> list[Path]:
@@ -58,15 +68,18 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
     return files
 
 
-def read_documents(file: Path, field: str = "text") -> Iterator[Document]:
-    """Documents of one file, in its order; `field` names the text in JSON lines and Parquet."""
+def read_documents(file: Path, field: str = "text", longest: int = LONGEST) -> Iterator[Document]:
+    """Documents of one file, in its order; `field` names the text in JSON lines and Parquet.
+
+    longest: bytes (of the line, in JSON lines) above which a document is `Bad.huge`.
+    """
     if file.name.endswith(TEXT):
-        data = file.read_bytes()
-        yield Document(_decode(data), len(data))
+        size = file.stat().st_size
+        yield Document(Bad.huge if size > longest else _decode(file.read_bytes()), size)
     elif file.name.endswith(PARQUET):
-        yield from _read_parquet(file, field)
+        yield from _read_parquet(file, field, longest)
     else:
-        yield from _read_jsonl(file, field)
+        yield from _read_jsonl(file, field, longest)
 
 
 def checked(text: object) -> str | Bad:
@@ -98,42 +111,59 @@ def _known(path: Path) -> bool:
     return path.name.endswith(SUFFIXES)
 
 
-def _read_jsonl(file: Path, field: str) -> Iterator[Document]:
+def _read_jsonl(file: Path, field: str, longest: int) -> Iterator[Document]:
     with file.open("rb") as raw:
         try:
-            for line in _lines(file, raw):
-                if not line.isspace():
+            for line in _lines(_chunks(file, raw), longest):
+                if line is None:
+                    yield Document(Bad.huge, raw.tell())
+                elif line and not line.isspace():
                     yield Document(_parse(line, field), raw.tell())
         except (EOFError, OSError, zlib.error) as error:
             raise DataError(f"{file} is truncated or damaged: {error}") from error
 
 
-def _lines(file: Path, raw: IO[bytes]) -> Iterable[bytes]:
-    if file.name.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)
+def _lines(chunks: Iterable[bytes], longest: int) -> Iterator[bytes | None]:
+    """Lines without their ends; None for one of more than `longest` bytes, never held whole."""
+    begun: list[bytes] = []  # of the line that the chunks so far have not ended
+    size = 0
+    for chunk in chunks:
+        first, *lines = chunk.split(b"\n")
+        size += len(first)
+        begun = [*begun, first] if size <= longest else []
+        if not lines:
+            continue
+        yield b"".join(begun) if size <= longest else None
+        *whole, rest = lines
+        for line in whole:
+            yield line if len(line) <= longest else None
+        begun, size = [rest], len(rest)
+    yield b"".join(begun) if size <= longest else None
+
+
+def _chunks(file: Path, raw: IO[bytes]) -> Iterator[bytes]:
     if file.name.endswith(".zst"):
-        return _zstandard_lines(raw, optional("zstandard", f"reading {file}"))
-    return raw
+        yield from _zstandard_chunks(raw, optional("zstandard", f"reading {file}"))
+        return
+    stream: Any = gzip.GzipFile(fileobj=raw) if file.name.endswith(".gz") else raw
+    while data := stream.read(READ):
+        yield data
 
 
-def _zstandard_lines(raw: IO[bytes], library: Any) -> Iterator[bytes]:
-    """Lines of all frames. The library's own reader ends silently where a file is cut off."""
-    frame, rest = None, b""
-    while data := raw.read(1 << 17):
+def _zstandard_chunks(raw: IO[bytes], library: Any) -> Iterator[bytes]:
+    """Content of all frames. The library's own reader ends silently where a file is cut off."""
+    frame = None
+    while data := raw.read(READ):
         while data:
             frame = frame or library.ZstdDecompressor().decompressobj()
             try:
-                rest += frame.decompress(data)
+                yield frame.decompress(data)
             except library.ZstdError as error:
                 raise EOFError(str(error)) from error
             data = frame.unused_data if frame.eof else b""
             frame = None if frame.eof else frame
-        *lines, rest = rest.split(b"\n")
-        yield from (line for line in lines if line)
     if frame is not None:
         raise EOFError("it ends inside a frame")
-    if rest:
-        yield rest
 
 
 def _parse(line: bytes, field: str) -> str | Bad:
@@ -146,7 +176,7 @@ def _parse(line: bytes, field: str) -> str | Bad:
     return checked(record.get(field)) if isinstance(record, dict) else Bad.field
 
 
-def _read_parquet(file: Path, field: str) -> Iterator[Document]:
+def _read_parquet(file: Path, field: str, longest: int) -> Iterator[Document]:
     arrow = optional("pyarrow", f"reading {file}")
     parquet = importlib.import_module("pyarrow.parquet")
     try:
@@ -170,7 +200,9 @@ def _read_parquet(file: Path, field: str) -> Iterator[Document]:
             for batch in table.iter_batches(batch_size=ROWS, columns=[field]):
                 for value in batch.column(0).cast(binary).to_pylist():
                     done += 1
-                    content = Bad.field if value is None else _decode(value)
+                    content: str | Bad = Bad.field
+                    if value is not None:
+                        content = _decode(value) if len(value) <= longest else Bad.huge
                     yield Document(content, size * done // rows)
         except (arrow.ArrowException, OSError) as error:
             raise DataError(f"{file} is damaged: {error}") from error

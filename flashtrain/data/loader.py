@@ -1,9 +1,8 @@
 """Micro-batches of any optimizer step, for one data-parallel rank, read ahead in the background.
 
-Samples are the blocks of `sequence_length` tokens that lie end to end in the data, each read with
-one token more for the shifted labels. Step s takes positions s * batch_size up to
-(s + 1) * batch_size - 1 of the order (sampler.py) and rank r of n its r-th contiguous part. So the
-global batch depends on the seed and the step only, and resuming means asking for another step.
+Step s takes the next batch_size sequences of the endless order (samples.py), s * batch_size and
+after where the batch has no ramp, and rank r of n their r-th contiguous part. So the global batch
+depends on the seed and the step only, and resuming means asking for another step.
 """
 
 import threading
@@ -17,15 +16,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flashtrain.data.sampler import sample_index
-from flashtrain.data.shards import DataError, Dataset
+from flashtrain.data.mapped import DataError
+from flashtrain.data.ramp import Ramp
+from flashtrain.data.samples import Mixture, Samples
 
 PREFETCH = 2  # steps read ahead: one hides reading, the second a slow disk's occasional pause
 
 
 class Batch(NamedTuple):
     tokens: Tensor  # [b, T] int64
-    labels: Tensor  # [b, T] int64: the token after each one
+    labels: Tensor  # [b, T] int64: the token after each one; -100 where there is none to learn
+    # [b, T] int64, a run of equal numbers is a document; None: tokens see all before them
+    documents: Tensor | None = None
 
 
 class DataLoader:
@@ -37,40 +39,33 @@ class DataLoader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        samples: Samples,
         *,
-        sequence_length: int,
         batch_size: int,
         micro_batch_size: int,
-        seed: int,
         data_rank: int = 0,
         data_size: int = 1,
         device: torch.device | str = "cpu",
-        validation: Dataset | None = None,
+        validation: Samples | None = None,
+        ramp: Ramp | None = None,
     ) -> None:
         """Sizes as in DataConfig; `data_rank` of `data_size` is this rank on the data axis.
 
-        Raises DataError for a batch that does not divide and for less data than one sequence.
+        ramp: to smaller batches and shorter sequences at the start. Raises DataError for a batch
+        that does not divide.
         """
         if not 0 <= data_rank < data_size:
             raise DataError(f"data rank {data_rank} is not one of {data_size} data ranks")
-        if batch_size % (micro_batch_size * data_size):
-            raise DataError(
-                f"batch_size={batch_size} is not divisible by micro_batch_size={micro_batch_size} "
-                f"x {data_size} data ranks"
-            )
-        self.dataset, self.validation = dataset, validation
-        self.sequence_length, self.batch_size = sequence_length, batch_size
-        self.micro_batch_size, self.seed = micro_batch_size, seed
+        self.ramp = ramp or Ramp(batch_size, samples.sequence_length)
+        for stage in self.ramp.stages:
+            check_batch(stage.batch_size, micro_batch_size, data_size)
+        self.samples, self.validation = samples, validation
+        self.micro_batch_size = micro_batch_size
         self.data_rank, self.data_size = data_rank, data_size
         self.device = _numbered(torch.device(device))
-        self.n_samples = count_samples(dataset, sequence_length)
-        self.n_validation_samples = (
-            count_samples(validation, sequence_length) if validation is not None else 0
-        )
         self.data_time = 0.0
         self._reader = _Reader(
-            lambda step: self._read(self.dataset, self._samples(step)), self.device
+            lambda step: self._read(self.samples, self._numbers(step)), self.device
         )
 
     def step(self, step: int) -> list[Batch]:
@@ -82,7 +77,7 @@ class DataLoader:
         began = time.perf_counter()
         block = self._reader.get(step)
         self.data_time += time.perf_counter() - began
-        return self._to_batches(block)
+        return self._to_batches(block, self.ramp.stage(step).length)
 
     def evaluation(self, n_sequences: int) -> Iterator[Batch]:
         """This rank's part of the first `n_sequences` held-out samples, in their order."""
@@ -92,10 +87,11 @@ class DataLoader:
             raise DataError(
                 f"{n_sequences} evaluation sequences do not divide over {self.data_size} data ranks"
             )
-        if not 0 < n_sequences <= self.n_validation_samples:
+        there = self.validation.n_samples
+        if not 0 < n_sequences <= there:
             raise DataError(
                 f"{n_sequences} evaluation sequences were asked for and {self.validation.name} "
-                f"holds {self.n_validation_samples} of {self.sequence_length} tokens: set "
+                f"holds {there} of {self.validation.sequence_length} tokens: set "
                 "trainer.evaluate_sequences within that or prepare more held-out text"
             )
         part = n_sequences // self.data_size
@@ -103,7 +99,13 @@ class DataLoader:
         for start in range(first, first + part, self.micro_batch_size):
             stop = min(start + self.micro_batch_size, first + part)
             block = self._read(self.validation, np.arange(start, stop))
-            yield from self._to_batches(block)
+            yield from self._to_batches(block, self.validation.sequence_length)
+
+    def counters(self, steps: int) -> dict[str, float]:
+        """Of a mixture, what the first `steps` optimizer steps took from each source."""
+        if not isinstance(self.samples, Mixture):
+            return {}
+        return self.samples.counters(self.ramp.first_sample(steps))
 
     def close(self) -> None:
         """End the background thread and wait for it. Closing twice does nothing."""
@@ -120,45 +122,41 @@ class DataLoader:
     ) -> None:
         self.close()
 
-    def _samples(self, step: int) -> NDArray[np.int64]:
-        """Sample numbers [batch_size / data_size] of this rank in step `step`."""
-        part = self.batch_size // self.data_size
-        first = step * self.batch_size + self.data_rank * part
-        return sample_index(self.seed, np.arange(first, first + part), self.n_samples)
+    def _numbers(self, step: int) -> NDArray[np.int64]:
+        """Of the samples [batch_size / data_size] of this rank in step `step`."""
+        part = self.ramp.stage(step).batch_size // self.data_size
+        first = self.ramp.first_sample(step) + self.data_rank * part
+        return np.arange(first, first + part)
 
-    def _read(self, dataset: Dataset, samples: NDArray[np.int64]) -> Tensor:
-        """[2, n, T] int64, tokens and labels, in pinned memory if the device is a GPU."""
-        length = self.sequence_length
+    def _read(self, samples: Samples, numbers: NDArray[np.int64]) -> Tensor:
+        """[2 or 3, n, T] int64 as `Samples.fill` has it; in pinned memory for a GPU."""
         pin = self.device.type == "cuda"
-        block = torch.empty((2, len(samples), length), dtype=torch.int64, pin_memory=pin)
-        ids = np.stack([dataset.read(i * length, length + 1) for i in samples.tolist()])
-        tokens, labels = block.numpy()
-        tokens[:], labels[:] = ids[:, :-1], ids[:, 1:]
+        shape = (3 if samples.packed else 2, len(numbers), samples.sequence_length)
+        block = torch.empty(shape, dtype=torch.int64, pin_memory=pin)
+        samples.fill(numbers, block.numpy())
         return block
 
-    def _to_batches(self, block: Tensor) -> list[Batch]:
-        # one copy for tokens and labels of all micro-batches; pinned memory is not used again
-        # before it is through, which PyTorch's allocator sees to
+    def _to_batches(self, block: Tensor, length: int) -> list[Batch]:
+        """Micro-batches of as many tokens each, in sequences of `length`."""
+        # one copy for all rows of all micro-batches; pinned memory is not used again before it is
+        # through, which PyTorch's allocator sees to
         moved = block.to(self.device, non_blocking=True)
-        return [Batch(part[0], part[1]) for part in torch.split(moved, self.micro_batch_size, 1)]
+        parts = torch.split(moved, self.micro_batch_size, 1)
+        return [Batch(*part.reshape(len(part), -1, length)) for part in parts]
+
+
+def check_batch(batch_size: int, micro_batch_size: int, data_size: int) -> None:
+    """DataError for a batch that micro-batches and data ranks do not divide."""
+    if batch_size % (micro_batch_size * data_size):
+        raise DataError(
+            f"batch_size={batch_size} is not divisible by micro_batch_size={micro_batch_size} "
+            f"x {data_size} data ranks"
+        )
 
 
 def _numbered(device: torch.device) -> torch.device:
-    """`cuda` as this thread means it: the reading thread stands on GPU 0, whatever this one does."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def count_samples(dataset: Dataset, sequence_length: int) -> int:
-    """Blocks of `sequence_length` tokens in `dataset`, each with a token after it; at least 1."""
-    n_samples = (dataset.tokens - 1) // sequence_length
-    if n_samples < 1:
-        raise DataError(
-            f"{dataset.name} has {dataset.tokens:,} tokens and one sequence needs "
-            f"{sequence_length + 1:,}: set a smaller data.sequence_length or prepare more text"
-        )
-    return n_samples
+    """`cuda` as this thread means it: the reading thread stands on GPU 0 whatever this one does."""
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
 class _Reader:

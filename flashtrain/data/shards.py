@@ -10,9 +10,7 @@ Opening checks everything that costs no reading: a folder that opens has files o
 and ids inside the vocabulary. `TokenShards.verify` reads it all and compares checksums.
 """
 
-import functools
 import json
-from bisect import bisect_right
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,19 +19,15 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from flashtrain.data.mapped import DataError as DataError  # the rest of the package imports it here
+from flashtrain.data.mapped import MappedTokens, Piece
 from flashtrain.data.sampler import splitmix64
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 PREPARE = "make it again with `python scripts/prepare_data.py INPUT... --output FOLDER`"
-# an open map holds a file descriptor, of which a process has 1024 by default
-OPEN_MAPS = 256
 CHUNK = 1 << 24  # tokens that full passes take at a time: 64 MiB at most
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on, said in one sentence."""
 
 
 class Dataset(Protocol):
@@ -143,18 +137,16 @@ class TokenShards:
                 f"{self.folder} has a tokenizer of {self.vocabulary} ids and the model's "
                 f"vocabulary is {vocabulary}; set model.vocabulary to {self.vocabulary} or more"
             )
-        self._starts = [0]  # token at which each file begins
         for file in self.split.files:
             self._check(file)
-            self._starts.append(self._starts[-1] + file.tokens)
-        self.tokens = self._starts.pop()
+        pieces = [Piece(self.folder / f.name, self.dtype, f.tokens) for f in self.split.files]
+        self._line = MappedTokens(self.name, pieces)
+        self.tokens = self._line.tokens
         if self.tokens != self.split.tokens:
             raise DataError(
                 f"{self.folder / MANIFEST} counts {self.split.tokens:,} tokens in {split} but its "
                 f"files hold {self.tokens:,}; {PREPARE}"
             )
-        # thread-safe, and a bound on file descriptors
-        self._map = functools.lru_cache(maxsize=OPEN_MAPS)(self._open)
 
     def _check(self, file: ShardFile) -> None:
         path = self.folder / file.name
@@ -179,33 +171,14 @@ class TokenShards:
                 f"{PREPARE}"
             )
 
-    def _open(self, index: int) -> NDArray[Any]:
-        path = self.folder / self.split.files[index].name
-        # a plain array over the map: indexing np.memmap itself is ten times slower
-        return np.asarray(np.memmap(path, dtype=self.dtype, mode="r"))
-
     def read(self, start: int, length: int) -> NDArray[Any]:
         """Ids [length] from token `start`: a view inside one file, a copy across files."""
-        stop = start + length
-        if start < 0 or length < 0 or stop > self.tokens:
-            raise DataError(
-                f"tokens {start:,} to {stop:,} were asked of {self.name}, which has {self.tokens:,}"
-            )
-        index = bisect_right(self._starts, start) - 1
-        offset = start - self._starts[index]
-        if offset + length <= self.split.files[index].tokens:
-            return self._map(index)[offset : offset + length]
-        parts = []
-        while length:
-            part = self._map(index)[offset : offset + length]
-            parts.append(part)
-            index, offset, length = index + 1, 0, length - len(part)
-        return np.concatenate(parts)
+        return self._line.read(start, length)
 
     def verify(self) -> None:
         """Read every byte: DataError for the first file whose checksum or largest id is not so."""
         for index, file in enumerate(self.split.files):
-            data, checksum, top = self._map(index), xxhash.xxh3_64(), 0
+            data, checksum, top = self._line.map(index), xxhash.xxh3_64(), 0
             for at in range(0, len(data), CHUNK):
                 part = data[at : at + CHUNK]
                 checksum.update(part.data)
@@ -220,6 +193,27 @@ class TokenShards:
                     f"{self.folder / file.name} holds id {top} and {MANIFEST} says that "
                     f"{file.max_id} is the largest; {PREPARE}"
                 )
+
+
+class Part:
+    """Tokens `start` to `stop` of another data set."""
+
+    def __init__(self, whole: Dataset, start: int, stop: int) -> None:
+        if not 0 <= start < stop <= whole.tokens:
+            raise DataError(
+                f"tokens {start:,} to {stop:,} are no part of {whole.name}, which has "
+                f"{whole.tokens:,}: hold fewer tokens out"
+            )
+        self.whole, self.start, self.tokens = whole, start, stop - start
+        self.name, self.vocabulary = f"a part of {whole.name}", whole.vocabulary
+
+    def read(self, start: int, length: int) -> NDArray[Any]:
+        if not 0 <= start <= start + length <= self.tokens:
+            raise DataError(
+                f"tokens {start:,} to {start + length:,} were asked of {self.name}, which has "
+                f"{self.tokens:,}"
+            )
+        return self.whole.read(self.start + start, length)
 
 
 class RandomTokens:

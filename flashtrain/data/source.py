@@ -1,16 +1,50 @@
 """The tokens a config names: made here where they can be, opened, and held against the config."""
 
 import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from flashtrain.compose import check_layout
-from flashtrain.config import Config, ConfigError, Source, TokenizerKind
-from flashtrain.data.loader import DataLoader, count_samples
+from flashtrain.config import (
+    Config,
+    ConfigError,
+    DataFormat,
+    MixSource,
+    Packing,
+    Source,
+    TokenizerKind,
+)
+from flashtrain.data.foreign import is_foreign, open_foreign
+from flashtrain.data.loader import DataLoader, check_batch
+from flashtrain.data.mixture import Mix, phases
+from flashtrain.data.packing import PackedDocuments, open_plan
 from flashtrain.data.prepare import prepare_shakespeare
-from flashtrain.data.shards import RandomTokens, TokenShards
+from flashtrain.data.published import find_tokenizer
+from flashtrain.data.ramp import Ramp
+from flashtrain.data.samples import Blocks, Mixture, Samples, Shuffled, source_seed
+from flashtrain.data.shards import (
+    MANIFEST,
+    DataError,
+    Dataset,
+    Manifest,
+    Part,
+    RandomTokens,
+    TokenShards,
+)
+from flashtrain.data.tokenizer import Tokenizer, load_tokenizer
+from flashtrain.layout import check_layout, check_sequence, data_ranks
 
 VOCABULARY_STEP = 128  # a head whose width is a multiple of 128 fills the matrix units' tiles
+FIRST_LOOK = 1 << 20  # tokens of a foreign file that are held against the vocabulary at the door
+
+
+@dataclass(frozen=True)
+class Ids:
+    """What token ids mean; None where nothing says it."""
+
+    size: int | None
+    end_of_text: int | None
 
 
 def prepare_source(config: Config, world_size: int) -> Config:
@@ -19,6 +53,7 @@ def prepare_source(config: Config, world_size: int) -> Config:
     Called once, on one process. Raises ConfigError or DataError before anything else is touched.
     """
     data, model = config.data, config.model
+    _check_ramp(config)
     if data.source is Source.random:
         return config
     if data.source is Source.shakespeare and data.path is None:
@@ -26,24 +61,30 @@ def prepare_source(config: Config, world_size: int) -> Config:
         data = dataclasses.replace(data, path=f"data/shakespeare-{data.tokenizer.name}{size}")
         assert data.path is not None
         prepare_shakespeare(data.path, data.tokenizer.name, data.tokenizer_vocabulary)
-    assert data.path is not None
-    shards = TokenShards(data.path, "train")
-    count_samples(shards, data.sequence_length)
-    held_out = count_samples(TokenShards(data.path, "validation"), data.sequence_length)
-    if config.trainer.evaluate_sequences > held_out:
+        config = dataclasses.replace(config, data=data)
+    size_of_ids = read_ids(config).size
+    if size_of_ids is None and model.vocabulary is None:
+        raise ConfigError(
+            f"nothing says what the ids of {_spoken(config)} are: name their tokenizer with "
+            "data.tokenizer_path, or set model.vocabulary (then no samples are written)"
+        )
+    vocabulary = model.vocabulary
+    if vocabulary is None:
+        assert size_of_ids is not None
+        vocabulary = -(-size_of_ids // VOCABULARY_STEP) * VOCABULARY_STEP
+    if vocabulary < (size_of_ids or 0):
+        raise ConfigError(
+            f"model.vocabulary={vocabulary} is smaller than the {size_of_ids} tokens of "
+            f"{_spoken(config)}: raise it to {size_of_ids} or more, or leave it null"
+        )
+    config = dataclasses.replace(config, model=dataclasses.replace(model, vocabulary=vocabulary))
+    _, validation = open_samples(config)
+    if config.trainer.evaluate_sequences > validation.n_samples:
         raise ConfigError(
             f"trainer.evaluate_sequences={config.trainer.evaluate_sequences} is more than the "
-            f"{held_out} held-out sequences of {data.sequence_length} tokens in {data.path}: "
-            "lower it or prepare more text"
+            f"{validation.n_samples} held-out sequences of {data.sequence_length} tokens in "
+            f"{_spoken(config)}: lower it or prepare more text"
         )
-    vocabulary = model.vocabulary or -(-shards.vocabulary // VOCABULARY_STEP) * VOCABULARY_STEP
-    if vocabulary < shards.vocabulary:
-        raise ConfigError(
-            f"model.vocabulary={vocabulary} is smaller than the {shards.vocabulary} tokens of "
-            f"{data.path}: raise it to {shards.vocabulary} or more, or leave it null"
-        )
-    model = dataclasses.replace(model, vocabulary=vocabulary)
-    config = dataclasses.replace(config, model=model, data=data)
     check_layout(config, world_size)
     return config
 
@@ -51,22 +92,168 @@ def prepare_source(config: Config, world_size: int) -> Config:
 def open_loader(config: Config, data_rank: int, data_size: int, device: torch.device) -> DataLoader:
     """The batches of one data-parallel rank, training and held-out, after `prepare_source`."""
     assert config.data.micro_batch_size is not None
+    train, validation = open_samples(config)
     return DataLoader(
-        _open(config, "train"),
-        sequence_length=config.data.sequence_length,
+        train,
         batch_size=config.data.batch_size,
         micro_batch_size=config.data.micro_batch_size,
-        seed=config.seed,
         data_rank=data_rank,
         data_size=data_size,
         device=device,
-        validation=_open(config, "validation"),
+        validation=validation,
+        ramp=_ramp(config),
     )
 
 
-def _open(config: Config, split: str) -> TokenShards | RandomTokens:
+def open_tokenizer(config: Config) -> Tokenizer | None:
+    """What turns the ids of `config`'s data into text; None where nothing says what they mean."""
     if config.data.source is Source.random:
-        assert config.model.vocabulary is not None
-        return RandomTokens(config.model.vocabulary, config.seed + (split != "train"))
-    assert config.data.path is not None
-    return TokenShards(config.data.path, split)
+        return None
+    if config.data.tokenizer_path is not None:
+        return find_tokenizer(config.data.tokenizer_path)
+    own = [source.path for source in _sources(config).values() if _is_own(source)]
+    return load_tokenizer(own[0]) if own else None
+
+
+def open_samples(config: Config) -> tuple[Samples, Samples]:
+    """Training sequences in their endless order, and held-out ones; `model.vocabulary` is known.
+
+    Where to pack documents best is worked out on the first call and kept in the run's folder.
+    Held-out documents are not packed best, only kept apart: they are few.
+    """
+    data, vocabulary = config.data, config.model.vocabulary
+    assert vocabulary is not None
+    T = data.sequence_length
+    if data.source is Source.random:
+        made = [Blocks(RandomTokens(vocabulary, config.seed + i), T) for i in range(2)]
+        return Shuffled(made[0], config.seed), made[1]
+    ids = read_ids(config)
+    limit = ids.size or vocabulary
+    end = None
+    if data.packing is not Packing.none:
+        if ids.end_of_text is None:
+            raise ConfigError(
+                f"data.packing={data.packing.name} needs the id that ends a document: name the "
+                f"tokenizer of {_spoken(config)} with data.tokenizer_path"
+            )
+        end = ids.end_of_text
+    sources = _sources(config)
+    train: dict[str, Samples] = {}
+    held_out: dict[str, Samples] = {}
+    for name, source in sources.items():
+        tokens = open_split(source, "train", limit)
+        if data.validation_tokens is not None:
+            kept = tokens.tokens - data.validation_tokens
+            held_out[name] = Blocks(Part(tokens, kept, tokens.tokens), T, end)
+            tokens = Part(tokens, 0, kept)
+        elif data.validation_path is None:
+            held_out[name] = Blocks(open_split(source, "validation", limit), T, end)
+        seed = source_seed(config.seed, name) if data.sources else config.seed
+        blocks: Samples = Blocks(tokens, T, end)
+        if data.packing is Packing.best_fit:
+            assert end is not None and config.run_dir is not None
+            plan = open_plan(tokens, T, end, Path(config.run_dir) / "packing")
+            blocks = PackedDocuments(tokens, T, end, plan)
+        train[name] = Shuffled(blocks, seed)
+    if data.validation_path is not None:
+        return _mixed(config, train), Blocks(_open_held_out(data.validation_path, limit), T, end)
+    return _mixed(config, train), _mixed(config, held_out, endless=False)
+
+
+def read_ids(config: Config) -> Ids:
+    """Of the tokenizer that all sources share; DataError where they do not."""
+    sizes: dict[str, Ids] = {}  # by fingerprint
+    told: dict[str, str] = {}
+    if config.data.tokenizer_path is not None:
+        tokenizer = find_tokenizer(config.data.tokenizer_path)
+        sizes[tokenizer.fingerprint] = Ids(tokenizer.size, tokenizer.end_of_text)
+        told[tokenizer.fingerprint] = f"data.tokenizer_path={config.data.tokenizer_path}"
+    for source in _sources(config).values():
+        if _is_own(source):
+            manifest = Manifest.load(Path(source.path))
+            sizes[manifest.tokenizer] = Ids(manifest.vocabulary, manifest.end_of_text)
+            told.setdefault(manifest.tokenizer, source.path)
+    if len(told) > 1:
+        one, other, *_ = told.values()
+        raise DataError(
+            f"{one} and {other} have different tokenizers, so an id means different text: prepare "
+            "one of them again with the tokenizer of the other"
+        )
+    return next(iter(sizes.values()), Ids(None, None))
+
+
+def _mixed(config: Config, parts: dict[str, Samples], endless: bool = True) -> Samples:
+    data = config.data
+    if not data.sources:
+        return next(iter(parts.values()))
+    first = {name: source.weight for name, source in data.sources.items()}
+    changes = [(change.at_tokens, change.weights) for change in data.mix_changes if endless]
+    mix = Mix(phases(list(parts), first, changes, data.sequence_length))
+    return Mixture(parts, mix, endless=endless)
+
+
+def _sources(config: Config) -> dict[str, MixSource]:
+    data = config.data
+    if data.sources:
+        return data.sources
+    assert data.path is not None
+    return {"": MixSource(data.path, 1.0, data.format)}
+
+
+def open_split(source: MixSource, split: str, vocabulary: int) -> Dataset:
+    """The tokens of one split of `source`, ids below `vocabulary`; DataError where it has none."""
+    if _is_own(source):
+        return TokenShards(Path(source.path), split, vocabulary=vocabulary)
+    kind = None if source.format is DataFormat.auto else source.format.name
+    tokens = open_foreign(source.path, split, vocabulary, kind)
+    if tokens is None and split == "train":
+        raise DataError(f"{source.path} is no file, folder or pattern of {source.format.name} data")
+    if tokens is None:
+        raise DataError(
+            f"{source.path} has no validation split: name data to evaluate on with "
+            "data.validation_path, or hold the last tokens out with data.validation_tokens"
+        )
+    tokens.read(0, min(FIRST_LOOK, tokens.tokens))
+    return tokens
+
+
+def _open_held_out(path: str, vocabulary: int) -> Dataset:
+    """The validation split of `path`, or all of it where it is not split."""
+    source = MixSource(path)
+    if _is_own(source):
+        return TokenShards(path, "validation", vocabulary=vocabulary)
+    found = open_foreign(path, "validation", vocabulary)
+    return found or open_split(source, "train", vocabulary)
+
+
+def _is_own(source: MixSource) -> bool:
+    """Also where there is nothing or an unfinished folder, which our own shards say best."""
+    if source.format is not DataFormat.auto:
+        return source.format is DataFormat.flashtrain
+    folder = Path(source.path)
+    ours = (folder / MANIFEST).is_file() or any(folder.glob("*-[0-9][0-9][0-9][0-9][0-9].bin"))
+    return ours or not is_foreign(source.path)
+
+
+def _ramp(config: Config) -> Ramp:
+    data = config.data
+    early = [(stage.until_tokens, stage.batch_size, stage.sequence_length) for stage in data.ramp]
+    return Ramp(data.batch_size, data.sequence_length, early)
+
+
+def _check_ramp(config: Config) -> None:
+    """Refuse stages that the layout does not divide, before workers start."""
+    tensor, micro_batch = config.parallel.tensor, config.data.micro_batch_size
+    assert tensor is not None and micro_batch is not None
+    for stage in _ramp(config).stages:
+        check_batch(stage.batch_size, micro_batch, data_ranks(config.parallel))
+        if stage.length % tensor:
+            raise ConfigError(
+                f"sequences of {stage.length} tokens in data.ramp do not divide over "
+                f"parallel.tensor={tensor}"
+            )
+        check_sequence(stage.length, config.parallel, "data.ramp: sequence_length")
+
+
+def _spoken(config: Config) -> str:
+    return ", ".join(source.path for source in _sources(config).values())

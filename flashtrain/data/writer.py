@@ -1,15 +1,7 @@
-"""Writes a folder of token shards: under a temporary name, manifest last, then renamed.
+"""Writes token shards and their manifest; can put a writer back to where its state was taken."""
 
-Nobody ever sees half a folder. Of two processes that prepare the same folder at once, one renames
-first and the other one finds a finished folder in its place.
-"""
-
-import errno
 import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +9,16 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from flashtrain.data.shards import DTYPES, MANIFEST, DataError, Manifest, ShardFile, Split, entropy
+from flashtrain.data.shards import (
+    CHUNK,
+    DTYPES,
+    MANIFEST,
+    DataError,
+    Manifest,
+    ShardFile,
+    Split,
+    entropy,
+)
 
 DEFAULT_SHARD_TOKENS = 100_000_000  # 200 MB of uint16
 
@@ -36,7 +37,7 @@ class SplitWriter:
         self.documents = 0
         self.text_bytes = 0
         self._files: list[ShardFile] = []
-        self._stream: IO[bytes] | None = None
+        self._stream: IO[Any] | None = None
         self._tokens = self._max_id = 0  # of the file that is open
 
     def append(self, ids: NDArray[Any], documents: int, text_bytes: int) -> None:
@@ -59,6 +60,47 @@ class SplitWriter:
             if self._tokens == self.limit:
                 self._end()
 
+    def state(self) -> dict[str, Any]:
+        """JSON of where the writer stands, without `counts`; what it wrote so far is on disk."""
+        if self._stream is not None:
+            self._sync()
+        return {
+            "files": [asdict(file) for file in self._files],
+            "open_tokens": 0 if self._stream is None else self._tokens,
+            "documents": self.documents,
+            "text_bytes": self.text_bytes,
+        }
+
+    def restore(self, state: dict[str, Any], counts: NDArray[np.int64]) -> None:
+        """Go back, in a writer that has written nothing, to a `state` and its counts.
+
+        Files begun since are removed, tokens since are cut off.
+        """
+        self.counts[:] = counts
+        self.documents, self.text_bytes = state["documents"], state["text_bytes"]
+        self._files = [ShardFile(**file) for file in state["files"]]
+        kept = {file.name for file in self._files}
+        tokens = state["open_tokens"]
+        if tokens:
+            self._begin("r+b")
+            kept.add(self._name)
+            self._reread(tokens)
+        for path in self.folder.glob(f"{self.split}-*.bin"):
+            if path.name not in kept:
+                path.unlink()
+
+    def _reread(self, tokens: int) -> None:
+        assert self._stream is not None
+        size, there = tokens * self.dtype.itemsize, os.fstat(self._stream.fileno()).st_size
+        if there < size:
+            raise DataError(f"{self.folder / self._name} lost {size - there} of {size} bytes")
+        self._stream.truncate(size)
+        while data := self._stream.read(CHUNK * self.dtype.itemsize):
+            self._checksum.update(data)
+            part = np.frombuffer(data, self.dtype)
+            self._tokens += len(part)
+            self._max_id = max(self._max_id, int(part.max()))
+
     def close(self) -> Split:
         if self._stream is not None:
             self._end()
@@ -71,16 +113,20 @@ class SplitWriter:
             files=tuple(self._files),
         )
 
-    def _begin(self) -> None:
+    def _begin(self, mode: str = "wb") -> None:
         self._name = f"{self.split}-{len(self._files):05d}.bin"
-        self._stream = (self.folder / self._name).open("wb")
+        self._stream = (self.folder / self._name).open(mode)
         self._checksum = xxhash.xxh3_64()
         self._tokens = self._max_id = 0
 
-    def _end(self) -> None:
+    def _sync(self) -> None:
         assert self._stream is not None
         self._stream.flush()
         os.fsync(self._stream.fileno())
+
+    def _end(self) -> None:
+        assert self._stream is not None
+        self._sync()
         self._stream.close()
         self._stream = None
         self._files.append(
@@ -102,53 +148,3 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     partial.rename(folder / MANIFEST)
-
-
-def occupied(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
-
-
-@contextmanager
-def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes `target` when the block ends well.
-
-    Raises DataError where something is already there, unless `force`; also when it appeared while
-    the block ran. An error in the block leaves nothing behind.
-    """
-    target = target.resolve()
-    if target.exists() and not target.is_dir():
-        raise DataError(f"{target} is a file: name another --output")
-    if occupied(target) and not force:
-        raise DataError(f"{target} is not empty: name another --output or add --force")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    mark = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    folder = target.parent / f".{target.name}.tmp-{mark}"
-    folder.mkdir()
-    try:
-        yield folder
-        old = target.parent / f".{target.name}.old-{mark}"
-        if force and occupied(target):
-            target.rename(old)
-        try:
-            folder.rename(target)  # fails on a folder with files in it, which is the lock
-        except OSError as error:
-            if old.exists() and not target.exists():
-                old.rename(target)
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            raise DataError(
-                f"{target} was filled by another process meanwhile: use it, or add --force"
-            ) from error
-        shutil.rmtree(old, ignore_errors=True)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    with suppress(OSError):  # some file systems cannot sync a folder
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from flashtrain.data.loader import Batch, DataLoader
+from flashtrain.data.samples import Blocks, Shuffled
 from flashtrain.data.shards import DataError, RandomTokens, TokenShards
 from tests.flashtrain.data.made import make_shards
 
-SIZES = {"sequence_length": 7, "batch_size": 8, "micro_batch_size": 2, "seed": 3}
+T = 7
+SIZES = {"batch_size": 8, "micro_batch_size": 2}
 
 
 class Line:
@@ -33,14 +35,19 @@ class Line:
 
 
 @contextmanager
-def opened(dataset: Any, **changes: Any) -> Iterator[DataLoader]:
-    with DataLoader(dataset, **(SIZES | changes)) as loader:
+def opened(dataset: Any, seed: int = 3, **changes: Any) -> Iterator[DataLoader]:
+    """A loader over `dataset` shuffled; `validation` too may be a dataset."""
+    if "validation" in changes:
+        changes["validation"] = Blocks(changes["validation"], T)
+    with DataLoader(Shuffled(Blocks(dataset, T), seed), **(SIZES | changes)) as loader:
         yield loader
 
 
 def joined(batches: list[Batch]) -> Tensor:
     """[2, b, T]: tokens and labels of all micro-batches."""
-    return torch.stack([torch.cat(part) for part in zip(*batches, strict=True)])
+    return torch.stack(
+        [torch.cat([b.tokens for b in batches]), torch.cat([b.labels for b in batches])]
+    )
 
 
 def global_batch(dataset: Any, step: int, data_size: int, **changes: Any) -> Tensor:
@@ -55,7 +62,8 @@ def test_batches_have_the_promised_form() -> None:
     with opened(Line(1000)) as loader:
         batches = loader.step(0)
     assert len(batches) == 4
-    for tokens, labels in batches:
+    for tokens, labels, documents in batches:
+        assert documents is None
         assert tokens.shape == labels.shape == (2, 7)
         assert tokens.dtype == labels.dtype == torch.int64
         assert tokens.is_contiguous() and labels.is_contiguous()
@@ -71,6 +79,34 @@ def test_the_global_batch_does_not_depend_on_the_layout(step: int, micro_batch_s
     for data_size in (1, 2, 4):
         spread = global_batch(Line(1000), step, data_size, micro_batch_size=micro_batch_size)
         assert torch.equal(spread, alone)
+
+
+def test_the_order_survives_a_change_of_layout_in_mid_epoch_and_the_epochs_end(
+    tmp_path: Path,
+) -> None:
+    # 1000 tokens are 142 samples: steps 0 to 39 of 8 samples cross two epochs' ends inside a step
+    shards = TokenShards(make_shards(tmp_path / "shards"))
+    one = {"micro_batch_size": 1}
+    with opened(shards, **one) as loader:
+        whole = [joined(loader.step(step)) for step in range(40)]
+    assert sorted((torch.cat(whole, 1)[0, :142, 0] // T).tolist()) == list(range(142))
+    for data_size in (2, 4, 8):
+        parts = []
+        for rank in range(data_size):
+            with opened(shards, data_rank=rank, data_size=data_size, **one) as loader:
+                parts.append([joined(loader.step(step)) for step in range(40)])
+        for step in range(40):
+            assert torch.equal(torch.cat([part[step] for part in parts], 1), whole[step])
+    # 1, 8, 2, 4 and 1 ranks in turn, each from where the last one stopped
+    for data_size, steps in (
+        (1, (0, 5)),
+        (8, (5, 19)),
+        (2, (19, 30)),
+        (4, (30, 36)),
+        (1, (36, 40)),
+    ):
+        for step in range(*steps):
+            assert torch.equal(global_batch(shards, step, data_size, **one), whole[step])
 
 
 def test_a_restart_at_any_step_goes_on_as_if_nothing_happened() -> None:
@@ -96,7 +132,7 @@ def test_steps_come_in_any_order() -> None:
 def test_every_epoch_takes_each_sample_once_in_its_own_order() -> None:
     n_samples = 24  # 3 steps of 8
     with opened(Line(7 * n_samples + 1)) as loader:
-        assert loader.n_samples == n_samples
+        assert loader.samples.n_samples == n_samples
         epochs = []
         for epoch in range(4):
             firsts = [joined(loader.step(3 * epoch + i))[0, :, 0] for i in range(3)]
@@ -196,7 +232,7 @@ def test_close_ends_the_thread() -> None:
         return [thread for thread in threading.enumerate() if thread.name == "data"]
 
     before = len(threads())
-    loader = DataLoader(Line(1000), **SIZES)
+    loader = DataLoader(Shuffled(Blocks(Line(1000), T), 3), **SIZES)
     assert len(threads()) == before  # nothing runs before the first step is known
     loader.step(0)
     assert len(threads()) == before + 1
@@ -210,7 +246,6 @@ def test_close_ends_the_thread() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"sequence_length": 1000}, "has 1,000 tokens and one sequence needs 1,001"),
         ({"batch_size": 7}, "batch_size=7 is not divisible by micro_batch_size=2 x 1 data ranks"),
         ({"data_size": 8}, "batch_size=8 is not divisible by micro_batch_size=2 x 8"),
         ({"data_rank": 2, "data_size": 2}, "data rank 2 is not one of 2"),
@@ -218,8 +253,10 @@ def test_close_ends_the_thread() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(DataError, match=sentence):
-        DataLoader(Line(1000), **(SIZES | changes))
+    with pytest.raises(DataError, match=sentence), opened(Line(1000), **changes):
+        pass
+    with pytest.raises(DataError, match="has 7 tokens and one sequence needs 8"):
+        Blocks(Line(7), 7)
 
 
 def test_evaluation_that_does_not_fit_is_refused() -> None:

@@ -1,32 +1,29 @@
-import gzip
+import io
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
 
 from flashtrain.data import documents
+from flashtrain.data.bars import Bars
+from flashtrain.data.documents import Bad
+from flashtrain.data.inputs import open_input
 from flashtrain.data.prepare import Progress, Recipe, prepare, prepare_shakespeare
 from flashtrain.data.shards import DataError, Manifest, TokenShards, unigram_entropy
 from flashtrain.data.split import held_out
 from flashtrain.data.tokenizer import load_tokenizer
+from tests.flashtrain.data.made import BYTES, TEXTS, contents, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[3]
-TEXTS = [
-    f"document {i}: naïve 漢字 👩‍👩‍👧 <|endoftext|> and {i * i} more words\n" for i in range(60)
-]
-BYTES = Recipe(tokenizer="bytes", validation_share=0.2)
-
-
-def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
-    lines = "".join(json.dumps({key: text, "other": 1}) + "\n" for text in texts)
-    data = lines.encode()
-    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
-    return path
 
 
 def write_parquet(path: Path, texts: list[str | None] | list[bytes], key: str = "text") -> Path:
@@ -48,10 +45,6 @@ def texts_of(folder: Path, split: str) -> list[str]:
 def expected(share: float = 0.2) -> tuple[list[str], list[str]]:
     train = [text for text in TEXTS if not held_out(text, share)]
     return train, [text for text in TEXTS if held_out(text, share)]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "text"])
@@ -105,6 +98,84 @@ def test_output_depends_on_neither_workers_nor_the_day(tmp_path: Path) -> None:
     files = TokenShards(tmp_path / "one").split.files
     assert len(files) > 1
     assert all(file.tokens == 1 << 14 for file in files[:-1])
+
+
+def test_repeated_documents_are_left_out_on_request(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [*TEXTS, TEXTS[3], *TEXTS[:5]])
+    write_jsonl(tmp_path / "b.jsonl", TEXTS[50:])
+    recipe = Recipe("bytes", validation_share=0.2, deduplicate=True)
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    manifest = prepare(files, tmp_path / "out", recipe)
+    assert (texts_of(tmp_path / "out", "train"), texts_of(tmp_path / "out", "validation")) == (
+        expected()
+    )
+    assert manifest.bad_documents == {"duplicate": 16}
+    assert manifest.recipe["deduplicate"] is True
+    assert prepare(files, tmp_path / "all", BYTES).bad_documents == {}
+
+
+def test_documents_longer_than_the_limit_are_counted_and_left_out(tmp_path: Path) -> None:
+    long = "x" * 400_000  # crosses several reads
+    write_jsonl(tmp_path / "a.jsonl", [TEXTS[0], long, TEXTS[1], long])
+    write_jsonl(tmp_path / "b.jsonl.gz", [long, TEXTS[2], long, long, TEXTS[3]])
+    write_parquet(tmp_path / "c.parquet", [long, TEXTS[4]])
+    (tmp_path / "d.txt").write_text(long)
+    (tmp_path / "e.txt").write_text(TEXTS[5])
+    recipe = Recipe("bytes", validation_share=0, longest=300_000)
+    manifest = prepare(sorted(tmp_path.iterdir()), tmp_path / "out", recipe)
+    assert manifest.bad_documents == {"longer than the limit": 7}
+    assert texts_of(tmp_path / "out", "train") == TEXTS[:6]
+
+
+@given(
+    lines=st.lists(st.binary(max_size=30).map(lambda b: b.replace(b"\n", b"")), max_size=12),
+    cuts=st.lists(st.integers(0, 400), max_size=20),
+    longest=st.integers(1, 40),
+)
+@settings(max_examples=200, deadline=None)
+def test_lines_do_not_depend_on_how_they_are_read(
+    lines: list[bytes], cuts: list[int], longest: int
+) -> None:
+    data = b"\n".join(lines)
+    ends = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    chunks = [data[one:two] for one, two in pairwise(ends)]
+    found = list(documents._lines(iter(chunks), longest))
+    assert found == [line if len(line) <= longest else None for line in lines or [b""]]
+
+
+def test_a_hugging_face_data_set_is_streamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "a.jsonl", [*TEXTS, "", " "])
+    name = f"hf:{tmp_path / 'set'}"
+    manifest = prepare([name], tmp_path / "out", BYTES)
+    assert (texts_of(tmp_path / "out", "train"), texts_of(tmp_path / "out", "validation")) == (
+        expected()
+    )
+    assert manifest.source == name
+    assert manifest.bad_documents == {"empty": 2}
+    text = open_input([name], "text")
+    assert [d.content for d in text.read((0, 55))] == [*TEXTS[55:], Bad.empty, Bad.empty]
+    for bad, field, sentence in (
+        (name, "body", "has no column 'body' .it has: text, other"),
+        (f"{name}::dev", "text", "cannot be read: .*dev"),
+    ):
+        with pytest.raises(DataError, match=sentence):
+            prepare([bad], tmp_path / "no", Recipe("bytes", field=field))
+    with pytest.raises(DataError, match="stands beside 1 other inputs"):
+        prepare([name, tmp_path / "set"], tmp_path / "no", BYTES)
+
+
+def test_a_hugging_face_data_set_without_the_package_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="hf:some/set needs the package datasets: `pip install"):
+        prepare(["hf:some/set"], tmp_path / "out", BYTES)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_documents_are_counted_and_left_out(tmp_path: Path) -> None:
@@ -292,3 +363,24 @@ def test_the_script_prepares_and_refuses(tmp_path: Path) -> None:
     again = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert again.returncode == 2
     assert "is not empty" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_bars_are_drawn_of_known_and_unknown_sizes() -> None:
+    text = io.StringIO()
+    for size in (1000, None):
+        with Bars(Console(file=text, force_terminal=True, width=120)) as bars:
+            for done in (0, 10, 20):
+                bars(Progress("tokens", done, 1000 * done, 50 * done, size))
+    assert "writing tokens" in text.getvalue() and "20 documents" in text.getvalue()
+    assert "100 %" in text.getvalue() and "M tokens/s" in text.getvalue()
+
+
+def test_a_tokenizer_trained_apart_is_the_one_prepare_trains(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    command = [sys.executable, str(ROOT / "scripts" / "train_tokenizer.py"), str(source)]
+    command += ["--output", str(tmp_path / "apart"), "--vocabulary", "280"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    found = load_tokenizer(tmp_path / "apart").fingerprint
+    assert f"fingerprint {found}" in done.stdout
+    assert prepare([source], tmp_path / "out", Recipe(vocabulary=280)).tokenizer == found

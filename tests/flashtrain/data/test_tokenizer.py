@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,7 +54,9 @@ def test_awkward_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
 @BOTH
 def test_a_batch_is_its_texts_one_by_one(tokenizer: Tokenizer) -> None:
     texts = [*TEXT, "", f"x{END_OF_TEXT}", "\n"]
-    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    found = tokenizer.encode_batch(texts)
+    assert all(ids.dtype == np.uint32 for ids in found)
+    assert [ids.tolist() for ids in found] == [tokenizer.encode(text) for text in texts]
 
 
 @BOTH
@@ -130,3 +133,13 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path) -> None:
     tree["model"]["vocab"]["other"] = tree["model"]["vocab"].pop(END_OF_TEXT)
     with pytest.raises(DataError, match="no end-of-text token"):
         BpeTokenizer(json.dumps(tree))
+
+
+def test_a_file_made_to_cut_or_pad_does_neither_here(tmp_path: Path) -> None:
+    BPE.save(tmp_path)
+    tree = json.loads((tmp_path / "tokenizer.json").read_text())
+    tree["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst",
+                          "stride": 0}  # fmt: skip
+    tree["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None,
+                       "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}  # fmt: skip
+    assert BpeTokenizer(json.dumps(tree)).encode(TEXT[1]) == BPE.encode(TEXT[1])
