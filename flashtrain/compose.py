@@ -149,6 +149,7 @@ def resolve(config: Config, world_size: int) -> Config:
     for key, value, low, high in (
         ("optimizer.beta1", config.optimizer.beta1, 0, 0.99999),  # 1 would divide by 1 - beta = 0
         ("optimizer.beta2", config.optimizer.beta2, 0, 0.99999),
+        ("optimizer.momentum", config.optimizer.momentum, 0, 0.99999),
         ("schedule.final_ratio", config.schedule.final_ratio, 0, 1),
         ("schedule.decay_share", config.schedule.decay_share, 0, 1),
         ("position.partial_rotary_factor", config.position.partial_rotary_factor, 0, 1),

@@ -27,7 +27,7 @@ Source = Enum("Source", ["shards", "shakespeare", "random"])
 TokenizerKind = Enum("TokenizerKind", ["bpe", "bytes"])
 DataFormat = Enum("DataFormat", ["auto", "flashtrain", "nanogpt", "llmc", "megatron"])
 Packing = Enum("Packing", ["none", "concatenate", "best_fit"])
-OptimizerKind = Enum("OptimizerKind", ["adamw"])
+OptimizerKind = Enum("OptimizerKind", ["adamw", "muon"])
 ScheduleKind = Enum("ScheduleKind", ["cosine", "linear", "wsd", "constant"])
 EngineKind = Enum("EngineKind", ["native", "deepspeed"])
 Compute = Enum("Compute", ["bf16", "fp32"])
@@ -55,6 +55,8 @@ class ModelConfig:
     logit_softcap: float | None = None  # c: logits become c tanh(logits / c)
     init_std: float = 0.02
     word_vectors: str | None = None  # word2vec / GloVe file that token embeddings start from
+    # run folder or checkpoint whose weights training starts from, at step 0 with a new optimizer
+    weights: str | None = None
 
 
 @dataclass
@@ -137,6 +139,7 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    momentum: float = 0.95  # muon, of matrices; beta1, beta2, eps: of all that takes AdamW
     weight_decay: float = 0.1  # on matrices only, never on norms, biases and position tables
     clip_norm: float | None = 1.0  # on the norm of the whole gradient, over all ranks
 
@@ -161,6 +164,7 @@ class ParallelConfig:
     # how attention sees the other parts: gather brings all keys and values to every rank, ring a
     # rank's at a time, ulysses exchanges tokens for heads
     context_kind: ContextKind = ContextKind.gather
+    shard_context: bool = True  # weights are cut over context ranks too; false: copied over them
     shard: int | None = 1  # ranks that each keep a part of the same weights (FSDP, ZeRO)
     replicate: int | None = None  # ranks that keep the same part
     # what `shard` cuts: 1 weights and optimizer state, 2 gradients too, 3 gathered weights too

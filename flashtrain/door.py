@@ -7,11 +7,20 @@ the machine it is to run on.
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flashtrain.config import Config, ConfigError, EngineKind, Packing, PositionKind
+from flashtrain.config import (
+    Config,
+    ConfigError,
+    ContextKind,
+    EngineKind,
+    OptimizerKind,
+    Packing,
+    PositionKind,
+)
 from flashtrain.data.source import prepare_source
 from flashtrain.model.dtypes import DTYPES
 from flashtrain.model.gpt import n_parameters
@@ -37,9 +46,12 @@ def admit(config: Config, world_size: int, local_processes: int) -> Config:
 def describe_attention(config: Config) -> str:
     """Which backend `attention.backend` means for this run, and why. ConfigError if none can."""
     model, tensor = config.model, config.parallel.tensor or 1
+    context, kind = config.parallel.context, config.parallel.context_kind
     assert model.n_kv_heads is not None and model.head_size is not None
     batch, T = config.data.micro_batch_size or 1, config.data.sequence_length
     heads = (model.n_heads // tensor, max(1, model.n_kv_heads // tensor))
+    if context > 1 and kind is ContextKind.ulysses:
+        heads = (heads[0] // context, heads[1] // context)
     rows = (heads[0] + 2 * heads[1]) * model.head_size
     with FakeTensorMode():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,10 +65,15 @@ def describe_attention(config: Config) -> str:
         if config.data.packing is not Packing.none:
             documents = torch.empty(batch, T, device=device, dtype=torch.int64)
         name = config.attention.backend.name
+        options: dict[str, Any] = {"alibi_slopes": slopes, "documents": documents}
+        if context > 1 and kind is not ContextKind.ulysses:
+            q = q[:, : T // (2 * context)]  # a chunk of queries
+            if documents is not None:  # and where documents began before it
+                key_mask = torch.empty(batch, T, device=device, dtype=torch.bool)
+                options = {"alibi_slopes": slopes, "key_mask": key_mask}
+            options["return_lse"] = kind is ContextKind.ring or documents is not None
         try:
-            return explain(
-                q, k, v, causal=True, alibi_slopes=slopes, documents=documents, backend=name
-            )
+            return explain(q, k, v, causal=True, backend=name, **options)
         except ValueError as error:
             raise ConfigError(f"attention.backend={name}: {error}") from error
 
@@ -65,6 +82,12 @@ def _check_files(config: Config) -> None:
     vectors, resume = config.model.word_vectors, config.checkpoint.resume
     if vectors is not None and not Path(vectors).is_file():
         raise ConfigError(f"model.word_vectors={vectors} is not a file")
+    weights = config.model.weights
+    if weights is not None and not Path(weights).is_dir():
+        raise ConfigError(
+            f"model.weights={weights} is not a folder: name a run folder (scripts/import_hf.py makes "
+            "one of a Hugging Face model) or a checkpoint inside one"
+        )
     if resume not in ("auto", "never") and not (Path(resume) / "manifest.json").is_file():
         raise ConfigError(
             f"checkpoint.resume={resume} is not a checkpoint (it has no manifest.json): name a "
@@ -99,9 +122,11 @@ def bytes_per_parameter(config: Config) -> float:
         there: bool = options.get("offload_optimizer", {}).get("device", "none") == "none"
         gradients = compute if zero == 1 else 4 / shard
         return 12 * there / shard + (gathered or compute / shard) + gradients
-    if shard == 1:
-        return 16
     ranks = shard * (parallel.replicate or 1)
+    if parallel.shard_context:
+        shard *= parallel.context
+    if shard == 1:
+        return 12 if config.optimizer.name is OptimizerKind.muon else 16  # one moment, not two
     several = data.batch_size > ranks * (data.micro_batch_size or data.batch_size)
     whole = zero == 1 and several  # gradients wait for the last micro-batch unreduced
     return 12 / shard + gathered + (4 if whole else 4 / shard)
@@ -119,6 +144,6 @@ def _check_memory(config: Config, local_processes: int) -> None:
     if needed > there:
         raise ConfigError(
             f"{parameters:,} parameters need {needed / 2**30:,.1f} GiB per process for weights, "
-            f"gradients and AdamW's moments, and this {where} has {there / 2**30:,.1f}: choose a "
+            f"gradients and optimizer state, and this {where} has {there / 2**30:,.1f}: choose a "
             "smaller model, or a higher parallel.tensor, parallel.shard or parallel.zero"
         )

@@ -5,7 +5,8 @@ import math
 
 from flashtrain.checkpoint import CheckpointError
 from flashtrain.data.loader import DataLoader
-from flashtrain.model.sample import sample
+from flashtrain.model.generate import complete
+from flashtrain.model.sampling import Sampling
 from flashtrain.run import Run
 from flashtrain.trainer import Step
 
@@ -42,7 +43,10 @@ class Log:
                 "train/loss": loss,
                 "train/grad_norm": norm,
                 "train/lr": step.learning_rate,
-                **self.run.speed.read(step.number, self.loader.data_time),
+                **self.run.speed.read(
+                    step.number, self.loader.data_time, self.loader.ramp.tokens(step.number)
+                ),
+                **self.loader.counters(step.number),
             },
         )
 
@@ -77,17 +81,16 @@ class Sample:
         if tokenizer is None or step.interrupted or not _due(step, trainer.sample_every):
             return
         with self.run.speed.pause():
-            ids = sample(
-                self.run.engine.next_token_logits,
-                tokenizer.encode(trainer.sample_prompt) or [tokenizer.end_of_text],
+            prompt = tokenizer.encode(trainer.sample_prompt) or [tokenizer.end_of_text]
+            (drawn,) = complete(
+                self.run.engine.decoder(),
+                [prompt],
                 trainer.sample_tokens,
                 max_length=self.run.config.data.sequence_length,
-                temperature=0.8,
-                seed=self.run.config.seed + step.number,
-                device=self.run.device,
+                sampling=Sampling(temperature=0.8, seed=self.run.config.seed + step.number),
                 n_ids=tokenizer.size,
             )
-        self.run.trackers.text(step.number, "sample", tokenizer.decode(ids))
+        self.run.trackers.text(step.number, "sample", tokenizer.decode(prompt + drawn))
 
 
 class Save:

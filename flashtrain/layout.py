@@ -7,6 +7,7 @@ from flashtrain.config import (
     ConfigError,
     ContextKind,
     EngineKind,
+    OptimizerKind,
     Packing,
     ParallelConfig,
     PositionKind,
@@ -68,7 +69,8 @@ def describe_layout(parallel: ParallelConfig, world_size: int) -> str:
     replicate = world_size // (tensor * context * shard)
     inner = f"tensor {tensor}"
     if context > 1:
-        inner += f" x context {context} ({parallel.context_kind.name})"
+        zero = f", zero {parallel.zero}" if parallel.shard_context else ""
+        inner += f" x context {context} ({parallel.context_kind.name}{zero})"
     if shard == 1:
         return f"{world_size} processes: {inner} x data {replicate}"
     copies = f" x replicate {replicate}" if replicate > 1 else ""
@@ -112,6 +114,13 @@ def check_layout(config: Config, world_size: int) -> None:
     )
     if config.parallel.context > 1:
         check_context(config)
+    need(
+        config.optimizer.name is not OptimizerKind.muon
+        or (config.parallel.shard == 1 and config.engine.name is EngineKind.native),
+        "optimizer=muon makes whole matrices orthogonal and takes no parts of their rows: "
+        f"parallel.shard={config.parallel.shard} with engine={config.engine.name.name} must be 1 "
+        "with native, or take optimizer=adamw",
+    )
     if config.engine.name is EngineKind.deepspeed:
         check_deepspeed(config)
     need(
@@ -141,6 +150,11 @@ def check_context(config: Config) -> None:
     need(
         config.engine.name is not EngineKind.deepspeed,
         f"parallel.context={parallel.context} with engine=deepspeed: use engine=native",
+    )
+    need(
+        config.optimizer.name is not OptimizerKind.muon or not parallel.shard_context,
+        f"optimizer=muon with parallel.context={parallel.context} would get parts of matrices: "
+        "set parallel.shard_context=false, or take optimizer=adamw",
     )
     if parallel.context_kind is ContextKind.ulysses:
         for key, heads in (

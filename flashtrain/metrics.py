@@ -117,7 +117,7 @@ class Speedometer:
         self.world_size, self.device, self.clock = world_size, device, clock
         self.flops = flops_per_token(config.model, config.data.sequence_length)
         self.peak = run_peak(config, device)
-        self.last: tuple[int, float, float] | None = None  # step, time, data seconds
+        self.last: tuple[int, int, float, float] | None = None  # step, tokens, time, data seconds
         self.paused = 0.0  # seconds since the last reading
 
     @contextlib.contextmanager
@@ -132,26 +132,28 @@ class Speedometer:
             self._synchronize()
             self.paused += self.clock() - start
 
-    def read(self, step: int, data_time: float) -> dict[str, float]:
+    def read(self, step: int, data_time: float, tokens: int | None = None) -> dict[str, float]:
         """Figures since the last reading; no speed on the first one, no MFU without a known peak.
 
-        step: optimizer steps done. data_time: seconds waited for data since the start.
+        step: optimizer steps done. data_time: seconds waited for data since the start. tokens: of
+        all steps; None where each has as many.
         """
         metrics = {"perf/memory_gib": peak_memory(self.device) / GIB}
         now = self.clock()
+        tokens = step * self.tokens_per_step if tokens is None else tokens
         if self.last is not None and step > self.last[0]:
-            steps, seconds = step - self.last[0], now - self.last[1] - self.paused
+            steps, seconds = step - self.last[0], now - self.last[2] - self.paused
             seconds = max(seconds, 1e-9)  # a clock that stood still must not end a run
-            rate = steps * self.tokens_per_step / seconds
+            rate = (tokens - self.last[1]) / seconds
             metrics["perf/tokens_per_s"] = rate
             metrics["perf/tokens_per_s_per_gpu"] = rate / self.world_size
             metrics["perf/step_s"] = seconds / steps
-            metrics["perf/data_share"] = min(1.0, max(0.0, data_time - self.last[2]) / seconds)
+            metrics["perf/data_share"] = min(1.0, max(0.0, data_time - self.last[3]) / seconds)
             if self.peak is not None:
                 available = self.peak * 1e12 * self.world_size
                 metrics["perf/mfu"] = rate * self.flops.causal / available
                 metrics["perf/mfu_full"] = rate * self.flops.full / available
-        self.last, self.paused = (step, now, data_time), 0.0
+        self.last, self.paused = (step, tokens, now, data_time), 0.0
         return metrics
 
     def _synchronize(self) -> None:

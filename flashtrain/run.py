@@ -55,8 +55,14 @@ class Run:
         first = int(meta.get("step", 0))
         if self.mesh.rank == 0:
             self._write_folder()
+        start = "starts from its seed"
+        if path is None and self.config.model.weights:
+            weights = checkpoint.locate(Path(self.config.model.weights), self.peers)
+            checkpoint.load(weights, self.engine.state())
+            self.engine.loaded()
+            start = f"starts from the weights of {weights}"
         notes = [
-            f"resumes from {path}" if path else "starts from its seed",
+            f"resumes from {path}" if path else start,
             f"attention: {describe_attention(self.config)}",
         ]
         if path is None and self.config.model.word_vectors and self.tokenizer is not None:

@@ -27,9 +27,10 @@ from flashtrain.trainer import Hook, Trainer
 
 def train(config: Config, device: torch.device) -> None:
     """One run from its newest checkpoint, or from its seed, to its end. Collective."""
-    assert config.parallel.tensor is not None and config.parallel.shard is not None
+    parallel = config.parallel
+    assert parallel.tensor is not None and parallel.shard is not None
     mesh = build_mesh(
-        config.parallel.tensor, TIMEOUT, config.parallel.shard, config.parallel.context
+        parallel.tensor, TIMEOUT, parallel.shard, parallel.context, parallel.shard_context
     )
     engine = build_engine(config, mesh, device)
     loader = open_loader(config, mesh.data.rank, mesh.data.size, device)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.attention import attention, explain
+from kernels.attention import attention, document_bounds, explain
 
 TOKENS, WIDTH = 16384, 2048
 WINDOW = 1024  # keys before a query, of the `window` mask
@@ -60,7 +60,8 @@ class Shape:
         if self.mask == "window":
             found["window"] = (WINDOW, 0)
         if self.mask == "documents":
-            found["documents"] = document_ids(self.length).expand(self.sizes[0], -1)
+            ids = document_ids(self.length).expand(self.sizes[0], -1)
+            found["documents"] = document_bounds(ids)  # once for all layers, as the peers' lengths
         return found
 
     def __str__(self) -> str:

@@ -47,7 +47,10 @@ def measure(case: str, steps: int, warmup: int, device: torch.device) -> dict[st
     config = prepare_source(config, world)
     parallel = config.parallel
     mesh = build_mesh(
-        parallel.tensor or 1, shard=parallel.shard or 1, context=parallel.context
+        parallel.tensor or 1,
+        shard=parallel.shard or 1,
+        context=parallel.context,
+        shard_context=parallel.shard_context,
     )
     torch.cuda.reset_peak_memory_stats()
     engine = build_engine(config, mesh, device)

@@ -1,96 +1,186 @@
-"""Text from a trained run, on one process, whatever layout wrote the checkpoint.
+"""Text from a trained run or an imported model, whatever layout wrote the checkpoint.
 
     python scripts/generate.py run=runs/shakespeare-1a2b3c4d prompt="ROMEO:" tokens=200
+    python scripts/generate.py run=runs/gpt2 prompt="One" prompt="Two" temperature=0 stop="\\n\\n"
+    torchrun --nproc-per-node 2 scripts/generate.py run=runs/llama prompt="Once"   # tensor parallel
 
 run          a run folder (its newest valid checkpoint) or one checkpoint folder inside it
-prompt       the text to go on from (default: a line break)
-tokens       how many to draw (default 200)
+prompt       the text to go on from (default: a line break); several make a batch
+tokens       how many to draw at most (default 200)
 temperature  0 takes the likeliest token always (default 0.8)
-top_k top_p  cut the tail of the distribution (default: off)
-seed         another number, another text (default 0)
+top_k top_p min_p  cut the tail of the distribution (default: off)
+stop         a string at which the text ends, shown without it; several may be given
+end          false goes on past the end of a text (default true)
+seed         another number, another text (default 0); prompt n of a batch takes seed + n
+
+One prompt is printed while it is drawn. Tokens per second and the cache's memory go to stderr.
 """
 
+import os
 import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.distributed as dist
 
 from flashtrain import checkpoint
 from flashtrain.build import build_model
 from flashtrain.compose import from_dict
-from flashtrain.config import ConfigError
-from flashtrain.data.tokenizer import load_tokenizer
+from flashtrain.config import Config, ConfigError
+from flashtrain.data.tokenizer import Tokenizer, load_tokenizer
+from flashtrain.data.unfinished import Reader, cut, stops_at
+from flashtrain.engine.decoder import Decoder, cast_weights
 from flashtrain.launch import REFUSED
-from flashtrain.model.sample import sample
-from flashtrain.parallel.mesh import SINGLE
+from flashtrain.model.cache import cache_bytes_per_token
+from flashtrain.model.generate import generate
+from flashtrain.model.sampling import Sampling
+from flashtrain.parallel.mesh import build_mesh
 
-DEFAULTS = {
-    "run": "", "prompt": "\n", "tokens": "200", "temperature": "0.8", "top_k": "", "top_p": "",
-    "seed": "0",
+SINGLE_VALUES = {
+    "run": "", "tokens": "200", "temperature": "0.8", "top_k": "", "top_p": "", "min_p": "",
+    "end": "true", "seed": "0",
 }  # fmt: skip
+LISTS = ("prompt", "stop")
 
 
 def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
+    rank = int(os.environ.get("RANK", 0))
     try:
-        print(generate(read(arguments)))
+        options, lists = read(arguments)
+        device = start(rank)
+        write(options, lists["prompt"] or ["\n"], lists["stop"], device, loud=rank == 0)
     except (ValueError, OSError, checkpoint.CheckpointError) as error:
-        print(f"generate: {error}", file=sys.stderr)
+        if rank == 0:
+            print(f"generate: {error}", file=sys.stderr)
         return REFUSED
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 
-def read(arguments: list[str]) -> dict[str, str]:
-    """key=value pairs over the defaults."""
-    options = dict(DEFAULTS)
+def read(arguments: list[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """key=value pairs over the defaults, and those keys that may come more than once."""
+    options: dict[str, str] = dict(SINGLE_VALUES)
+    lists: dict[str, list[str]] = {key: [] for key in LISTS}
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if not equals or key not in options:
-            known = ", ".join(options)
+        if not equals or key not in {*options, *lists}:
+            known = ", ".join([*options, *lists])
             raise ConfigError(f"{argument!r} is not key=value with one of the keys {known}")
-        options[key] = value
+        if key in lists:
+            lists[key].append(value)
+        else:
+            options[key] = value
     if not options["run"]:
         raise ConfigError("run= must name a run folder, as train.sh printed it at the end")
-    return options
+    if options["end"] not in ("true", "false"):
+        raise ConfigError(f"end={options['end']} must be true or false")
+    return options, lists
 
 
-def generate(options: dict[str, str]) -> str:
-    path = find_checkpoint(Path(options["run"]))
+def start(rank: int) -> torch.device:
+    """This process's device; under torchrun, the process group of all of them."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        gpu = device if device.type == "cuda" else None
+        backend = "nccl" if gpu else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=gpu)
+    return device
+
+
+def load(run: Path, device: torch.device) -> tuple[Config, Tokenizer, Decoder]:
+    """The newest model of a run, over all processes, ready to draw from."""
+    mesh = build_mesh(dist.get_world_size() if dist.is_initialized() else 1)
+    peers = checkpoint.Peers(dist.group.WORLD if mesh.world_size > 1 else None)
+    path = checkpoint.locate(run, peers)
     config = from_dict(checkpoint.read_meta(path)["config"])
     tokenizer = load_tokenizer(path.parent.parent / "tokenizer.json")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(config, SINGLE, device)
+    model = build_model(config, mesh.tensor, device)
     checkpoint.load(path, checkpoint.collect(model))
-    ids = sample(
-        lambda tokens, position: model.logits(model(tokens)[:, position])[0],
-        tokenizer.encode(options["prompt"]) or [tokenizer.end_of_text],
+    cast_weights(model)
+    return config, tokenizer, Decoder(model, mesh.tensor)
+
+
+def write(
+    options: dict[str, str],
+    prompts: Sequence[str],
+    strings: Sequence[str],
+    device: torch.device,
+    loud: bool,
+) -> None:
+    """Draw and print. Collective; only a loud rank prints."""
+
+    def number(key: str, kind: type[int] | type[float]) -> int | float | None:
+        return kind(options[key]) if options[key] else None
+
+    sampling = Sampling(
+        temperature=float(options["temperature"]),
+        top_k=number("top_k", int),  # type: ignore[arg-type]
+        top_p=number("top_p", float),
+        min_p=number("min_p", float),
+        seed=int(options["seed"]),
+    )
+    config, tokenizer, decoder = load(Path(options["run"]), device)
+    stop = stops_at(tokenizer, strings)
+    prompt_ids = [tokenizer.encode(prompt) or [tokenizer.end_of_text] for prompt in prompts]
+    rounds = generate(
+        decoder,
+        prompt_ids,
         int(options["tokens"]),
         max_length=config.data.sequence_length,
-        temperature=float(options["temperature"]),
-        top_k=int(options["top_k"]) if options["top_k"] else None,
-        top_p=float(options["top_p"]) if options["top_p"] else None,
-        seed=int(options["seed"]),
-        device=device,
+        sampling=sampling,
         n_ids=tokenizer.size,
+        end=tokenizer.end_of_text if options["end"] == "true" else None,
+        stop=stop,
+        graph=device.type == "cuda" and decoder.multiple == 1,
     )
-    return tokenizer.decode(ids)
+    single = len(prompts) == 1 and loud
+    if single:
+        print(prompts[0], end="", flush=True)
+    reader = Reader(tokenizer, strings)
+    drawn: list[list[int]] = [[] for _ in prompts]
+    times = []
+    for ids in rounds:
+        times.append(time.perf_counter())
+        for row, token in enumerate(ids):
+            if token is not None and not (
+                options["end"] == "true" and token == tokenizer.end_of_text
+            ):
+                drawn[row].append(token)
+                if single:
+                    print(reader.add(token), end="", flush=True)
+    if single:
+        print(reader.rest())
+    elif loud:
+        for row, (prompt, ids) in enumerate(zip(prompts, drawn, strict=True)):
+            print(f"── {row + 1} of {len(prompts)}")
+            print(prompt + cut(tokenizer.decode(ids), strings))
+    if loud:
+        print(speed(times, len(prompts), decoder, device), file=sys.stderr)
 
 
-def find_checkpoint(folder: Path) -> Path:
-    """`folder` itself when it is a checkpoint, else the newest valid one of that run."""
-    if (folder / "manifest.json").is_file():
-        checkpoint.verify(folder)
-        return folder
-    if not folder.is_dir():
-        raise ConfigError(f"run={folder} is not a folder: take the one that train.sh printed")
-    found = checkpoint.find_latest(folder / "checkpoints")
-    if found is None:
-        raise ConfigError(f"run={folder} holds no checkpoint yet")
-    return found
+def speed(times: list[float], rows: int, decoder: Decoder, device: torch.device) -> str:
+    """From the first token to the last: what comes before is loading and the prompts."""
+    model = decoder.model
+    kept = cache_bytes_per_token(model.config, model.embedding.dtype, decoder.multiple)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    rate = ""
+    if len(times) > 1:
+        per_second = (len(times) - 1) / (times[-1] - times[0])
+        rate = f"{rows * per_second:,.1f} tokens/s ({rows} x {per_second:,.1f}), "
+    return f"{rate}key/value cache {kept:,} bytes a token on each of {decoder.multiple} x {name}"
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def _optimizer_entries(
 
 
 def prepare(parameters: Mapping[str, Tensor], optimizer: Optimizer, saved: Collection[str]) -> None:
-    """Make the state of a fresh Adam or AdamW, for the parameters that `saved` has state of.
+    """Make the state of a fresh optimizer, for the parameters that `saved` has state of.
 
     torch makes it at the first step and only for parameters with a gradient, so a fresh optimizer
     has nothing to load into. Step counters lie where torch expects them: on the device for the
@@ -100,12 +100,13 @@ def prepare(parameters: Mapping[str, Tensor], optimizer: Optimizer, saved: Colle
         for parameter in group["params"]:
             if optimizer.state.get(parameter) or names.get(parameter) not in with_state:
                 continue
-            if not isinstance(optimizer, Adam):  # AdamW is one
+            fresh_state = getattr(optimizer, "fresh_state", None)
+            if fresh_state is None and not isinstance(optimizer, Adam):  # AdamW is one
                 raise CheckpointError(
                     f"cannot resume a fresh {type(optimizer).__name__}: its state is unknown "
-                    f"here, only that of {AdamW.__name__} is"
+                    f"here, only that of {AdamW.__name__} is, or one that has a `fresh_state`"
                 )
-            optimizer.state[parameter] = adam_state(parameter, group)
+            optimizer.state[parameter] = (fresh_state or adam_state)(parameter, group)
 
 
 def adam_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:

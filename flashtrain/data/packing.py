@@ -79,7 +79,12 @@ def open_plan(dataset: Dataset, sequence_length: int, end_of_text: int, folder: 
             shutil.rmtree(partial)
             if not place.is_dir():  # otherwise another process was first
                 raise
-    return Plan(*(np.load(place / f"{name}.npy", mmap_mode="r") for name in Plan._fields))
+    return Plan(
+        *(
+            np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            for name in Plan._fields
+        )
+    )
 
 
 def pieces_of(

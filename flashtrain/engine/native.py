@@ -2,7 +2,7 @@
 
 One step, as the gradient sees it: each micro-batch adds the gradient of (its summed loss / valid
 tokens of the whole global batch); DDP or FSDP sums over the data ranks while backward still runs;
-one small all-reduce an axis sums what ranks still hold in part; then norm, clip, AdamW. So the loss
+one small all-reduce an axis sums what ranks still hold in part; then norm, clip, step. So the loss
 is a mean over the global batch however it was split.
 
 Norm, clip, optimizer and checkpoints see `parameters`: this rank's memory of each parameter, plain
@@ -25,7 +25,7 @@ from flashtrain.engine.decoder import Decoder
 from flashtrain.engine.evaluation import mean_loss, sum_over
 from flashtrain.engine.recompute import recompute_blocks
 from flashtrain.model.gpt import GPT
-from flashtrain.optim.adamw import build_adamw
+from flashtrain.optim import build_optimizer
 from flashtrain.parallel.context import own_batch
 from flashtrain.parallel.fsdp import give_back, held_parameters, set_pass, take_gradients
 from flashtrain.parallel.gradients import (
@@ -80,7 +80,7 @@ class NativeEngine:
         self.clip_norm, self.zero = config.optimizer.clip_norm, config.parallel.zero
         refuse_buffers(model)
         self.parameters = held_parameters(model)
-        self.optimizer = build_adamw(self.parameters, config.optimizer)
+        self.optimizer = build_optimizer(self.parameters, config, mesh)
         self.loss = SummedLoss(model, mesh.tensor, config.loss)
         if config.trainer.recompute is not Recompute.none:
             recompute_blocks(model, config.trainer.recompute)

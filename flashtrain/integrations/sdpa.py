@@ -85,10 +85,7 @@ def _forward(
     options = _options(seed, dropout_p, is_causal, scale or query.shape[3] ** -0.5)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out, lse = attention_forward(q, k, v, *options)
-    out = out.transpose(1, 2)
-    like = torch.empty_like(query)  # the layout that torch.compile counts on
-    if out.stride() != like.stride():
-        out = like.copy_(out)
+    out = _laid_out_as(query, out.transpose(1, 2))
     offset = torch.empty((), dtype=torch.uint64, device=query.device)  # not used
     debug_mask = query.new_empty(0)
     T, S = query.shape[2], key.shape[2]
@@ -118,8 +115,17 @@ def _backward(
     options = _options(seed, dropout_p, is_causal, scale or query.shape[3] ** -0.5)
     d_out, q, k, v, o = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
     gradients = attention_backward(d_out, None, q, k, v, o, logsumexp, False, *options)
-    dq, dk, dv = (x.transpose(1, 2) for x in gradients[:3])
+    given = (query, key, value)
+    dq, dk, dv = (
+        _laid_out_as(x, g.transpose(1, 2)) for x, g in zip(given, gradients[:3], strict=True)
+    )
     return dq, dk, dv
+
+
+def _laid_out_as(like: Tensor, x: Tensor) -> Tensor:
+    """x with the strides that torch.compile counts on: those of a fresh tensor like the input."""
+    fresh = torch.empty_like(like)
+    return x if x.stride() == fresh.stride() else fresh.copy_(x)
 
 
 def _options(seed: Tensor, dropout: float, causal: bool, scale: float) -> Options:

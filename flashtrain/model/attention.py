@@ -44,6 +44,12 @@ class Attention(nn.Module):
         # what mixes the tokens of the heads: another where ranks hold parts of the sequence
         self.attend: Callable[..., Tensor] = partial(attention, causal=True)
 
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads of this rank."""
+        rows: int = self.qkv.out_features - self.out.in_features
+        return rows // (2 * self.head_size)
+
     def forward(
         self,
         x: Tensor,
@@ -52,7 +58,7 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
     ) -> Tensor:
         """`x [B, T, d_model]` (or its part of the sequence), `position` as in `position.py`,
-        `documents [B, T]` and `cache` as in `GPT.forward`.
+        `cache` as in `GPT.forward`; `documents [B, 2, T]` are `document_bounds`.
 
         T is that of the projection's output: under tensor parallelism x holds fewer tokens.
         """

@@ -16,6 +16,7 @@ from flashtrain.model.linear import Linear
 from flashtrain.model.mlp import build_mlp
 from flashtrain.model.norm import build_norm
 from flashtrain.model.position import build_position, places_in
+from kernels.attention import document_bounds
 
 
 class Block(nn.Module):
@@ -83,7 +84,9 @@ class GPT(nn.Module):
         """
         x: Tensor = self.embedding(tokens)
         length = tokens.shape[1]
-        places = None if documents is None else places_in(documents)
+        places = bounds = None
+        if documents is not None:
+            places, bounds = places_in(documents), document_bounds(documents)
         if cache is not None and not cache.filling:
             length, places = cache.room, cache.next_places()
         position = self.position(length, tokens.device, places)
@@ -91,7 +94,7 @@ class GPT(nn.Module):
             x, position = x + position.to(x.dtype), None
         layers = [None] * len(self.blocks) if cache is None else cache.layers
         for block, layer in zip(self.blocks, layers, strict=True):
-            x = block(x, position, documents, layer)
+            x = block(x, position, bounds, layer)
         hidden: Tensor = self.norm(x)
         return hidden
 

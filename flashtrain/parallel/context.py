@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from flashtrain.config import ContextKind
 from flashtrain.data.loader import Batch
+from flashtrain.model.attention import Attention
 from flashtrain.model.gpt import GPT
 from flashtrain.parallel.collectives import exchange_ranks, gather_ranks
 from flashtrain.parallel.mesh import Axis
@@ -46,8 +47,8 @@ def split_context(model: GPT, axis: Axis, kind: ContextKind) -> None:
         ContextKind.ulysses: ulysses_attention,
     }
     parts = _Parts(axis, forms[kind])
-    for block in model.blocks:
-        block.attention.attend = parts
+    for attention_half in _attentions(model):
+        attention_half.attend = parts
     # a hook, because a wrapping module would rename the table of learned positions
     model.position.register_forward_pre_hook(parts.own_places)
 
@@ -56,7 +57,7 @@ def split_context(model: GPT, axis: Axis, kind: ContextKind) -> None:
 def whole_sequences(model: GPT) -> Iterator[None]:
     """In here the model runs whole sequences on every rank of the axis: for text that it makes
     itself, which is short and whose keys and values are kept."""
-    parts = model.blocks[0].attention.attend
+    parts = next(_attentions(model)).attend
     if not isinstance(parts, _Parts):
         yield
         return
@@ -76,7 +77,8 @@ class _Parts:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         if self.on:
             return self.form(q, k, v, axis=self.axis, **options)
-        return attention(q, k, v, causal=True, **options)
+        mixed: Tensor = attention(q, k, v, causal=True, **options)
+        return mixed
 
     def own_places(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Ask for the places of this rank's tokens, not for the first ones."""
@@ -87,6 +89,10 @@ class _Parts:
         if places is None:
             places = torch.arange(whole, device=device)
         return whole, device, own_part(places, self.axis, dim=-1)
+
+
+def _attentions(model: GPT) -> Iterator[Attention]:
+    return (module for module in model.modules() if isinstance(module, Attention))
 
 
 def own_part(x: Tensor, axis: Axis, dim: int = 1) -> Tensor:

@@ -19,6 +19,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -63,12 +64,14 @@ def _device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
     assert mesh.shard.group is not None
     if mesh.replicate.group is None:
         return DeviceMesh.from_group(mesh.shard.group, device_type, mesh_dim_names=("shard",))
-    grid = torch.arange(mesh.world_size, dtype=torch.int)
-    grid = grid.view(mesh.replicate.size, mesh.shard.size, mesh.tensor.size)
+    columns, rows = (
+        torch.tensor(dist.get_process_group_ranks(axis.group), dtype=torch.int)
+        for axis in (mesh.replicate, mesh.shard)
+    )
     return DeviceMesh.from_group(
         [mesh.replicate.group, mesh.shard.group],
         device_type,
-        mesh=grid[:, :, mesh.tensor.rank].contiguous(),
+        mesh=columns.unsqueeze(1) + rows - mesh.rank,  # a rank is a sum of its places
         mesh_dim_names=("replicate", "shard"),
     )
 

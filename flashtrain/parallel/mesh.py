@@ -35,15 +35,17 @@ SINGLE = Axis(size=1, rank=0, group=None)
 
 @dataclass(frozen=True)
 class Mesh:
-    """What holds weights takes context ranks for data ranks: both see other tokens than their
-    neighbours and need the same gradients, so weights are cut or copied over both alike."""
+    """Gradients are summed over context ranks as over data ranks: both see other tokens than their
+    neighbours. So weights may be cut over context ranks too, or be copied."""
 
     world_size: int
     rank: int
     tensor: Axis  # ranks that share the arithmetic of each layer
     data: Axis  # ranks that see different samples: parallel.replicate x parallel.shard
-    shard: Axis = SINGLE  # ranks that each keep a part of the same weights and optimizer state
-    replicate: Axis = SINGLE  # ranks that keep the same part
+    # ranks that each keep a part of the same weights and optimizer state, and those that keep the
+    # same part; one of them counts the context ranks
+    shard: Axis = SINGLE
+    replicate: Axis = SINGLE
     context: Axis = SINGLE  # ranks that hold parts of the same sequences
     tokens: Axis = SINGLE  # ranks that see different tokens: data x context = replicate x shard
 
@@ -52,11 +54,16 @@ ALONE = Mesh(world_size=1, rank=0, tensor=SINGLE, data=SINGLE)
 
 
 def build_mesh(
-    tensor: int, timeout: timedelta | None = None, shard: int = 1, context: int = 1
+    tensor: int,
+    timeout: timedelta | None = None,
+    shard: int = 1,
+    context: int = 1,
+    shard_context: bool = True,
 ) -> Mesh:
     """The mesh of this process group, replicate = ranks / (shard x context x tensor); every rank
     must call it, with the same arguments.
 
+    shard_context: weights are cut over the context ranks too, else copied over them.
     `timeout` bounds collectives on the new groups, which do not inherit the one given to
     `init_process_group` (null: the backend's default). Raises ValueError when the degrees do not
     divide the number of ranks.
@@ -74,13 +81,14 @@ def build_mesh(
         )
     sizes = {"replicate": world // inner, "shard": shard, "context": context, "tensor": tensor}
     axes = _Axes(sizes, rank, timeout)
+    cut, copied = ("context",) * shard_context, ("context",) * (not shard_context)
     return Mesh(
         world,
         rank,
         tensor=axes.along("tensor"),
         data=axes.along("replicate", "shard"),
-        shard=axes.along("shard", "context") if shard > 1 else SINGLE,
-        replicate=axes.along("replicate") if shard > 1 else axes.along("replicate", "context"),
+        shard=axes.along("shard", *cut),
+        replicate=axes.along("replicate", *copied),
         context=axes.along("context"),
         tokens=axes.along("replicate", "shard", "context"),
     )

@@ -74,7 +74,7 @@ def ring_forward(
             return_lse=True, backend=backend,
         )  # fmt: skip
         if step == 0:
-            out, lse = part.to(wide), its_lse.to(wide)
+            out, lse = part.to(wide).contiguous(), its_lse.to(wide).contiguous()
         else:
             _merge(out[:, rows], lse[:, :, rows], part, its_lse.to(wide))
         if more:
@@ -103,7 +103,8 @@ def ring_backward(
     wide = torch.promote_types(q.dtype, torch.float32)
     visiting = torch.stack([k, v])
     dq = torch.zeros(q.shape, dtype=wide, device=q.device)
-    sums = torch.zeros(visiting.shape, dtype=wide, device=q.device)  # of dK and dV of the visitors
+    # of dK and dV of the visitors; on its way to the next rank between two steps
+    sums = torch.zeros(visiting.shape, dtype=wide, device=q.device)
     for step in range(size):
         if more := step < size - 1:
             coming = start_shift(visiting, rank, size, name)
@@ -115,13 +116,13 @@ def ring_backward(
         )  # fmt: skip
         dq[:, rows] += terms[0]
         if step > 0:
-            sums = finish_shift(travelling)
+            sums = finish_shift(sums)
         sums[0, :, columns] += terms[1]
         sums[1, :, columns] += terms[2]
-        travelling = start_shift(sums, rank, size, name)
+        sums = start_shift(sums, rank, size, name)
         if more:
             visiting = finish_shift(coming)
-    dk, dv = finish_shift(travelling)
+    dk, dv = finish_shift(sums)
     return dq.to(q.dtype), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
 
 

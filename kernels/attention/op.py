@@ -82,7 +82,8 @@ def attention(
         documents: int32 or int64, T == S; tokens see only keys of their own document. Either ids
             [B, T], where a document is a run of equal ids, so that ids need only differ between
             neighbours; or cu_seqlens [documents + 1], the first tokens of the documents among
-            the B * T in row-major order and the end of the last.
+            the B * T in row-major order and the end of the last; or what `document_bounds` made of
+            either, [B, 2, T] int32, which saves finding the bounds again in every layer.
         key_mask: [B, S] bool, True for keys that may be seen, False for padding; any pattern.
         dropout: the probability that a weight of the softmax is dropped; those kept are scaled by
             1 / (1 - dropout). lse is that of the undropped softmax.
@@ -136,8 +137,11 @@ def attention(
     problem, choice = judged
     scale = problem.head_size**-0.5 if scale is None else scale
     name = backend if choice is None else choice.forward
-    if documents is not None:
+    bounds = None
+    if documents is not None and name in ("torch", "reference"):
         documents = document_ids(documents, problem.batch, problem.queries)
+    elif documents is not None:
+        bounds = document_bounds(documents, problem.batch, problem.queries)
     seed = seed_tensor(dropout_seed, q.device) if dropout > 0 else None
     lse: Tensor | None
     if name == "reference":
@@ -154,8 +158,8 @@ def attention(
         )  # fmt: skip
     else:
         options = Options(
-            alibi_slopes, sinks, None if documents is None else document_bounds(documents), bias,
-            key_mask, None if key_mask is None else key_range(key_mask), seed,
+            alibi_slopes, sinks, bounds, bias, key_mask,
+            None if key_mask is None else key_range(key_mask), seed,
             scale, problem.before, problem.after, problem.softcap, dropout, deterministic, backend,
         )  # fmt: skip
         if choice is None:

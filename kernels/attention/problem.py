@@ -173,11 +173,14 @@ def _check_documents(q: Tensor, k: Tensor, documents: Tensor) -> None:
     if k.shape[1] != T:
         raise ValueError(f"documents need as many queries as keys, got {T} and {k.shape[1]}")
     packed = documents.dim() == 1 and documents.shape[0] >= 2  # cu_seqlens
-    if (not packed and documents.shape != (B, T)) or documents.device != q.device:
+    known = packed or documents.shape in ((B, T), (B, 2, T))
+    if not known or documents.device != q.device:
         raise ValueError(
-            f"documents must be ids [{B}, {T}] or cu_seqlens [documents + 1] on {q.device},"
-            f" got {_of(documents)} on {documents.device}"
+            f"documents must be ids [{B}, {T}] or cu_seqlens [documents + 1] or bounds"
+            f" [{B}, 2, {T}] on {q.device}, got {_of(documents)} on {documents.device}"
         )
+    if documents.dim() == 3 and documents.dtype != torch.int32:
+        raise ValueError(f"document bounds must be int32, got {documents.dtype}")
     if documents.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"documents must be int32 or int64, got {documents.dtype}")
 

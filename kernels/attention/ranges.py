@@ -9,24 +9,33 @@ from torch import Tensor
 
 
 def document_ids(documents: Tensor, batch: int, length: int) -> Tensor:
-    """Ids [B, T] of documents that are given as ids already, or as cu_seqlens.
+    """Ids [B, T] of documents in any form that `attention` takes.
 
     Args:
         documents: [B, T] ids, or [n + 1] ascending: where documents start among the B * T tokens
             in row-major order, and where the last one ends; tokens after it are one more document.
+            Or [B, 2, T], what `document_bounds` makes of either.
     """
     if documents.dim() == 2:
         return documents
+    if documents.dim() == 3:
+        return documents[:, 0]  # where a document starts is a name for it
     places = torch.arange(batch * length, dtype=documents.dtype, device=documents.device)
     return torch.searchsorted(documents, places, right=True).view(batch, length)
 
 
-def document_bounds(documents: Tensor) -> Tensor:
-    """Where each token's run of equal ids starts and ends (exclusive): [B, 2, T] int32.
+def document_bounds(documents: Tensor, batch: int = 1, length: int = 0) -> Tensor:
+    """Where each token's document starts and ends (exclusive): [B, 2, T] int32.
+
+    What the kernels read. It takes a dozen small kernels to find, so a model computes it once and
+    gives it to every layer.
 
     Args:
-        documents: [B, T] ids.
+        documents: [B, T] ids, or cu_seqlens [n + 1] over batch * length tokens.
     """
+    if documents.dim() == 3:
+        return documents
+    documents = document_ids(documents, batch, length)
     T = documents.shape[1]
     place = torch.arange(T, dtype=torch.int32, device=documents.device)
     changed = documents[:, 1:] != documents[:, :-1]

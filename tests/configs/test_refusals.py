@@ -80,6 +80,10 @@ REFUSED = [
     ),
     # what the loss over all logits lacks
     ("loss.fused=false loss.z_loss=1e-4", "loss.z_loss=0.0001 loss.fused=true"),
+    # matrices in parts of rows, which no optimizer makes orthogonal
+    ("optimizer=muon parallel.tensor=1 parallel.shard=2", "optimizer=muon parallel.shard=2 adamw"),
+    ("optimizer=muon engine=deepspeed", "optimizer=muon engine=deepspeed native"),
+    ("optimizer=muon optimizer.momentum=1", "optimizer.momentum 1"),
     # what a kind of position cannot touch
     ("position=alibi position.applies_to=[q,k,v]", "position.applies_to=[q,k,v] ALiBi [q,k]"),
     ("position=rope position.applies_to=[embedding]", "[embedding] RoPE q, k, v"),

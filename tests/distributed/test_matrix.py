@@ -127,8 +127,12 @@ def batches(step: int, mesh: Mesh, micro_batch: int, device: torch.device = CPU)
 
 
 def build(config: Config, world: int, device: torch.device = CPU) -> tuple[Engine, Mesh]:
-    assert config.parallel.tensor is not None and config.parallel.shard is not None
-    mesh = build_mesh(config.parallel.tensor, shard=config.parallel.shard) if world > 1 else ALONE
+    parallel, mesh = config.parallel, ALONE
+    assert parallel.tensor is not None and parallel.shard is not None
+    if world > 1:
+        mesh = build_mesh(
+            parallel.tensor, None, parallel.shard, parallel.context, parallel.shard_context
+        )
     return build_engine(config, mesh, device), mesh
 
 

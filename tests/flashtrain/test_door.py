@@ -118,7 +118,8 @@ class Card:
     [
         ((9, 0), ["model.head_size=64"], "hopper"),
         ((9, 0), ["model.head_size=64", "position=alibi"], "hopper"),
-        ((9, 0), ["model.head_size=48"], "triton"),
+        ((9, 0), ["model.head_size=48"], "hopper"),
+        ((9, 0), ["model.head_size=20"], "triton"),
         ((8, 0), ["model.head_size=64"], "triton"),
         ((9, 0), ["model.head_size=64", "precision=fp32"], "triton"),
     ],
@@ -155,6 +156,7 @@ def test_a_gpu_too_old_for_the_kernels_is_refused(
     ("overrides", "expected"),
     [
         (["parallel=data"], 16),
+        (["parallel=data", "optimizer=muon"], 12),
         (["parallel=fsdp"], 16 / 4),
         (["parallel=zero2"], 16 / 4 + 2),  # and the gathered bf16 weights
         (["parallel=zero1"], 16 / 4 + 2),

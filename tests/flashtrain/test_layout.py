@@ -53,6 +53,30 @@ def test_free_degrees_take_what_is_left(
             "engine=deepspeed parallel=fsdp parallel.tensor=4 model.n_kv_heads=2",
             "model.n_kv_heads=2 parallel.tensor=4 engine=native",
         ),
+        ("parallel.context=3", "parallel.context=3 8 processes"),
+        ("parallel.context=0", "parallel.context=0"),
+        (
+            "parallel=context2 parallel.tensor=2 data.sequence_length=1020",
+            "data.sequence_length=1020 parallel.context=2 parallel.tensor=2 8",
+        ),
+        (
+            "parallel=context2 parallel.context_kind=ulysses model.n_kv_heads=1",
+            "model.n_kv_heads=1 parallel.context=2 ulysses gather",
+        ),
+        (
+            "parallel=context2 parallel.context_kind=ulysses parallel.context=8",
+            "model.n_heads=4 parallel.context=8 ulysses",
+        ),
+        (
+            "parallel=context2 parallel.context_kind=ring position=alibi",
+            "position=alibi ring gather",
+        ),
+        (
+            "parallel=context2 parallel.context_kind=ring data=packed data.path=there",
+            "data.packing=best_fit ring gather",
+        ),
+        ("parallel=context2 engine=deepspeed", "parallel.context=2 engine=native"),
+        ("parallel=context2 optimizer=muon", "optimizer=muon parallel.shard_context=false"),
         ("engine=deepspeed trainer.compile=true", "trainer.compile=true parallel.zero=3"),
         ("+engine.deepspeed.zero_optimization.stage=1", "engine.deepspeed engine=deepspeed"),
     ],
@@ -65,6 +89,12 @@ def test_degrees_that_do_not_fit_are_one_sentence(line: str, words: str) -> None
     assert not [word for word in words.split(" ") if word not in sentence], sentence
 
 
+def test_context_ranks_are_no_data_ranks() -> None:
+    config = load([*SMALL, "parallel=context2"], 8)
+    assert (config.parallel.replicate, config.parallel.shard) == (4, 1)
+    assert config.data.micro_batch_size == 32 // 4
+
+
 def test_resolving_again_changes_nothing() -> None:
     for engine in (EngineKind.native, EngineKind.deepspeed):
         once = resolve_parallel(ParallelConfig(tensor=2), engine, 8)
@@ -75,3 +105,5 @@ def test_a_layout_in_words() -> None:
     assert describe_layout(ParallelConfig(tensor=2), 8) == "8 processes: tensor 2 x data 4"
     words = describe_layout(ParallelConfig(tensor=2, shard=2, zero=2), 8)
     assert words == "8 processes: tensor 2 x shard 2 (zero 2) x replicate 2"
+    words = describe_layout(ParallelConfig(context=2), 8)
+    assert words == "8 processes: tensor 1 x context 2 (gather, zero 3) x data 4"

@@ -57,7 +57,7 @@ BACKWARD = {
     (128, False): BackwardTile(64, 2, False, False, 16 * MIB),
     (128, True): BackwardTile(64, 2, False, True, 16 * MIB),
 }
-# three consumers are worth +10 % at D = 64, unless the mask is causal and tiles of 192 queries leave
+# three consumers are worth +10 % at D = 64, unless under a causal mask tiles of 192 queries leave
 # much of the last one empty: at 1024 causal queries these ran at 314 TFLOP/s, the three at 284
 FORWARD_128_ROWS = {
     False: ForwardTile(2, 128, 4, 240, False, 0),

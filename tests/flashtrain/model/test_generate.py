@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from flashtrain.config import Mlp, Norm, PositionConfig, PositionKind
-from flashtrain.engine.decoder import Decoder
+from flashtrain.engine.decoder import Decoder, cast_weights
 from flashtrain.model.cache import cache_bytes_per_token
 from flashtrain.model.generate import complete, generate
 from flashtrain.model.gpt import GPT
@@ -174,6 +174,35 @@ def check_tensor_ranks() -> None:
         assert heads is not None
         held = Decoder(split, axis).empty_cache(2, 4).k.shape[-2]
         assert held == max(1, heads // 2)
+
+
+@pytest.mark.parametrize("position", [POSITIONS[0], POSITIONS[9], POSITIONS[-1]], ids=describe)
+def test_cast_weights_give_the_same_logits(position: PositionConfig) -> None:
+    model = tiny(qk_norm=True, bias=True)
+    decoder = Decoder(build(model, position, dtype=torch.bfloat16))
+    tokens, last = torch.tensor(PROMPTS[2:]), torch.tensor([5])
+    expected = decoder.logits(tokens, last)
+    cast_weights(decoder.model)
+    assert torch.equal(decoder.logits(tokens, last), expected)
+    kept = {n for n, p in decoder.model.named_parameters() if p.dtype == torch.float32}
+    assert kept == {n for n, _ in decoder.model.named_parameters() if "norm" in n}
+
+
+def test_blocks_that_training_compiled_are_not_compiled_again_for_a_text() -> None:
+    calls: list[int] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        calls.append(len(inputs))
+        return module.forward
+
+    gpt = build(tiny(), PositionConfig(PositionKind.rope))
+    expected = complete(Decoder(gpt), PROMPTS, 5, max_length=ROOM)
+    for block in gpt.blocks:
+        block.compile(backend=backend)
+    assert complete(Decoder(gpt), PROMPTS, 5, max_length=ROOM) == expected
+    assert not calls
+    gpt(torch.zeros(1, 4, dtype=torch.int64))
+    assert calls
 
 
 @pytest.mark.gpu

@@ -74,3 +74,32 @@ def check_a_shard_axis() -> None:
     message = r"parallel.tensor=2 x parallel.shard=3 = 6 must .* the 8 processes"
     with pytest.raises(ValueError, match=message):
         build_mesh(tensor=2, shard=3)
+
+
+def test_context_ranks_lie_between_tensor_and_shard(tmp_path: Path) -> None:
+    run_ranks(check_a_context_axis, 8, tmp_path)
+
+
+def check_a_context_axis() -> None:
+    rank = dist.get_rank()
+    mesh = build_mesh(tensor=2, context=2)
+    pair, place = rank // 4 * 4 + rank % 2, rank % 2
+    tokens = {place + 2 * i for i in range(4)}
+    for axis, where, members in (
+        (mesh.tensor, rank % 2, {rank // 2 * 2, rank // 2 * 2 + 1}),
+        (mesh.context, rank // 2 % 2, {pair, pair + 2}),
+        (mesh.data, rank // 4, {rank % 4, rank % 4 + 4}),
+        (mesh.tokens, rank // 2, tokens),
+        (mesh.shard, rank // 2 % 2, {pair, pair + 2}),
+        (mesh.replicate, rank // 4, {rank % 4, rank % 4 + 4}),
+    ):
+        assert axis.rank == where
+        assert set(dist.get_process_group_ranks(axis.group)) == members
+    copied = build_mesh(tensor=2, context=2, shard_context=False)
+    assert copied.shard == SINGLE
+    assert copied.replicate == copied.tokens
+    both = build_mesh(tensor=1, shard=2, context=2, shard_context=False)
+    assert (both.shard.size, both.replicate.size, both.data.size) == (2, 4, 4)
+    assert (both.shard.rank, both.replicate.rank) == (rank // 2 % 2, rank // 4 * 2 + rank % 2)
+    with pytest.raises(ValueError, match=r"parallel.tensor=2 x parallel.context=3 = 6 must .* 8"):
+        build_mesh(tensor=2, context=3)

@@ -317,3 +317,13 @@ def test_fifty_repeats_are_identical(name: str) -> None:
     for _ in range(50):
         for key, value in run(inputs, "triton").items():
             assert torch.equal(value, first[key]), key
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_bounds_made_once_say_the_same_as_ids(backend: str, platform: Platform) -> None:
+    inputs = inputs_of(CASES["documents"], platform.device, platform.dtype)
+    ids = inputs.extras["documents"]
+    by_ids = run(inputs, backend)
+    inputs.extras["documents"] = document_bounds(ids)
+    for name, value in run(inputs, backend).items():
+        assert torch.equal(value, by_ids[name]), name

@@ -1,0 +1,69 @@
+"""Gradients block by block add up to those of the whole, as accurately as eager PyTorch's."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.attention import attention, attention_block_backward
+from tests.accuracy import assert_as_accurate
+from tests.kernels.attention.cases import Case, Inputs, inputs_of, run_reference
+from tests.kernels.attention.conftest import Platform
+from tests.kernels.attention.test_accuracy import float32_terms
+
+CASES = {
+    "grouped": Case(T=64, S=64, B=2, H=4, H_kv=2, options={"causal": True}),
+    "ragged": Case(T=70, S=70, H_kv=1, options={"causal": True}),
+    "wide values": Case(T=40, S=40, Dv=40, options={"causal": True}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_blocks_add_up(name: str, backend: str) -> None:
+    check(inputs_of(CASES[name], "cpu", torch.float32), backend, factor=3.0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_of_the_kernels_add_up(name: str, platform: Platform) -> None:
+    case = CASES[name].on_gpu() if platform.on_gpu else CASES[name]
+    check(inputs_of(case, platform.device, platform.dtype), "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_blocks_of_a_long_sequence_add_up(head_size: int) -> None:
+    case = Case(T=4096, S=4096, D=head_size, H=2, H_kv=1, options={"causal": True})
+    check(inputs_of(case, "cuda", torch.bfloat16), "auto")
+
+
+def check(inputs: Inputs, backend: str, factor: float = 2.0) -> None:
+    """Two blocks on the diagonal and the one below them."""
+    q, k, v = (inputs.tensors[name] for name in "qkv")
+    half = q.shape[1] // 2
+    early, late = slice(0, half), slice(half, None)
+    out, lse = attention(q, k, v, causal=True, return_lse=True, backend=backend)
+    ours: dict[str, Tensor] = {
+        f"d{name}": torch.zeros_like(inputs.tensors[name], dtype=torch.float32) for name in "qkv"
+    }
+    for rows, columns, causal in ((early, early, True), (late, late, True), (late, early, False)):
+        terms = attention_block_backward(
+            inputs.d_out[:, rows], q[:, rows], k[:, columns], v[:, columns],
+            out[:, rows], lse[:, :, rows], causal=causal, backend=backend,
+        )  # fmt: skip
+        for key, places, term in zip(ours, (rows, columns, columns), terms, strict=True):
+            ours[key][:, places] += term
+    inputs.d_lse.zero_()
+    eager, exact = run_reference(inputs, q.dtype), run_reference(inputs, torch.float64)
+    bounds = float32_terms(inputs) if q.dtype == torch.float32 else {}
+    for key, found in ours.items():
+        assert_as_accurate(
+            found.to(q.dtype), eager[key], exact[key], factor=factor, name=key,
+            terms=bounds.get(key, 0.0),
+        )  # fmt: skip
+
+
+def test_a_causal_block_is_square() -> None:
+    q, k = torch.zeros(1, 4, 2, 8), torch.zeros(1, 6, 2, 8)
+    lse = torch.zeros(1, 2, 4)
+    with pytest.raises(ValueError, match="4 queries and 6 keys is not square"):
+        attention_block_backward(q, q, k, k, q, lse, causal=True)
