@@ -136,6 +136,7 @@ def resolve(config: Config, world_size: int) -> Config:
         "trainer.stop_at": config.trainer.stop_at,
         "trainer.time_limit": config.trainer.time_limit,
         "trainer.log_every": config.trainer.log_every,
+        "trainer.bad_steps": config.trainer.bad_steps,
         "trainer.evaluate_every": config.trainer.evaluate_every,
         "trainer.evaluate_sequences": config.trainer.evaluate_sequences,
         "trainer.sample_every": config.trainer.sample_every,

@@ -226,6 +226,8 @@ class TrainerConfig:
     stop_at: int | None = None  # end after this step; the same command without it goes on
     time_limit: float | None = None  # minutes; then save and stop; the same command goes on
     log_every: int = 10
+    # steps in a row with a gradient that is not finite that end a run; fewer are skipped
+    bad_steps: int = 10
     evaluate_every: int = 250
     evaluate_sequences: int = 128  # held-out sequences of one evaluation
     sample_every: int = 500

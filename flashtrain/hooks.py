@@ -3,6 +3,8 @@
 import logging
 import math
 
+from torch import Tensor
+
 from flashtrain.checkpoint import CheckpointError
 from flashtrain.data.loader import DataLoader
 from flashtrain.model.generate import complete
@@ -26,23 +28,36 @@ class Log:
 
     def __init__(self, run: Run, loader: DataLoader) -> None:
         self.run, self.loader = run, loader
+        # steps whose gradient was not finite, since the start and in a row up to now; these stay on
+        # the device, as the norm does
+        self.bad: Tensor | int = 0
+        self.bad_in_a_row: Tensor | int = 0
 
     def after_step(self, step: Step) -> None:
-        if not _due(step, self.run.config.trainer.log_every):
+        trainer = self.run.config.trainer
+        bad = (~step.gradient_norm.isfinite()).long()
+        self.bad = self.bad + bad
+        self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
+        if not _due(step, trainer.log_every):
             return
-        loss, norm = float(step.loss), float(step.gradient_norm)
-        if not math.isfinite(loss) or not math.isfinite(norm):
+        loss, norm, in_a_row = float(step.loss), float(step.gradient_norm), int(self.bad_in_a_row)
+        skips = self.run.engine.skips_bad_steps
+        if in_a_row >= (trainer.bad_steps if skips else 1):
             raise TrainingError(
-                f"step {step.number}: loss is {loss} and gradient norm {norm}, so nothing further "
-                f"is saved; checkpoints in {self.run.folder} are from before: lower optimizer.lr "
-                "or raise schedule.warmup_steps"
+                f"step {step.number}: loss is {loss} and gradient norm {norm}, {in_a_row} steps in "
+                f"a row, so nothing further is saved; checkpoints in {self.run.folder} are from "
+                "before: lower optimizer.lr or raise schedule.warmup_steps"
             )
+        n_bad = int(self.bad)
+        if in_a_row:
+            log.warning("step %d: gradient norm %s, so the step is skipped", step.number, norm)
         self.run.trackers.log(
             step.number,
             {
                 "train/loss": loss,
                 "train/grad_norm": norm,
                 "train/lr": step.learning_rate,
+                **({"train/skipped_steps": n_bad} if n_bad else {}),
                 **self.run.speed.read(
                     step.number, self.loader.data_time, self.loader.ramp.tokens(step.number)
                 ),

@@ -13,6 +13,8 @@ from flashtrain.engine.decoder import Decoder
 class Engine(Protocol):
     """A model with its optimizer, spread over a mesh."""
 
+    skips_bad_steps: bool  # a gradient that is not finite leaves weights and optimizer as they are
+
     def forward_backward(self, batches: list[Batch]) -> Tensor:
         """Gradients of one global batch, of which `batches` are this rank's micro-batches.
 

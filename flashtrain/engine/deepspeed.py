@@ -96,6 +96,8 @@ class Groups:
 class DeepSpeedEngine:
     """See `base.Engine`."""
 
+    skips_bad_steps = False
+
     def __init__(self, model: GPT, config: Config, mesh: Mesh, device: torch.device) -> None:
         """`model`: a tensor-parallel shard with memory on `device`, in the compute dtype; its
         weights are filled here. Collective. Raises ConfigError for what DeepSpeed refuses."""

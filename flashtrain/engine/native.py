@@ -25,7 +25,7 @@ from flashtrain.engine.decoder import Decoder
 from flashtrain.engine.evaluation import mean_loss, sum_over
 from flashtrain.engine.recompute import recompute_blocks
 from flashtrain.model.gpt import GPT
-from flashtrain.optim import build_optimizer
+from flashtrain.optim import build_optimizer, step_unless_bad
 from flashtrain.parallel.context import own_batch
 from flashtrain.parallel.fsdp import give_back, held_parameters, set_pass, take_gradients
 from flashtrain.parallel.gradients import (
@@ -73,6 +73,8 @@ class SummedLoss(nn.Module):
 
 class NativeEngine:
     """See `base.Engine`."""
+
+    skips_bad_steps = True
 
     def __init__(self, model: GPT, config: Config, mesh: Mesh, device: torch.device) -> None:
         """`model`: sharded and filled, on `device`. Collective over the mesh when data > 1."""
@@ -130,7 +132,7 @@ class NativeEngine:
             clip_by_norm_(parameters, norm, self.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
+        step_unless_bad(self.optimizer, norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)
         return norm

@@ -2,14 +2,28 @@
 
 from collections.abc import Mapping
 
-from torch import nn
-from torch.optim import Optimizer
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from flashtrain.config import Config, OptimizerKind
 from flashtrain.model.dtypes import DTYPES
 from flashtrain.optim.adamw import build_adamw
 from flashtrain.optim.muon import Muon
 from flashtrain.parallel.mesh import Mesh
+
+
+def step_unless_bad(optimizer: Optimizer, norm: Tensor) -> None:
+    """One step, or none where the norm of the whole gradient is not finite.
+
+    Then parameters, moments and step counts stay as they are, to the last bit. The fused AdamW
+    looks at the norm on the device; for other optimizers the host waits for it.
+    """
+    if isinstance(optimizer, AdamW) and optimizer.defaults["fused"]:
+        optimizer.found_inf = (~norm.isfinite()).to(torch.float32)  # type: ignore[attr-defined]
+        optimizer.step()
+    elif bool(norm.isfinite()):
+        optimizer.step()
 
 
 def build_optimizer(

@@ -11,18 +11,24 @@ from flashtrain.hooks import Log, Save, TrainingError
 from flashtrain.trainer import Step, Trainer
 
 
-def step(number: int, loss: float = 1.0, last: bool = False) -> Step:
-    return Step(number, torch.tensor(loss), torch.tensor(0.5), 1e-3, last)
+def step(number: int, loss: float = 1.0, last: bool = False, norm: float = 0.5) -> Step:
+    return Step(number, torch.tensor(loss), torch.tensor(norm), 1e-3, last)
 
 
-def log_hook(rows: list[tuple[int, dict[str, float]]], every: int = 10) -> Log:
+def log_hook(rows: list[tuple[int, dict[str, float]]], every: int = 10, skips: bool = True) -> Log:
     run = SimpleNamespace(
-        config=SimpleNamespace(trainer=SimpleNamespace(log_every=every)),
+        config=SimpleNamespace(trainer=SimpleNamespace(log_every=every, bad_steps=3)),
+        engine=SimpleNamespace(skips_bad_steps=skips),
         trackers=SimpleNamespace(log=lambda number, metrics: rows.append((number, metrics))),
-        speed=SimpleNamespace(read=lambda number, seconds: {"perf/step_s": 0.1}),
+        speed=SimpleNamespace(read=lambda number, seconds, tokens: {"perf/step_s": 0.1}),
         folder="runs/x",
     )
-    return Log(run, SimpleNamespace(data_time=0.0))  # type: ignore[arg-type]
+    loader = SimpleNamespace(
+        data_time=0.0,
+        ramp=SimpleNamespace(tokens=lambda number: 8 * number),
+        counters=lambda number: {},
+    )
+    return Log(run, loader)  # type: ignore[arg-type]
 
 
 def test_every_tenth_and_the_last_step_are_logged() -> None:
@@ -35,9 +41,20 @@ def test_every_tenth_and_the_last_step_are_logged() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence(bad: float) -> None:
-    with pytest.raises(TrainingError, match=r"step 10.*optimizer\.lr"):
-        log_hook([]).after_step(step(10, bad))
+def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run(bad: float) -> None:
+    rows: list[tuple[int, dict[str, float]]] = []
+    hook = log_hook(rows, every=1)
+    for number, norm in enumerate([0.5, bad, bad, 0.5, bad], 1):
+        hook.after_step(step(number, norm=norm))
+    assert [row.get("train/skipped_steps", 0) for _, row in rows] == [0, 1, 2, 2, 3]
+    hook.after_step(step(6, norm=bad))
+    with pytest.raises(TrainingError, match=r"step 7.*3 steps in a row.*optimizer\.lr"):
+        hook.after_step(step(7, loss=bad, norm=bad))
+
+
+def test_an_engine_that_cannot_skip_ends_at_the_first_bad_step() -> None:
+    with pytest.raises(TrainingError, match=r"step 10.*1 steps in a row"):
+        log_hook([], skips=False).after_step(step(10, norm=float("nan")))
 
 
 def test_the_trainer_asks_for_each_step_once_and_marks_the_last() -> None:
