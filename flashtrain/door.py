@@ -83,10 +83,15 @@ def _check_files(config: Config) -> None:
     if vectors is not None and not Path(vectors).is_file():
         raise ConfigError(f"model.word_vectors={vectors} is not a file")
     weights = config.model.weights
+    if weights is not None and vectors is not None:
+        raise ConfigError(
+            f"model.weights={weights} and model.word_vectors={vectors}: token embeddings start "
+            "from one or the other"
+        )
     if weights is not None and not Path(weights).is_dir():
         raise ConfigError(
-            f"model.weights={weights} is not a folder: name a run folder (scripts/import_hf.py makes "
-            "one of a Hugging Face model) or a checkpoint inside one"
+            f"model.weights={weights} is not a folder: name a run folder (scripts/import_hf.py "
+            "makes one of a Hugging Face model) or a checkpoint inside one"
         )
     if resume not in ("auto", "never") and not (Path(resume) / "manifest.json").is_file():
         raise ConfigError(

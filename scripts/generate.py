@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -35,7 +36,7 @@ from flashtrain.config import Config, ConfigError
 from flashtrain.data.tokenizer import Tokenizer, load_tokenizer
 from flashtrain.data.unfinished import Reader, cut, stops_at
 from flashtrain.engine.decoder import Decoder, cast_weights
-from flashtrain.launch import REFUSED
+from flashtrain.launch import REFUSED, STOPPED
 from flashtrain.model.cache import cache_bytes_per_token
 from flashtrain.model.generate import generate
 from flashtrain.model.sampling import Sampling
@@ -46,6 +47,7 @@ SINGLE_VALUES = {
     "end": "true", "seed": "0",
 }  # fmt: skip
 LISTS = ("prompt", "stop")
+Number = TypeVar("Number", int, float)
 
 
 def main(arguments: list[str]) -> int:
@@ -55,12 +57,14 @@ def main(arguments: list[str]) -> int:
     rank = int(os.environ.get("RANK", 0))
     try:
         options, lists = read(arguments)
-        device = start(rank)
+        device = start()
         write(options, lists["prompt"] or ["\n"], lists["stop"], device, loud=rank == 0)
     except (ValueError, OSError, checkpoint.CheckpointError) as error:
         if rank == 0:
             print(f"generate: {error}", file=sys.stderr)
         return REFUSED
+    except KeyboardInterrupt:
+        return STOPPED
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -87,7 +91,15 @@ def read(arguments: list[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
     return options, lists
 
 
-def start(rank: int) -> torch.device:
+def number(options: dict[str, str], key: str, kind: type[Number]) -> Number:
+    try:
+        return kind(options[key])
+    except ValueError:
+        what = "whole number" if kind is int else "number"
+        raise ConfigError(f"{key}={options[key]} is not a {what}") from None
+
+
+def start() -> torch.device:
     """This process's device; under torchrun, the process group of all of them."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -122,15 +134,12 @@ def write(
 ) -> None:
     """Draw and print. Collective; only a loud rank prints."""
 
-    def number(key: str, kind: type[int] | type[float]) -> int | float | None:
-        return kind(options[key]) if options[key] else None
-
     sampling = Sampling(
-        temperature=float(options["temperature"]),
-        top_k=number("top_k", int),  # type: ignore[arg-type]
-        top_p=number("top_p", float),
-        min_p=number("min_p", float),
-        seed=int(options["seed"]),
+        temperature=number(options, "temperature", float),
+        top_k=number(options, "top_k", int) if options["top_k"] else None,
+        top_p=number(options, "top_p", float) if options["top_p"] else None,
+        min_p=number(options, "min_p", float) if options["min_p"] else None,
+        seed=number(options, "seed", int),
     )
     config, tokenizer, decoder = load(Path(options["run"]), device)
     stop = stops_at(tokenizer, strings)
@@ -138,7 +147,7 @@ def write(
     rounds = generate(
         decoder,
         prompt_ids,
-        int(options["tokens"]),
+        number(options, "tokens", int),
         max_length=config.data.sequence_length,
         sampling=sampling,
         n_ids=tokenizer.size,

@@ -189,8 +189,8 @@ def export_folder(
     temporary.mkdir(parents=True)
     _write_weights(temporary, path, config, kind, rows, dtype)
     _write_json(temporary / "config.json", tree)
-    ends = {"eos_token_id": end, "bos_token_id": tree["bos_token_id"]}
-    _write_json(temporary / "generation_config.json", {k: v for k, v in ends.items() if v})
+    ends = {key: tree[key] for key in ("bos_token_id", "eos_token_id") if tree[key] is not None}
+    _write_json(temporary / "generation_config.json", ends)
     if tokenizer is not None:
         _write_tokenizer(temporary, tokenizer, config.data.sequence_length)
     os.rename(temporary, target)

@@ -141,7 +141,7 @@ def gather_attention(
 ) -> Tensor:  # fmt: skip
     """Causal attention of this rank's queries over whole sequences.
 
-    q [B, T/c, H, D], k and v [B, T/c, K, D]; documents [B, T] as for `attention`. A chunk's
+    q [B, T/c, H, D], k and v [B, T/c, K, D]; documents [B, 2, T] by `document_bounds`. A chunk's
     queries are the last of the keys up to its end, which is how `attention` places them.
     """
     whole = join_parts(gather_ranks(torch.cat([k, v], dim=2), axis))
@@ -154,7 +154,7 @@ def gather_attention(
         mixed.append(
             attention(queries, *seen, causal=True, alibi_slopes=alibi_slopes, backend=backend)
             if documents is None
-            else _packed_attention(queries, *seen, documents[:, :end], alibi_slopes, backend)
+            else _packed_attention(queries, *seen, documents[..., :end], alibi_slopes, backend)
         )
     return torch.cat(mixed, dim=1)
 
@@ -168,22 +168,23 @@ def _packed_attention(
     it at most one document can go on into it, the one that its first token belongs to: the keys of
     that one, for the queries of that one. The two are merged by their lse.
     """
-    start = k.shape[1] - q.shape[1]
+    length = q.shape[1]
+    start = k.shape[1] - length
+    own = documents[..., start:]
     out, lse = attention(
         q, k[:, start:], v[:, start:], causal=True, alibi_slopes=alibi_slopes,
-        documents=documents[:, start:].contiguous(), return_lse=True, backend=backend,
+        documents=(own - start).clamp(0, length), return_lse=True, backend=backend,
     )  # fmt: skip
     if start == 0:
         return out
-    changed = documents[:, 1:] != documents[:, :-1]
-    runs = nn.functional.pad(changed.long().cumsum(1), (1, 0))
-    goes_on = runs == runs[:, start : start + 1]  # [B, S]
+    place = torch.arange(k.shape[1], device=k.device)
     before, lse_before = attention(
         q, k, v, causal=True, alibi_slopes=alibi_slopes,
-        key_mask=goes_on & (torch.arange(k.shape[1], device=k.device) < start),
+        key_mask=(place >= own[:, 0, :1]) & (place < start),  # [B, S]
         return_lse=True, backend=backend,
     )  # fmt: skip
-    lse_before = lse_before.masked_fill(~goes_on[:, None, start:], float("-inf"))
+    begins_here = own[:, :1] >= start  # [B, 1, T]
+    lse_before = lse_before.masked_fill(begins_here, float("-inf"))
     total = torch.logaddexp(lse, lse_before)
     share, share_before = (
         (part - total).exp().transpose(1, 2).unsqueeze(-1) for part in (lse, lse_before)

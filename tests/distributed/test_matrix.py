@@ -197,7 +197,9 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
 def look(engine: Engine, mesh: Mesh) -> tuple[float, torch.Tensor]:
     """A held-out loss, and logits after one position: forwards without a backward."""
     tokens = batches(7, ALONE, 1)[5].tokens
-    return float(engine.evaluate(batches(6, mesh, 1))), engine.decoder().logits(tokens, torch.tensor([4]))[0]
+    return float(engine.evaluate(batches(6, mesh, 1))), engine.decoder().logits(
+        tokens, torch.tensor([4])
+    )[0]
 
 
 @torch.no_grad()

@@ -86,6 +86,8 @@ def test_damaged_shards_are_refused_in_one_line(name: str, shards: Path) -> None
         (["trainer.evaluate_sequences=100000"], ["100000", "held-out"]),
         (["data.sequence_length=100000000"], ["100,000,001"]),
         (["model.word_vectors=/nowhere/vectors.txt"], ["/nowhere/vectors.txt"]),
+        (["model.weights=/nowhere/run"], ["/nowhere/run", "import_hf"]),
+        ([f"model.word_vectors={__file__}", "model.weights=/"], ["one or the other"]),
         (["checkpoint.resume=/nowhere/step-1"], ["/nowhere/step-1", "manifest.json"]),
         (["model.d_model=1000000", "model.n_heads=10000"], ["GiB", "parallel.tensor"]),
         (["attention=hopper"], ["hopper"]),
@@ -162,6 +164,8 @@ def test_a_gpu_too_old_for_the_kernels_is_refused(
         (["parallel=zero1"], 16 / 4 + 2),
         (["parallel=zero1", "data.micro_batch_size=1"], 12 / 4 + 2 + 4),  # and whole gradients
         (["parallel=hsdp", "parallel.shard=2"], 16 / 2),
+        (["parallel=context2"], 16 / 2),
+        (["parallel=context2", "parallel.shard_context=false"], 16),
         (["engine=deepspeed", "parallel=fsdp"], 12 / 4 + 2 / 4 + 4 / 4),
         (["engine=deepspeed", "parallel=zero1"], 12 / 4 + 2 + 2),
     ],

@@ -22,7 +22,8 @@ def test_a_signal_saves_and_ends_with_success(number: signal.Signals, tmp_path: 
     run = tmp_path / "run"
     command = [
         sys.executable, "-m", "flashtrain.launch", "--nproc", "2", "data=shards",
-        f"data.path={tmp_path}/tokens", "data.sequence_length=16", "data.batch_size=4", "data.micro_batch_size=2",
+        f"data.path={tmp_path}/tokens", "data.sequence_length=16", "data.batch_size=4",
+        "data.micro_batch_size=2",
         "model.d_model=16", "model.n_heads=2", "model.n_layers=1", "trainer.steps=1000000",
         "trainer.log_every=1", "trainer.evaluate_sequences=2", "trainer.sample_tokens=1",
         "tracking.wandb.mode=disabled", f"run_dir={run}",

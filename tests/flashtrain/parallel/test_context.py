@@ -22,7 +22,7 @@ from flashtrain.parallel.context import (
 )
 from flashtrain.parallel.mesh import SINGLE, Axis, build_mesh
 from flashtrain.parallel.ring import ring_attention
-from kernels.attention import attention
+from kernels.attention import attention, document_bounds
 from kernels.attention.reference import attention_reference
 from tests.accuracy import assert_as_accurate
 from tests.harness import run_ranks
@@ -113,7 +113,7 @@ def check(
     expected.backward(d_out)
 
     own = [own_part(x, axis).requires_grad_() for x in inputs]
-    out = form(*own, axis=axis, alibi_slopes=slopes, documents=ids, backend=backend)
+    out = form(*own, axis=axis, alibi_slopes=slopes, documents=bounds_of(ids), backend=backend)
     out.backward(own_part(d_out, axis))
     pairs = [(out, expected), *((x.grad, y.grad) for x, y in zip(own, dense, strict=True))]
     for tensor, (found, wanted) in zip(("out", "dq", "dk", "dv"), pairs, strict=True):
@@ -122,6 +122,10 @@ def check(
             found, own_part(wanted, axis), rtol=1e-9, atol=1e-9,
             msg=lambda text, tensor=tensor: f"{what}: {tensor}: {text}",
         )  # fmt: skip
+
+
+def bounds_of(ids: Tensor | None) -> Tensor | None:
+    return None if ids is None else document_bounds(ids)
 
 
 @pytest.mark.gpu
@@ -143,7 +147,8 @@ def check_accuracy() -> None:
         for documents in (None, ids) if name != "ring" else (None,):
             exact, eager = (whole_gradients(inputs, documents, d) for d in (torch.float64, None))
             own = [own_part(x, axis).requires_grad_() for x in inputs[:3]]
-            out = form(*own, axis=axis, alibi_slopes=None, documents=documents, backend="auto")
+            bounds = bounds_of(documents)
+            out = form(*own, axis=axis, alibi_slopes=None, documents=bounds, backend="auto")
             out.backward(own_part(inputs[3], axis))
             for i, tensor in enumerate((out, *(x.grad for x in own))):
                 assert tensor is not None
