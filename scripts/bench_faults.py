@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from flashtrain.checkpoint.shelf import checkpoints
 from flashtrain.data.prepare import Recipe, prepare
 
 LIMIT = 180  # seconds for anything a run does by itself; longer is a hang
-STARTING = 15.0  # seconds after a start within which a rank is killed `while starting`
+STARTING = 8.0  # seconds after a start within which a rank is killed `while starting`
 
 
 class Run:
@@ -247,11 +247,12 @@ def disturb(run: Run, kind: str, dice: random.Random, tally: Tally) -> Expected:
 
 
 def still_starting(run: Run, dice: random.Random) -> bool:
-    """Wait a random while; whether no step has been made by then."""
+    """Wait a random while, and until there are ranks; whether none has made a step by then."""
     moment = time.monotonic() + dice.uniform(0, STARTING)
-    return not run.until(lambda: time.monotonic() > moment or bool(run.new_steps())) or (
-        not run.new_steps()
+    there = run.until(
+        lambda: bool(run.new_steps()) or (time.monotonic() > moment and bool(run.workers()))
     )
+    return there and not run.new_steps()
 
 
 def finish(run: Run, undisturbed: dict[str, str], tally: Tally) -> None:
@@ -324,7 +325,7 @@ def main() -> int:
             print(f"{name}: median {statistics.median(values):.3g}, most {max(values):.3g}")
     print(f"{time.monotonic() - began:.0f} s")
     if arguments.json:
-        arguments.json.write_text(json.dumps(asdict(tally), indent=1) + "\n")
+        arguments.json.write_text(json.dumps(vars(tally), indent=1) + "\n")
     good = tally.survived == tally.injected and tally.equal == tally.runs > 0
     return 0 if good else 1
 
