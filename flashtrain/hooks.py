@@ -48,6 +48,12 @@ class Log:
                 f"a row, so nothing further is saved; checkpoints in {self.run.folder} are from "
                 "before: lower optimizer.lr or raise schedule.warmup_steps"
             )
+        if not math.isfinite(loss) and math.isfinite(norm):  # no step is skipped for it
+            raise TrainingError(
+                f"step {step.number}: loss is {loss} with a gradient norm of {norm}: look for "
+                "token ids beyond model.vocabulary in the data; checkpoints in "
+                f"{self.run.folder} may have been trained on them"
+            )
         n_bad = int(self.bad)
         if in_a_row:
             log.warning("step %d: gradient norm %s, so the step is skipped", step.number, norm)

@@ -52,6 +52,12 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run(bad: float)
         hook.after_step(step(7, loss=bad, norm=bad))
 
 
+def test_a_bad_loss_with_a_good_gradient_ends_the_run() -> None:
+    """As a label outside the vocabulary gives: NaN for the loss, nothing for the gradient."""
+    with pytest.raises(TrainingError, match=r"step 10.*loss is nan.*model\.vocabulary"):
+        log_hook([]).after_step(step(10, loss=float("nan")))
+
+
 def test_an_engine_that_cannot_skip_ends_at_the_first_bad_step() -> None:
     with pytest.raises(TrainingError, match=r"step 10.*1 steps in a row"):
         log_hook([], skips=False).after_step(step(10, norm=float("nan")))
