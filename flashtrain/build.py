@@ -11,13 +11,17 @@ from flashtrain.data.tokenizer import Tokenizer
 from flashtrain.engine.base import Engine
 from flashtrain.engine.native import NativeEngine
 from flashtrain.model.dtypes import DTYPES
+from flashtrain.model.float8 import use_float8
 from flashtrain.model.gpt import GPT
 from flashtrain.model.init import init_weights
 from flashtrain.model.word_vectors import load_word_vectors, start_from_word_vectors
 from flashtrain.parallel.context import split_context
 from flashtrain.parallel.fsdp import empty_part, shard_model
 from flashtrain.parallel.mesh import Axis, Mesh
+from flashtrain.parallel.overlap import overlap_layers
+from flashtrain.parallel.pipeline import cut_stages
 from flashtrain.parallel.plan import apply_plan, gpt_plan
+from flashtrain.precision import is_fp8, overlap_of
 
 
 def build_model(
@@ -45,7 +49,7 @@ def plan_model(config: Config, tensor: Axis) -> GPT:
             backend=config.attention.backend.name,
             dtype=DTYPES[config.precision.compute],
         )
-    apply_plan(model, gpt_plan(config.model, config.position), tensor)
+    apply_plan(model, gpt_plan(config.model), tensor)
     return model
 
 
@@ -56,14 +60,41 @@ def build_engine(config: Config, mesh: Mesh, device: torch.device) -> Engine:
         from flashtrain.engine.deepspeed import DeepSpeedEngine  # an extra: not installed by all
 
         model = plan_model(config, mesh.tensor).to(compute)
+        overlap_layers(model, mesh.tensor, config.parallel.overlap, device)
         materialize(model, device)
         return DeepSpeedEngine(model, config, mesh, device)
 
+    if mesh.pipeline.size > 1:
+        return build_pipeline(config, mesh, device)
+
     def cut(model: GPT) -> None:
+        overlap_layers(model, mesh.tensor, overlap_of(config), device)
         split_context(model, mesh.context, config.parallel.context_kind)
         shard_model(model, mesh, config.parallel.zero, compute, device)
+        if is_fp8(config):
+            use_float8(model, config.precision, keeps_weight=mesh.shard.size == 1)
 
     return NativeEngine(build_model(config, mesh.tensor, device, cut), config, mesh, device)
+
+
+def build_pipeline(config: Config, mesh: Mesh, device: torch.device) -> Engine:
+    """The engine over this rank's stages of a fresh model. Collective."""
+    from flashtrain.engine.pipeline import PipelineEngine  # its imports take a second
+
+    model = plan_model(config, mesh.tensor)
+    overlap_layers(model, mesh.tensor, overlap_of(config), device)
+    split_context(model, mesh.context, config.parallel.context_kind)
+    names = frozenset(name for name, _ in model.named_parameters())
+    stages = cut_stages(model, mesh.pipeline, config.parallel)
+    compute = DTYPES[config.precision.compute]
+    for stage in stages:
+        shard_model(stage.model, mesh, config.parallel.zero, compute, device)
+        if is_fp8(config):
+            use_float8(stage.model, config.precision, keeps_weight=mesh.shard.size == 1)
+    materialize(nn.ModuleList(stages), device)
+    for stage in stages:
+        init_weights(stage.model, config.seed)
+    return PipelineEngine(stages, names, config, mesh, device)
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:

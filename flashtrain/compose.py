@@ -25,6 +25,7 @@ from flashtrain.config import (
     Mlp,
     ModelConfig,
     Packing,
+    Parametrization,
     PositionConfig,
     PositionKind,
     RopeType,
@@ -33,6 +34,8 @@ from flashtrain.config import (
     to_dict,
 )
 from flashtrain.layout import check_layout, data_ranks, need, resolve_parallel
+from flashtrain.pipelining import check_pipeline
+from flashtrain.precision import check_moments, check_precision
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -42,6 +45,11 @@ def load(overrides: list[str], world_size: int = 1, configs: Path = CONFIGS) -> 
 
     Raises ConfigError for every key, type or combination that cannot run on `world_size` ranks.
     """
+    return resolve(read(overrides, configs), world_size)
+
+
+def read(overrides: list[str], configs: Path = CONFIGS) -> Config:
+    """Composed as `load` does, nothing derived, and checked for its keys and types only."""
     for override in overrides:
         if override.startswith(("-", "=")):
             raise ConfigError(f"{override!r} is not a Hydra override: write key=value")
@@ -62,7 +70,7 @@ def load(overrides: list[str], world_size: int = 1, configs: Path = CONFIGS) -> 
     except ValueError as error:  # Hydra's own word on group=3
         raise ConfigError(f"{' '.join(overrides)}: {error}") from error
     assert isinstance(config, Config)
-    return resolve(config, world_size)
+    return config
 
 
 def _one_line(error: BaseException) -> str:
@@ -85,7 +93,10 @@ def _one_line(error: BaseException) -> str:
         names = ", ".join(item.name for item in dataclasses.fields(section))
         return f"{key}: no such key; {str(key).rpartition('.')[0] or 'the root'} has {names}"
     if sentence.startswith("Ambiguous value"):
-        return f"{sentence}: write a list as key=[a,b]; one run takes one value"
+        return (
+            f"{sentence}: write a list as key=[a,b]; one run takes one value, scripts/sweep.py "
+            "takes several"
+        )
     for phrase, clear in {
         "missing mandatory value": f"{key} must be set",
         "is not Optional": f"{key}=null: a value must be set",
@@ -118,12 +129,19 @@ def resolve(config: Config, world_size: int) -> Config:
         "model.logit_softcap": model.logit_softcap,
         "model.norm_eps": model.norm_eps,
         "model.init_std": model.init_std,
+        "model.base_width": model.base_width,
+        "model.base_head_size": model.base_head_size,
         "data.sequence_length": data.sequence_length,
         "data.batch_size": data.batch_size,
         "data.micro_batch_size": data.micro_batch_size,
         "data.validation_tokens": data.validation_tokens,
+        "data.shuffle_shards": data.shuffle_shards,
+        "data.cache_gb": data.cache_gb,
+        "data.network_minutes": data.network_minutes,
         "parallel.tensor": config.parallel.tensor,
         "parallel.context": config.parallel.context,
+        "parallel.pipeline": config.parallel.pipeline,
+        "parallel.stages_per_rank": config.parallel.stages_per_rank,
         "parallel.shard": config.parallel.shard,
         "parallel.replicate": config.parallel.replicate,
         "engine.bucket_mb": config.engine.bucket_mb,
@@ -132,11 +150,17 @@ def resolve(config: Config, world_size: int) -> Config:
         "optimizer.clip_norm": config.optimizer.clip_norm,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
         "trainer.steps": config.trainer.steps,
         "trainer.stop_at": config.trainer.stop_at,
         "trainer.time_limit": config.trainer.time_limit,
         "trainer.log_every": config.trainer.log_every,
         "trainer.bad_steps": config.trainer.bad_steps,
+        "trainer.spike.deviations": config.trainer.spike.deviations,
+        "trainer.spike.steps": config.trainer.spike.steps,
+        "trainer.spike.window": config.trainer.spike.window,
+        "trainer.check_determinism": config.trainer.check_determinism,
+        "trainer.hang_timeout": config.trainer.hang_timeout,
         "trainer.evaluate_every": config.trainer.evaluate_every,
         "trainer.evaluate_sequences": config.trainer.evaluate_sequences,
         "trainer.sample_every": config.trainer.sample_every,
@@ -157,6 +181,8 @@ def resolve(config: Config, world_size: int) -> Config:
         ("optimizer.weight_decay", config.optimizer.weight_decay, 0, math.inf),
         ("schedule.warmup_steps", config.schedule.warmup_steps, 0, math.inf),
         ("loss.z_loss", config.loss.z_loss, 0, math.inf),
+        ("checkpoint.keep_best", config.checkpoint.keep_best, 0, math.inf),
+        ("trainer.rollbacks", config.trainer.rollbacks, 0, math.inf),
     ):
         need(low <= value <= high, f"{key}={value} must lie between {low} and {high}")
 
@@ -164,10 +190,12 @@ def resolve(config: Config, world_size: int) -> Config:
         re.fullmatch(r"[\w.+-]+", config.name) is not None,
         f"name={config.name!r} must be letters, digits and . _ + - only: it names a folder",
     )
+    need_window(config.trainer.profile)
     need(config.run_dir != "", "run_dir is empty: name a folder or leave it null")
     need(0 <= config.seed < 2**63, f"seed={config.seed} must lie between 0 and 2^63 - 1")
     parallel = resolve_parallel(config.parallel, config.engine.name, world_size)
-    micro_batch = data.micro_batch_size or max(1, data.batch_size // data_ranks(parallel))
+    passes = data_ranks(parallel) * parallel.pipeline  # each pipeline rank needs a micro-batch
+    micro_batch = data.micro_batch_size or max(1, data.batch_size // passes)
     config = dataclasses.replace(
         config,
         model=resolve_model(model),
@@ -181,7 +209,12 @@ def resolve(config: Config, world_size: int) -> Config:
     )
     check_position(config.model, config.position)
     check_layout(config, world_size)
+    if parallel.pipeline > 1:
+        check_pipeline(config)
+    check_precision(config)
+    check_moments(config)
     check_data(data)
+    check_retention(config)
     if data.source is Source.random:
         need(model.vocabulary is not None, "model.vocabulary must be set for data.source=random")
     if config.run_dir is None:
@@ -199,6 +232,16 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
             "change one of them or set model.head_size",
         )
     size = model.head_size or width // heads
+    mup = model.parametrization is Parametrization.mup
+    need(
+        mup == (model.base_width is not None),
+        f"model.parametrization={model.parametrization.name} with model.base_width="
+        f"{model.base_width}: mup needs the width at which it was tuned, standard has none",
+    )
+    need(
+        mup or model.base_head_size is None,
+        f"model.base_head_size={model.base_head_size} is for model.parametrization=mup",
+    )
     need(size <= 256, f"head size {size} is above 256, the largest the attention kernels take")
     kv = model.n_kv_heads or heads
     need(
@@ -209,6 +252,30 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
     if d_ff is None:
         d_ff = 4 * width if model.mlp is not Mlp.swiglu else -(-8 * width // 3 // 256) * 256
     return dataclasses.replace(model, n_kv_heads=kv, head_size=size, d_ff=d_ff)
+
+
+def need_window(profile: list[int]) -> None:
+    """Refuse steps that cannot be traced."""
+    need(
+        not profile or (len(profile) == 2 and 2 <= profile[0] <= profile[1]),
+        f"trainer.profile={profile}: write [first,last], with 2 <= first <= last; step 1 compiles",
+    )
+
+
+def check_retention(config: Config) -> None:
+    """Refuse to keep what would not be saved, or not be judged."""
+    saving, evaluate_every = config.checkpoint, config.trainer.evaluate_every
+    need(
+        saving.keep_every is None or saving.keep_every % saving.every == 0,
+        f"checkpoint.keep_every={saving.keep_every} is not a multiple of checkpoint.every="
+        f"{saving.every}, so some of the steps it names are never saved",
+    )
+    need(
+        saving.keep_best == 0 or saving.every % evaluate_every == 0,
+        f"checkpoint.keep_best={saving.keep_best} needs an evaluation at each checkpoint, and "
+        f"checkpoint.every={saving.every} is not a multiple of trainer.evaluate_every="
+        f"{evaluate_every}",
+    )
 
 
 def check_data(data: DataConfig) -> None:
@@ -230,6 +297,10 @@ def check_data(data: DataConfig) -> None:
     need(
         data.source is not Source.random or data.packing is Packing.none,
         f"data.packing={data.packing.name}: made-up tokens have no documents to pack",
+    )
+    need(
+        data.shuffle_shards is None or data.source is not Source.random,
+        f"data.shuffle_shards={data.shuffle_shards}: made-up tokens lie in no shards",
     )
     need(
         data.validation_path is None or data.validation_tokens is None,
@@ -292,7 +363,8 @@ def fingerprint(config: Config) -> str:
         del tree[key]
     tree["trainer"] = {"steps": config.trainer.steps}
     del tree["loss"]["fused"]
-    del tree["data"]["micro_batch_size"]
+    for key in ("micro_batch_size", "cache_dir", "cache_gb", "network_minutes"):
+        del tree["data"][key]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -20,6 +20,7 @@ class ConfigError(ValueError):
 # OmegaConf matches the *names* of enum members, so they are spelt as in YAML.
 Norm = Enum("Norm", ["layernorm", "rmsnorm"])
 Mlp = Enum("Mlp", ["gelu", "swiglu", "relu2"])
+Parametrization = Enum("Parametrization", ["standard", "mup"])
 PositionKind = Enum("PositionKind", ["learned", "sinusoidal", "rope", "alibi", "none"])
 Target = Enum("Target", ["q", "k", "v", "embedding"])
 RopeType = Enum("RopeType", ["default", "linear", "ntk", "yarn", "llama3"])
@@ -28,13 +29,19 @@ TokenizerKind = Enum("TokenizerKind", ["bpe", "bytes"])
 DataFormat = Enum("DataFormat", ["auto", "flashtrain", "nanogpt", "llmc", "megatron"])
 Packing = Enum("Packing", ["none", "concatenate", "best_fit"])
 OptimizerKind = Enum("OptimizerKind", ["adamw", "muon"])
+Moments = Enum("Moments", ["fp32", "bf16"])
 ScheduleKind = Enum("ScheduleKind", ["cosine", "linear", "wsd", "constant"])
 EngineKind = Enum("EngineKind", ["native", "deepspeed"])
 Compute = Enum("Compute", ["bf16", "fp32"])
+LinearKind = Enum("LinearKind", ["compute", "fp8_tensorwise", "fp8_rowwise"])
 Backend = Enum("Backend", ["auto", "hopper", "triton", "torch", "reference"])
 ContextKind = Enum("ContextKind", ["gather", "ring", "ulysses"])
+PipelineSchedule = Enum("PipelineSchedule", ["1f1b", "interleaved", "zero_bubble", "zbv"])
+Overlap = Enum("Overlap", ["auto", "on", "off", "fused"])
 Recompute = Enum("Recompute", ["none", "selective", "full"])
 WandbMode = Enum("WandbMode", ["auto", "online", "offline", "disabled"])
+OnBadSteps = Enum("OnBadSteps", ["stop", "rollback"])
+OnSpike = Enum("OnSpike", ["ignore", "warn", "stop", "rollback"])
 
 
 @dataclass
@@ -54,6 +61,11 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm on each head of q and k, before a rotation
     logit_softcap: float | None = None  # c: logits become c tanh(logits / c)
     init_std: float = 0.02
+    # mup: initial weights, learning rates, logits and scores scale with the width, so that what was
+    # tuned at base_width holds at any other (flashtrain/model/parametrization.py)
+    parametrization: Parametrization = Parametrization.standard
+    base_width: int | None = None  # mup: the d_model at which it is the standard one
+    base_head_size: int | None = None  # mup: likewise; null: head_size, heads grow in number
     word_vectors: str | None = None  # word2vec / GloVe file that token embeddings start from
     # run folder or checkpoint whose weights training starts from, at step 0 with a new optimizer
     weights: str | None = None
@@ -107,8 +119,8 @@ class RampStage:
 @dataclass
 class DataConfig:
     source: Source = Source.shards
-    # token shards: a folder from scripts/prepare_data.py, nanoGPT's or llm.c's folder or files, or
-    # the prefix of Megatron's .bin and .idx
+    # token shards: a folder from scripts/prepare_data.py or its URL, nanoGPT's or llm.c's folder or
+    # files, or the prefix of Megatron's .bin and .idx
     path: str | None = None
     format: DataFormat = DataFormat.auto  # auto: told by the files themselves
     sources: dict[str, MixSource] = field(default_factory=dict)  # in place of path: a mixture
@@ -123,12 +135,22 @@ class DataConfig:
     # none: attention runs over the ends of documents; concatenate: documents end to end, cut every
     # sequence_length tokens, and kept apart; best_fit: kept apart, cut only where too long
     packing: Packing = Packing.none
+    # null: sequences are shuffled over all shards; k: shards are shuffled, and sequences over k of
+    # them at a time, so that no more than 2 k have to be in reach: for remote ones and slow disks
+    shuffle_shards: int | None = None
+    # of shards at s3://, gs://, https://, file:// and others of fsspec's: where copies are kept, on
+    # a disk of the machine, how much of it they may take, and after how many minutes without a byte
+    # of one that is waited for a run ends
+    cache_dir: str | None = None
+    cache_gb: float = 64.0
+    network_minutes: float = 10.0
     tokenizer: TokenizerKind = TokenizerKind.bpe  # for source=shakespeare only
     tokenizer_vocabulary: int = 4096  # likewise
     sequence_length: int = 1024
     batch_size: int = MISSING  # sequences per optimizer step, over all GPUs
     ramp: list[RampStage] = field(default_factory=list)  # smaller and shorter at the start
-    # sequences per forward pass on one data-parallel rank; null: its whole share of the batch
+    # sequences per forward pass on one data-parallel rank; null: its whole share of the batch, and
+    # with parallel.pipeline that share over the pipeline's ranks
     micro_batch_size: int | None = None
 
 
@@ -140,6 +162,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     momentum: float = 0.95  # muon, of matrices; beta1, beta2, eps: of all that takes AdamW
+    moments: Moments = Moments.fp32  # adamw: what both are kept in; bf16 saves 4 bytes a parameter
     weight_decay: float = 0.1  # on matrices only, never on norms, biases and position tables
     clip_norm: float | None = 1.0  # on the norm of the whole gradient, over all ranks
 
@@ -154,12 +177,21 @@ class ScheduleConfig:
 
 @dataclass
 class ParallelConfig:
-    """tensor x context x shard x replicate = the processes of the run; null takes what is left.
-
-    Ranks of the last two see different samples.
+    """pipeline x tensor x context x shard x replicate = the processes of the run; null takes what
+    is left. Ranks of the last two see different samples.
     """
 
+    pipeline: int = 1  # ranks that each hold some of the layers
+    # who computes when: 1f1b one forward, one backward; interleaved shorter waits, more traffic;
+    # zero_bubble, zbv (in a V: rank 0 has the first and the last layers): backward in two halves,
+    # of which the second, the gradients of weights, fills waits; both run uncompiled
+    pipeline_schedule: PipelineSchedule = PipelineSchedule["1f1b"]
+    # runs of layers on each pipeline rank; null: 1 for 1f1b and zero_bubble, 2 for the others
+    stages_per_rank: int | None = None
     tensor: int | None = 1  # ranks that share the arithmetic of each layer; null: 2 where it fits
+    # tensor ranks' transfers behind their products; auto: where GPUs see each other's memory;
+    # fused: by PyTorch's operators
+    overlap: Overlap = Overlap.auto
     context: int = 1  # ranks that hold parts of the same sequences
     # how attention sees the other parts: gather brings all keys and values to every rank, ring a
     # rank's at a time, ulysses exchanges tokens for heads
@@ -182,6 +214,10 @@ class EngineConfig:
 @dataclass
 class PrecisionConfig:
     compute: Compute = Compute.bf16  # activations and products; master weights are always fp32
+    # products of the blocks' linear layers, not of the head: in `compute` too, or in fp8 with one
+    # scale a tensor, or a row
+    linear: LinearKind = LinearKind.compute
+    keep_blocks: int = 0  # fp8: so many blocks at either end keep `compute`
 
 
 @dataclass
@@ -201,7 +237,12 @@ class AttentionConfig:
 @dataclass
 class CheckpointConfig:
     every: int = 500  # steps between checkpoints; one is always written at the end
+    # a step waits until its state is copied to host memory, which takes as much again as the
+    # weights and optimizer of each GPU; false: until it is on disk
+    asynchronous: bool = True
     keep: int = 2  # the newest ones that stay on disk
+    keep_every: int | None = None  # checkpoints of steps that it divides stay for ever
+    keep_best: int = 0  # this many of the lowest validation loss stay too
     resume: str = "auto"  # auto: newest valid one of this run | never | path of a checkpoint
 
 
@@ -211,13 +252,26 @@ class WandbConfig:
     project: str = "flashtrain"
     group: str | None = None
     tags: list[str] = field(default_factory=list)
+    artifact: bool = False  # the last checkpoint goes up too, when the run ends
 
 
 @dataclass
 class TrackingConfig:
     console: bool = True
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False  # event files in the run folder; needs the package tensorboard
     peak_tflops: float | None = None  # per GPU; null: looked up by the GPU's name, else no MFU
+
+
+@dataclass
+class SpikeConfig:
+    """A spike: `steps` losses in a row above the median of the `window` before by `deviations`
+    robust standard deviations (1.4826 x the median distance from the median)."""
+
+    action: OnSpike = OnSpike.warn
+    deviations: float = 8.0
+    steps: int = 5
+    window: int = 128  # losses; nothing is called a spike before half as many are known
 
 
 @dataclass
@@ -226,8 +280,19 @@ class TrainerConfig:
     stop_at: int | None = None  # end after this step; the same command without it goes on
     time_limit: float | None = None  # minutes; then save and stop; the same command goes on
     log_every: int = 10
-    # steps in a row with a gradient that is not finite that end a run; fewer are skipped
+    # steps in a row with a gradient that is not finite before on_bad_steps; fewer are skipped
     bad_steps: int = 10
+    # stop: end the run; rollback: go back to the newest checkpoint from before, and on without the
+    # batches trained on since then
+    on_bad_steps: OnBadSteps = OnBadSteps.stop
+    rollbacks: int = 3  # of one run; the next one stops it
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
+    # every so many steps, do forward and backward twice and compare to the last bit, which finds
+    # GPUs that miscalculate; the kernels must be deterministic. null: never
+    check_determinism: int | None = None
+    # minutes without a finished step, evaluation or save after which a run counts as hung: every
+    # rank writes where it stands to hangs/ of the run folder and ends
+    hang_timeout: float = 10.0
     evaluate_every: int = 250
     evaluate_sequences: int = 128  # held-out sequences of one evaluation
     sample_every: int = 500
@@ -235,6 +300,16 @@ class TrainerConfig:
     sample_tokens: int = 128
     compile: bool | None = None  # torch.compile each block; null: on CUDA
     recompute: Recompute = Recompute.none  # activation checkpointing
+    # parts of its tokens that each MLP runs one after the other; its inside is recomputed part by
+    # part, so that it never exists whole
+    mlp_chunks: int = 1
+    # recompute=full: what it keeps, the blocks' inputs, waits for backward in host memory
+    offload_activations: bool = False
+    # [first, last]: rank 0 traces these steps into profile/ of the run folder
+    profile: list[int] = field(default_factory=list)
+    nvtx: bool = False  # NVTX ranges around every operation, for `nsys profile`
+    # remember who allocated what, so that running out of GPU memory leaves a snapshot of it
+    memory_history: bool = False
 
 
 @dataclass

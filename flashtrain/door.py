@@ -17,15 +17,22 @@ from flashtrain.config import (
     ConfigError,
     ContextKind,
     EngineKind,
+    Moments,
     OptimizerKind,
     Packing,
     PositionKind,
+    to_dict,
 )
 from flashtrain.data.source import prepare_source
 from flashtrain.model.dtypes import DTYPES
 from flashtrain.model.gpt import n_parameters
+from flashtrain.precision import is_fp8
+from flashtrain.secrets_check import refuse_secrets
+from flashtrain.tracking.tensorboard import check_tensorboard
 from flashtrain.tracking.wandb import choose_mode
 from kernels.attention import explain
+
+FP8_SINCE = (8, 9)  # compute capability: Ada, Hopper
 
 
 def admit(config: Config, world_size: int, local_processes: int) -> Config:
@@ -33,12 +40,16 @@ def admit(config: Config, world_size: int, local_processes: int) -> Config:
 
     Makes the embedded text's token shards where they are absent. Raises ConfigError or DataError.
     """
+    refuse_secrets(to_dict(config), os.environ)
     choose_mode(config.tracking.wandb.mode)  # refuses a W&B that is asked for and not installed
+    check_tensorboard(config.tracking.tensorboard)
     if config.engine.name is EngineKind.deepspeed:
         _check_deepspeed(config)
     _check_files(config)
+    _check_fp8(config)
     config = prepare_source(config, world_size)
     _check_memory(config, local_processes)
+    _check_copy(config, local_processes)
     describe_attention(config)
     return config
 
@@ -100,6 +111,19 @@ def _check_files(config: Config) -> None:
         )
 
 
+def _check_fp8(config: Config) -> None:
+    """Refuse a GPU without fp8 products. The CPU emulates them, slowly, for tests."""
+    if not is_fp8(config) or not torch.cuda.is_available():
+        return
+    capability = torch.cuda.get_device_capability()
+    if capability < FP8_SINCE:
+        raise ConfigError(
+            f"precision.linear={config.precision.linear.name}: {torch.cuda.get_device_name()} has "
+            f"compute capability {'.'.join(map(str, capability))}, fp8 products need "
+            f"{'.'.join(map(str, FP8_SINCE))}: take precision=bf16"
+        )
+
+
 def _check_deepspeed(config: Config) -> None:
     """Refuse a DeepSpeed that is not there, and keys of its own that it does not know."""
     if importlib.util.find_spec("deepspeed") is None:
@@ -115,7 +139,7 @@ def _check_deepspeed(config: Config) -> None:
 def bytes_per_parameter(config: Config) -> float:
     """Least memory one process needs for each parameter of its tensor-parallel part.
 
-    Weights in fp32 and AdamW's two moments, 12 bytes, over the shard axis; gradients; and the
+    Weights in fp32 and AdamW's two moments, 12 bytes (8), over the shard axis; gradients; and the
     gathered weights that stay between forward and backward where `parallel.zero` leaves them whole.
     """
     parallel, data = config.parallel, config.data
@@ -130,17 +154,20 @@ def bytes_per_parameter(config: Config) -> float:
     ranks = shard * (parallel.replicate or 1)
     if parallel.shard_context:
         shard *= parallel.context
+    state = 12 if config.optimizer.moments is Moments.fp32 else 8
     if shard == 1:
-        return 12 if config.optimizer.name is OptimizerKind.muon else 16  # one moment, not two
+        # muon: one moment, not two
+        return 12 if config.optimizer.name is OptimizerKind.muon else state + 4
     several = data.batch_size > ranks * (data.micro_batch_size or data.batch_size)
     whole = zero == 1 and several  # gradients wait for the last micro-batch unreduced
-    return 12 / shard + gathered + (4 if whole else 4 / shard)
+    return state / shard + gathered + (4 if whole else 4 / shard)
 
 
 def _check_memory(config: Config, local_processes: int) -> None:
     """Refuse a model whose weights and optimizer alone are larger than the memory they go to."""
     parameters = n_parameters(config.model, config.position, config.data.sequence_length)
-    needed = parameters * bytes_per_parameter(config) / (config.parallel.tensor or 1)
+    ranks = (config.parallel.tensor or 1) * config.parallel.pipeline
+    needed = parameters * bytes_per_parameter(config) / ranks
     if torch.cuda.is_available():
         where, there = "GPU", torch.cuda.get_device_properties(0).total_memory
     else:
@@ -150,5 +177,26 @@ def _check_memory(config: Config, local_processes: int) -> None:
         raise ConfigError(
             f"{parameters:,} parameters need {needed / 2**30:,.1f} GiB per process for weights, "
             f"gradients and optimizer state, and this {where} has {there / 2**30:,.1f}: choose a "
-            "smaller model, or a higher parallel.tensor, parallel.shard or parallel.zero"
+            "smaller model, or a higher parallel.tensor, parallel.pipeline, parallel.shard or "
+            "parallel.zero"
+        )
+
+
+def _check_copy(config: Config, local_processes: int) -> None:
+    """Refuse asynchronous saves whose copies of weights and moments this machine cannot hold."""
+    if not config.checkpoint.asynchronous:
+        return
+    parallel = config.parallel
+    parts = (parallel.tensor or 1) * parallel.pipeline * (parallel.shard or 1)
+    parameters = n_parameters(config.model, config.position, config.data.sequence_length)
+    moment = 4 if config.optimizer.moments is Moments.fp32 else 2
+    state = 8 if config.optimizer.name is OptimizerKind.muon else 4 + 2 * moment
+    # replicas copy nothing, so all processes together hold the state once at most
+    needed = parameters * state * min(1, local_processes / parts)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ConfigError(
+            f"checkpoint.asynchronous copies {needed / 2**30:,.1f} GiB of weights and optimizer "
+            f"state to the memory of this machine, which has {there / 2**30:,.1f}: set "
+            "checkpoint.asynchronous=false, and steps wait until they are on disk"
         )

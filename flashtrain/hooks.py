@@ -5,18 +5,14 @@ import math
 
 from torch import Tensor
 
-from flashtrain.checkpoint import CheckpointError
+from flashtrain.config import OnBadSteps
 from flashtrain.data.loader import DataLoader
 from flashtrain.model.generate import complete
 from flashtrain.model.sampling import Sampling
 from flashtrain.run import Run
-from flashtrain.trainer import Step
+from flashtrain.trainer import BadNumbersError, Step, TrainingError
 
 log = logging.getLogger("flashtrain.hooks")
-
-
-class TrainingError(RuntimeError):
-    """A run whose numbers went bad, said in one sentence."""
 
 
 def _due(step: Step, every: int) -> bool:
@@ -43,10 +39,16 @@ class Log:
         loss, norm, in_a_row = float(step.loss), float(step.gradient_norm), int(self.bad_in_a_row)
         skips = self.run.engine.skips_bad_steps
         if in_a_row >= (trainer.bad_steps if skips else 1):
-            raise TrainingError(
+            sentence = (
                 f"step {step.number}: loss is {loss} and gradient norm {norm}, {in_a_row} steps in "
-                f"a row, so nothing further is saved; checkpoints in {self.run.folder} are from "
-                "before: lower optimizer.lr or raise schedule.warmup_steps"
+                "a row"
+            )
+            if trainer.on_bad_steps is OnBadSteps.rollback:
+                self.bad_in_a_row = 0
+                raise BadNumbersError(sentence, good=step.number - in_a_row)
+            raise TrainingError(
+                f"{sentence}, so nothing further is saved; checkpoints in {self.run.folder} are "
+                "from before: lower optimizer.lr or raise schedule.warmup_steps"
             )
         if not math.isfinite(loss) and math.isfinite(norm):  # no step is skipped for it
             raise TrainingError(
@@ -85,6 +87,7 @@ class Evaluate:
         with self.run.speed.pause():
             batches = self.loader.evaluation(trainer.evaluate_sequences)
             loss = float(self.run.engine.evaluate(batches))
+        self.run.evaluated = (step.number, loss)
         self.run.trackers.log(
             step.number,
             {"validation/loss": loss, "validation/perplexity": math.exp(min(loss, 700.0))},
@@ -117,20 +120,20 @@ class Sample:
 class Save:
     """A checkpoint every `checkpoint.every` steps, at the end and before an interruption.
 
-    A full disk costs a checkpoint, not the run: only the last one must succeed.
+    A full disk costs a checkpoint, not the run: only the last one is waited for and must succeed.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.prepared = False
 
     def after_step(self, step: Step) -> None:
+        if not self.prepared:
+            self.run.prepare_saving()
+            self.prepared = True
+        self.run.report_saved(step.number)
         if _due(step, self.run.config.checkpoint.every):
-            try:
-                with self.run.speed.pause():
-                    self.run.save(step.number)
-            except CheckpointError as error:  # on all ranks alike; what was saved before is whole
-                if step.last:
-                    raise
-                log.warning("%s; training goes on and tries again", error)
+            with self.run.speed.pause():
+                self.run.save(step.number, wait=step.last)
         if step.interrupted:
             self.run.interrupted(step.number, step.interrupted)

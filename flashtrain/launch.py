@@ -9,19 +9,24 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
 USAGE = """usage: python -m flashtrain.launch [--nproc N] [key=value ...]
 
   --nproc N        processes on this machine (default: one per GPU, two without a GPU)
+  --max-restarts N times to start again by itself when a process died or hung (default: 3)
   key=value        Hydra overrides of configs/train.yaml, for example
                      experiment=position_alibi   trainer.steps=1000   optimizer.lr=1e-3
                      data=shards data.path=FOLDER   parallel=tensor2   model=gpt2_124m
   --show           print the whole resolved configuration and stop
 """
+FAILED = 1
 REFUSED = 2  # exit status of a run that was refused with one line
 STOPPED = 130  # of one that a signal ended before it could save
+HUNG = 75  # of one that could make no more steps (watch.py); EX_TEMPFAIL: try again
+RESTARTS = 3
 ENDED = "ended.json"  # in the run folder: the run's last start saved what it had trained
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # that torchrun hands on to the workers
 TIME_TO_SAVE_S = "600"  # before torchrun kills workers that were told to stop; its default is 30
@@ -35,7 +40,12 @@ def main(arguments: list[str]) -> int:
     from flashtrain.config import ConfigError, to_dict
 
     try:
-        n_processes, overrides = _processes(arguments)
+        restarts, overrides = _count("--max-restarts", arguments, 0)
+        n_processes, overrides = _count("--nproc", overrides, 1)
+        if n_processes is None:
+            import torch
+
+            n_processes = torch.cuda.device_count() or 2
         show = "--show" in overrides
         overrides = [item for item in overrides if item != "--show"]
         config = load(overrides, n_processes)
@@ -55,7 +65,7 @@ def main(arguments: list[str]) -> int:
     path = folder / f"launch-{os.getpid()}.json"
     path.write_text(json.dumps(to_dict(config), indent=2))
     try:
-        status = _torchrun(n_processes, path, folder)
+        status = _run(n_processes, path, folder, RESTARTS if restarts is None else restarts)
     finally:
         path.unlink(missing_ok=True)
     if status == 0:
@@ -63,26 +73,50 @@ def main(arguments: list[str]) -> int:
     return status
 
 
-def _processes(arguments: list[str]) -> tuple[int, list[str]]:
-    """How many processes, and the arguments that are left."""
-    rest = list(arguments)
-    if "--nproc" in rest:
-        at = rest.index("--nproc")
-        value = rest[at + 1] if at + 1 < len(rest) else ""
-        if not value.isdigit() or int(value) < 1:
-            raise ValueError(f"--nproc {value!r} must be a whole number of processes, 1 or more")
-        del rest[at : at + 2]
-        return int(value), rest
-    import torch
-
-    return torch.cuda.device_count() or 2, rest
+def _count(flag: str, arguments: list[str], least: int) -> tuple[int | None, list[str]]:
+    """The whole number after `flag`, None without the flag, and the arguments that are left."""
+    if flag not in arguments:
+        return None, arguments
+    at = arguments.index(flag)
+    value = arguments[at + 1] if at + 1 < len(arguments) else ""
+    if not value.isdigit() or int(value) < least:
+        raise ValueError(f"{flag} {value!r} must be a whole number, {least} or more")
+    return int(value), arguments[:at] + arguments[at + 2 :]
 
 
-def _torchrun(n_processes: int, config: Path, folder: Path) -> int:
+def _run(n_processes: int, config: Path, folder: Path, restarts: int) -> int:
+    """Start after start until one ends well, is refused or stopped, or another makes no sense."""
+    for number in range(restarts + 1):
+        before = _newest(folder)
+        status, codes = _torchrun(n_processes, config, folder)
+        again = _worth_another(codes, _newest(folder) != before)
+        if status != FAILED or number == restarts or not again:
+            return status
+        print(f"flashtrain: restart {number + 1} of {restarts}", file=sys.stderr, flush=True)
+    return FAILED
+
+
+def _worth_another(codes: set[int], saved: bool) -> bool:
+    """Whether what ended a start may not end the next one.
+
+    codes: exit statuses of the processes that failed, negative for a signal. saved: the start left
+    a checkpoint. An error before that will most likely come again.
+    """
+    # SIGTERM is torchrun's own, to those that waited for the one that failed
+    return saved or HUNG in codes or any(code < 0 and code != -signal.SIGTERM for code in codes)
+
+
+def _newest(folder: Path) -> str:
+    names = (path.name for path in (folder / "checkpoints").glob("step-*") if not path.suffix)
+    return max(names, default="")
+
+
+def _torchrun(n_processes: int, config: Path, folder: Path) -> tuple[int, set[int]]:
     """`torchrun --standalone --nproc-per-node N -m flashtrain.train --config PATH`, in-process.
 
     In-process, so that a refusal by the workers (exit status 2, already explained in one line) is
-    not followed by torchrun's own report.
+    not followed by torchrun's own report. Without torchrun's own restarts, which would repeat it.
+    Returns the exit status, and those of workers that failed.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -99,19 +133,20 @@ def _torchrun(n_processes: int, config: Path, folder: Path) -> int:
         run(torchrun)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        if REFUSED not in codes:
-            print(f"flashtrain: a worker failed.\n{error}", file=sys.stderr)
-        return REFUSED if REFUSED in codes else 1
+        if REFUSED in codes:
+            return REFUSED, codes
+        print(f"flashtrain: a worker failed.\n{error}", file=sys.stderr)
+        return FAILED, codes
     except (KeyboardInterrupt, SignalException):
         if (folder / ENDED).exists():
-            return 0  # the workers saved, and said so
+            return 0, set()  # the workers saved, and said so
         print(
             "flashtrain: stopped by a signal before this step could be saved; the same command "
             "goes on from the newest checkpoint, if there is one",
             file=sys.stderr,
         )
-        return STOPPED
-    return 0
+        return STOPPED, set()
+    return 0, set()
 
 
 def _what_next(folder: str, prompt: str, overrides: list[str]) -> str:

@@ -10,7 +10,9 @@ from flashtrain.config import (
     OptimizerKind,
     Packing,
     ParallelConfig,
+    PipelineSchedule,
     PositionKind,
+    Recompute,
 )
 
 
@@ -19,12 +21,15 @@ def resolve_parallel(
 ) -> ParallelConfig:
     """Every degree filled in; refuses those whose product is not the number of processes."""
     tensor, shard, replicate = parallel.tensor, parallel.shard, parallel.replicate
-    context = parallel.context
+    context, pipeline = parallel.context, parallel.pipeline
     if tensor is None:
-        tensor = 2 if world_size % (2 * context * (shard or 1) * (replicate or 1)) == 0 else 1
-    inner, spoken = tensor * context, f"parallel.tensor={tensor}"
+        others = context * pipeline * (shard or 1) * (replicate or 1)
+        tensor = 2 if world_size % (2 * others) == 0 else 1
+    inner, spoken = tensor * context * pipeline, f"parallel.tensor={tensor}"
     if context > 1:
         spoken = f"parallel.context={context} x {spoken}"
+    if pipeline > 1:
+        spoken = f"parallel.pipeline={pipeline} x {spoken}"
     need(
         world_size % inner == 0,
         f"{spoken} does not divide the {world_size} processes of this run",
@@ -54,7 +59,13 @@ def resolve_parallel(
         "(gradients too) or 3 (gathered weights too); for none of them use parallel.shard=1 with "
         "engine=native: DeepSpeed's stage 0 clips bf16 gradients by a wrong norm",
     )
-    return dataclasses.replace(parallel, tensor=tensor, shard=shard, replicate=replicate)
+    stages = parallel.stages_per_rank
+    if stages is None:
+        several = parallel.pipeline_schedule in (PipelineSchedule.interleaved, PipelineSchedule.zbv)
+        stages = 2 if several else 1
+    return dataclasses.replace(
+        parallel, tensor=tensor, shard=shard, replicate=replicate, stages_per_rank=stages
+    )
 
 
 def data_ranks(parallel: ParallelConfig) -> int:
@@ -66,8 +77,10 @@ def data_ranks(parallel: ParallelConfig) -> int:
 def describe_layout(parallel: ParallelConfig, world_size: int) -> str:
     """As a run's first lines show it: "8 processes: tensor 2 x shard 2 (zero 3) x replicate 2"."""
     tensor, shard, context = parallel.tensor or 1, parallel.shard or 1, parallel.context
-    replicate = world_size // (tensor * context * shard)
+    replicate = world_size // (tensor * context * shard * parallel.pipeline)
     inner = f"tensor {tensor}"
+    if parallel.pipeline > 1:
+        inner = f"pipeline {parallel.pipeline} ({parallel.pipeline_schedule.name}) x {inner}"
     if context > 1:
         zero = f", zero {parallel.zero}" if parallel.shard_context else ""
         inner += f" x context {context} ({parallel.context_kind.name}{zero})"
@@ -112,6 +125,7 @@ def check_layout(config: Config, world_size: int) -> None:
         f"trainer.evaluate_sequences={config.trainer.evaluate_sequences} is not divisible by "
         f"{ranks} data-parallel ranks",
     )
+    check_savings(config)
     if config.parallel.context > 1:
         check_context(config)
     need(
@@ -127,6 +141,30 @@ def check_layout(config: Config, world_size: int) -> None:
         config.engine.name is EngineKind.deepspeed or not config.engine.deepspeed,
         f"engine.deepspeed={config.engine.deepspeed} is for engine=deepspeed; the native engine "
         "has no use for it",
+    )
+
+
+def check_savings(config: Config) -> None:
+    """What chunked MLPs and inputs kept on the host do not go with."""
+    trainer, recompute = config.trainer, f"trainer.recompute={config.trainer.recompute.name}"
+    chunks = f"trainer.mlp_chunks={trainer.mlp_chunks}"
+    need(trainer.mlp_chunks >= 1, f"{chunks} must be at least 1, which is the MLP as a whole")
+    need(
+        trainer.mlp_chunks == 1 or trainer.recompute is not Recompute.selective,
+        f"{chunks} with {recompute}, which keeps products of the MLP that chunks recompute: use "
+        "trainer.recompute=none or full",
+    )
+    need(
+        not trainer.offload_activations or trainer.recompute is Recompute.full,
+        f"trainer.offload_activations=true keeps blocks' inputs on the host, and {recompute} keeps "
+        "more than those: use trainer.recompute=full",
+    )
+    need(
+        (config.engine.name is EngineKind.native and config.parallel.pipeline == 1)
+        or not (trainer.mlp_chunks > 1 or trainer.offload_activations),
+        f"{chunks} and trainer.offload_activations={trainer.offload_activations} are for "
+        f"engine=native with parallel.pipeline=1, not engine={config.engine.name.name} with "
+        f"parallel.pipeline={config.parallel.pipeline}",
     )
 
 

@@ -91,7 +91,11 @@ def peak_tflops(device_name: str) -> float | None:
 
 
 def run_peak(config: Config, device: torch.device) -> float | None:
-    """TFLOP/s that MFU is a share of: the config's figure, else the GPU's for bf16, else None."""
+    """TFLOP/s that MFU is a share of: the config's figure, else the GPU's for bf16, else None.
+
+    Also of a run with fp8 layers, whose attention and head are bf16: it may pass 100 %, and
+    compares with a bf16 run as its speed does.
+    """
     if config.tracking.peak_tflops is not None:
         return config.tracking.peak_tflops
     if device.type != "cuda" or config.precision.compute is not Compute.bf16:

@@ -1,6 +1,7 @@
 """One run as it lies on disk: its folder, its checkpoints, who follows it, how fast it goes.
 
 <run_dir>/config.json              resolved configuration of the latest start
+<run_dir>/environment.json         versions and devices of the latest start
 <run_dir>/tokenizer.json           what turns its ids back into text
 <run_dir>/checkpoints/step-N/      see checkpoint/store.py
 <run_dir>/metrics.jsonl            one line a logged step; samples.jsonl likewise
@@ -9,6 +10,9 @@
 """
 
 import json
+import logging
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +22,7 @@ import torch.distributed as dist
 
 from flashtrain import checkpoint
 from flashtrain.build import start_from_vectors
+from flashtrain.checkpoint.background import NOTICED_S
 from flashtrain.config import Config, to_dict
 from flashtrain.data.source import open_tokenizer
 from flashtrain.door import describe_attention
@@ -26,6 +31,12 @@ from flashtrain.launch import ENDED
 from flashtrain.metrics import Speedometer
 from flashtrain.parallel.mesh import Mesh
 from flashtrain.tracking import Trackers
+from flashtrain.tracking.environment import environment
+
+log = logging.getLogger("flashtrain.run")
+# seconds that a run which ends in an error waits for the checkpoint in flight: the other ranks, who
+# have to agree that it is whole, may be gone
+GRACE_S = 30.0
 
 
 class Run:
@@ -37,21 +48,28 @@ class Run:
         self.folder = Path(config.run_dir)
         self.why = "finished"
         self.peers = checkpoint.Peers(dist.group.WORLD if mesh.world_size > 1 else None)
+        saving = config.checkpoint
+        self.saver = checkpoint.Saver(
+            self.folder / "checkpoints",
+            device,
+            checkpoint.own_peers(mesh.world_size) if saving.asynchronous else self.peers,
+            asynchronous=saving.asynchronous,
+            writes=mesh.replicate.rank == 0,
+            keep=checkpoint.Retention(saving.keep, saving.keep_every, saving.keep_best),
+        )
+        self.skipped: list[list[int]] = []  # global batches left out, see rollback.py
+        self.evaluated: tuple[int, float] | None = None  # the latest one: its step, its loss
         self.tokenizer = open_tokenizer(config)
         self.speed = Speedometer(config, mesh.world_size, device)
         self.trackers = Trackers(config, self.folder) if mesh.rank == 0 else Trackers.silent()
 
     def resume(self) -> int:
         """Fill the engine from a checkpoint, or leave it as the seed made it; the first step."""
+        self.saver.finish()  # so that the newest one is seen
         path = self._choose()
         meta: dict[str, Any] = {}
         if path is not None:
-            meta = checkpoint.read_meta(path)
-            checkpoint.load(path, self.engine.state(checkpoint.saved_names(path)))
-            self.engine.loaded()
-            rng = checkpoint.read_rng(path, self.mesh.rank, self.mesh.world_size)
-            if rng is not None:
-                checkpoint.set_rng_state(rng)
+            meta = self.restore(path)
         first = int(meta.get("step", 0))
         if self.mesh.rank == 0:
             self._write_folder()
@@ -66,11 +84,23 @@ class Run:
             f"attention: {describe_attention(self.config)}",
         ]
         if path is None and self.config.model.word_vectors and self.tokenizer is not None:
-            table = self.engine.state().tensors["model/embedding.weight"]
-            notes.append(start_from_vectors(table, self.config, self.tokenizer))
+            table = self.engine.state().tensors.get("model/embedding.weight")
+            if table is not None:  # pipeline ranks after the first may have none
+                notes.append(start_from_vectors(table, self.config, self.tokenizer))
             self.engine.loaded()
         self.trackers.start(first, meta.get("tracking", {}), notes)
         return first
+
+    def restore(self, path: Path) -> dict[str, Any]:
+        """Weights, optimizer, generators and left-out batches of a checkpoint; its `meta`."""
+        meta = checkpoint.read_meta(path)
+        checkpoint.load(path, self.engine.state(checkpoint.saved_names(path)))
+        self.engine.loaded()
+        rng = checkpoint.read_rng(path, self.mesh.rank, self.mesh.world_size)
+        if rng is not None:
+            checkpoint.set_rng_state(rng)
+        self.skipped = meta.get("skipped", [])
+        return meta
 
     def _choose(self) -> Path | None:
         """The checkpoint that `checkpoint.resume` means; collective, equal on all ranks."""
@@ -82,21 +112,51 @@ class Run:
         checkpoint.verify(Path(resume), self.peers)
         return Path(resume)
 
-    def save(self, step: int) -> Path:
-        """Collective. Weights come from the first of the ranks that hold the same part."""
-        meta = {
+    def prepare_saving(self) -> None:
+        """Make the memory that asynchronous saves need, beside training; after the first step."""
+        if self.config.checkpoint.asynchronous:
+            self.saver.prepare(self.engine.state())
+
+    def save(self, step: int, wait: bool = True) -> Path:
+        """Collective. Weights come from the first of the ranks that hold the same part.
+
+        wait: until the checkpoint is on disk. Else, where checkpoint.asynchronous, training may go
+        on at once, and one that cannot be written costs a warning.
+        Raises CheckpointError on all ranks alike when one that was waited for cannot be written.
+        """
+        meta: dict[str, Any] = {
             "config": to_dict(self.config),
-            "tracking": self.peers.broadcast(self.trackers.state()),
+            "tracking": self.trackers.state(),
+            "skipped": self.skipped,
         }
-        return checkpoint.save(
-            self.folder / "checkpoints",
-            step,
-            self.engine.state(),
-            meta,
-            peers=self.peers,
-            writes=self.mesh.replicate.rank == 0,
-            keep=self.config.checkpoint.keep,
-        )
+        if self.evaluated is not None and self.evaluated[0] == step:
+            loss = self.evaluated[1]
+            meta[checkpoint.EVALUATION] = loss if math.isfinite(loss) else None
+        self.saver.start(step, self.engine.state(), meta)
+        if not wait:
+            self.report_saved(step)
+            return self.saver.path(step)
+        self.saver.finish()
+        *earlier, this = self.saver.results()
+        self._report(step, earlier)
+        if this.failure is not None:
+            raise checkpoint.CheckpointError(this.failure)
+        self._report(step, [this])
+        return this.path
+
+    def report_saved(self, step: int) -> None:
+        """Log what became of checkpoints since the last call; waits for nothing."""
+        self._report(step, self.saver.results())
+
+    def _report(self, step: int, results: Iterable[checkpoint.Saved]) -> None:
+        for saved in results:
+            if saved.failure is None:
+                seconds = {"stall_s": saved.stall_s, "write_s": saved.written_s}
+                if saved.waited_s > NOTICED_S:
+                    seconds["wait_s"] = saved.waited_s
+                self.trackers.log(step, {f"checkpoint/{k}": v for k, v in seconds.items()})
+            elif self.mesh.rank == 0:
+                log.warning("%s; training goes on and tries again", saved.failure)
 
     def interrupted(self, step: int, why: str) -> None:
         """This start ends before its last step, which is saved."""
@@ -107,6 +167,9 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / ENDED).unlink(missing_ok=True)
         (self.folder / "config.json").write_text(json.dumps(to_dict(self.config), indent=2))
+        (self.folder / "environment.json").write_text(
+            json.dumps(environment(self.mesh.world_size), indent=2)
+        )
         if self.tokenizer is not None:
             self.tokenizer.save(self.folder / "tokenizer.json")
 
@@ -119,6 +182,8 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.saver.close(GRACE_S if error is not None else None)
+        self.report_saved(self.trackers.last_step)
         self.trackers.finish(failed=kind is not None)
         if kind is None and self.mesh.rank == 0:
             (self.folder / ENDED).write_text(json.dumps({"why": self.why}) + "\n")

@@ -16,14 +16,16 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
+from flashtrain.claim import claim
 from flashtrain.compose import from_dict, load, resolve
 from flashtrain.config import Config, to_dict
 from flashtrain.data.source import prepare_source
 from flashtrain.door import admit
 from flashtrain.launch import REFUSED
+from flashtrain.meeting import meet
+from flashtrain.watch import HANGS
 
-# a collective that waits longer than this is a hang, unless ranks compile or save meanwhile
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT = timedelta(minutes=10)  # for ranks to meet, and for rank 0 to look at config and data
 
 
 def start(arguments: list[str]) -> tuple[Config, torch.device]:
@@ -39,15 +41,17 @@ def start(arguments: list[str]) -> tuple[Config, torch.device]:
         store, rank, world = next(iter(rendezvous("env://", timeout=TIMEOUT)))
     message = json.dumps(_compose(arguments, world)) if rank == 0 else ""
     if store is not None:
+        store = meet(store, rank, world, TIMEOUT)
         if rank == 0:
-            store.set("flashtrain/config", message)
-        message = store.get("flashtrain/config").decode()
+            store.set("config", message)
+        message = store.get("config").decode()
     answer = json.loads(message)
     if "refused" in answer:
         if rank == 0:
             print(f"flashtrain: {answer['refused']}", file=sys.stderr)
         sys.exit(REFUSED)
     config = from_dict(answer["config"])
+    record_collectives(config)
     if local_rank == 0 and rank != 0:
         prepare_source(config, world)  # another node's disk may not hold the tokens
     device = pick_device(local_rank)
@@ -55,14 +59,29 @@ def start(arguments: list[str]) -> tuple[Config, torch.device]:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,
-            store=PrefixStore("flashtrain", store),
+            store=PrefixStore("group", store),
             rank=rank,
             world_size=world,
-            timeout=TIMEOUT,
+            timeout=collective_timeout(config),
             device_id=device if device.type == "cuda" else None,
         )
         dist.barrier()
     return config, device
+
+
+def collective_timeout(config: Config) -> timedelta:
+    """Later than the watch (watch.py), which says more than PyTorch's own time-out does."""
+    return timedelta(minutes=config.trainer.hang_timeout + 2)
+
+
+def record_collectives(config: Config) -> None:
+    """Have PyTorch remember the latest collectives, also should NCCL's own watchdog come first.
+
+    It reads these when the process group begins, and dumps on a time-out unless told not to.
+    """
+    assert config.run_dir is not None
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{config.run_dir}/{HANGS}/nccl-rank-")
 
 
 def pick_device(local_rank: int) -> torch.device:
@@ -81,6 +100,9 @@ def _compose(arguments: list[str], world: int) -> dict[str, object]:
         else:
             config = load(arguments, world)
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return {"config": to_dict(admit(config, world, local))}
+        config = admit(config, world, local)
+        assert config.run_dir is not None
+        claim(Path(config.run_dir))
+        return {"config": to_dict(config)}
     except (ValueError, OSError) as error:
         return {"refused": str(error)}

@@ -15,23 +15,24 @@ from flashtrain.checkpoint import CheckpointError
 from flashtrain.config import Config, ConfigError
 from flashtrain.data.shards import DataError
 from flashtrain.data.source import open_loader
-from flashtrain.hooks import Evaluate, Log, Sample, Save, TrainingError
+from flashtrain.determinism import checked
+from flashtrain.hooks import Evaluate, Log, Sample, Save
 from flashtrain.interruption import Interruption
 from flashtrain.launch import REFUSED, STOPPED
-from flashtrain.parallel.mesh import build_mesh
+from flashtrain.parallel.mesh import mesh_of
+from flashtrain.profiling import Profile, out_of_memory
+from flashtrain.rollback import Rollback
 from flashtrain.run import Run
 from flashtrain.schedule import learning_rate
-from flashtrain.startup import TIMEOUT, start
-from flashtrain.trainer import Hook, Trainer
+from flashtrain.spikes import Spikes
+from flashtrain.startup import collective_timeout, start
+from flashtrain.trainer import Hook, Trainer, TrainingError
+from flashtrain.watch import HANGS, Watch
 
 
 def train(config: Config, device: torch.device) -> None:
     """One run from its newest checkpoint, or from its seed, to its end. Collective."""
-    parallel = config.parallel
-    assert parallel.tensor is not None and parallel.shard is not None
-    mesh = build_mesh(
-        parallel.tensor, TIMEOUT, parallel.shard, parallel.context, parallel.shard_context
-    )
+    mesh = mesh_of(config.parallel, collective_timeout(config))
     engine = build_engine(config, mesh, device)
     loader = open_loader(config, mesh.data.rank, mesh.data.size, device)
     rates = partial(
@@ -41,10 +42,15 @@ def train(config: Config, device: torch.device) -> None:
         schedule=config.schedule,
     )
     interruption = Interruption(config.trainer.time_limit)
-    with interruption, loader, Run(config, engine, mesh, device) as run:
+    run = Run(config, engine, mesh, device)
+    watch = Watch(run.folder / HANGS, mesh.rank, config.trainer.hang_timeout, interruption)
+    with interruption, loader, run, watch:
         first = run.resume()
-        hooks: list[Hook] = [Log(run, loader), Evaluate(run, loader), Sample(run), Save(run)]
-        trainer = Trainer(engine, loader, rates, hooks, interruption.agreed)
+        hooks: list[Hook] = [Profile(run, loader), Log(run, loader), Spikes(config.trainer)]
+        hooks += [Evaluate(run, loader), Sample(run), Save(run)]
+        trained = checked(engine, config.trainer.check_determinism, run.peers)
+        past = Rollback(run, first)
+        trainer = Trainer(trained, loader, rates, hooks, interruption.agreed, past, watch)
         trainer.fit(first, min(config.trainer.steps, config.trainer.stop_at or sys.maxsize))
 
 
@@ -55,6 +61,9 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:  # on all ranks alike
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"flashtrain: {error}", file=sys.stderr)
+        return REFUSED
+    except torch.OutOfMemoryError as error:  # on this rank: torchrun ends the others
+        print(f"flashtrain: {out_of_memory(config, error)}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         return STOPPED

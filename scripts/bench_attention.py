@@ -45,15 +45,12 @@ def milliseconds(function: Callable[[], Any], warmup: int = 25, rep: int = 60) -
 
 
 def milliseconds_in_graph(function: Callable[[], Any]) -> float:
-    """Median time of a call inside a CUDA graph of GRAPH_CALLS."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
+    """Median time of a call inside a CUDA graph of GRAPH_CALLS; not on the default stream."""
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for _ in range(GRAPH_CALLS):
             function()
     times = []
@@ -77,7 +74,15 @@ def fresh(shape: Shape) -> tuple[list[Tensor], Tensor]:
 
 def measure(call: Call, shape: Shape, check: "Check | None", graph: bool) -> dict[str, float]:
     """TFLOP/s of both passes, and errors."""
-    clock = milliseconds_in_graph if graph else milliseconds
+    stream = torch.cuda.Stream() if graph else torch.cuda.current_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # backward runs where forward did, and has to be captured
+        return _measure(call, shape, check, milliseconds_in_graph if graph else milliseconds)
+
+
+def _measure(
+    call: Call, shape: Shape, check: "Check | None", clock: Callable[[Callable[[], Any]], float]
+) -> dict[str, float]:
     leaves, d_out = fresh(shape)
     out = call(*leaves)
     found = {}

@@ -1,7 +1,10 @@
 """Breaks a small run again and again, starts it with the same command, and counts what was lost.
 
-    python scripts/bench_faults.py                        # 12 faults, a few minutes on two cores
+    python scripts/bench_faults.py                        # 11 faults, a few minutes on two cores
     python scripts/bench_faults.py --faults 200 --seed 1 --json faults.json
+    python scripts/bench_faults.py --faults 0 --corruptions 1000
+    python scripts/bench_faults.py --faults 0 --mtbf 60 --minutes 10
+    python scripts/bench_faults.py --faults 0 --stall 0.4 --write 12 --restart 60 --load 20
 
 Two processes on the CPU. A fault falls at a random moment; the next start must go on, without help,
 from the newest checkpoint that is whole. Every run ends undisturbed, and its weights and optimizer
@@ -10,191 +13,51 @@ must then be bit for bit those of a run that saw no fault. Exit status 1 if any 
 
 import argparse
 import contextlib
+import itertools
 import json
-import os
 import random
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import effective_time
+from fault_fuzz import fuzz
+from fault_kinds import (
+    FULL,
+    KINDS,
+    RESTARTED,
+    RESUMING,
+    SILENT,
+    STARTING,
+    Run,
+    Silence,
+    kill_a_rank,
+    kill_a_rank_and_look_on,
+)
+from fault_node import lose_node
 
 from flashtrain.checkpoint.shelf import checkpoints
 from flashtrain.data.prepare import Recipe, prepare
 
-LIMIT = 180  # seconds for anything a run does by itself; longer is a hang
-STARTING = 8.0  # seconds after a start within which a rank is killed `while starting`
-
-
-class Run:
-    """One start after the other of one run, all by the same command."""
-
-    def __init__(self, folder: Path, tokens: Path, steps: int, every: int) -> None:
-        self.folder, self.steps, self.every = folder, steps, every
-        self.command = [
-            sys.executable, "-m", "flashtrain.launch", "--nproc", "2", "data=shards",
-            f"data.path={tokens}", "data.sequence_length=32", "data.batch_size=4",
-            "data.micro_batch_size=2", "model.d_model=32", "model.n_heads=2", "model.n_layers=2",
-            f"trainer.steps={steps}", "trainer.log_every=1", "trainer.evaluate_sequences=2",
-            f"trainer.evaluate_every={steps}", "trainer.sample_tokens=1", "parallel=tensor2",
-            f"checkpoint.every={every}", "checkpoint.keep=3", "tracking.wandb.mode=disabled",
-            f"run_dir={folder}",
-        ]  # fmt: skip
-        self.process: subprocess.Popen[bytes] | None = None
-        self.began = 0.0  # wall clock of the latest start
-        self.damaged: set[int] = set()  # inodes of checkpoints that `damage` has touched
-
-    def start(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.began = time.time()
-        with (self.folder / "output.txt").open("ab") as output:
-            self.process = subprocess.Popen(
-                self.command, stdout=output, stderr=output, cwd=ROOT, start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
-
-    def wait(self) -> int:
-        """The exit status, within LIMIT."""
-        assert self.process is not None
-        return self.process.wait(LIMIT)
-
-    def until(self, condition: Callable[[], bool]) -> bool:
-        """Whether it came true while the run went on, within LIMIT."""
-        assert self.process is not None
-        deadline = time.monotonic() + LIMIT
-        while self.process.poll() is None:
-            if condition():
-                return True
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired(self.command, LIMIT)
-            time.sleep(0.002)
-        return False
-
-    def workers(self) -> list[int]:
-        assert self.process is not None
-        found = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                parent = int(path.read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue  # it has ended meanwhile
-            if parent == self.process.pid:
-                found.append(int(path.parent.name))
-        return found
-
-    def kill_all(self) -> None:
-        """Everything at once, as when a machine loses power."""
-        assert self.process is not None
-        for pid in (self.process.pid, *self.workers()):
-            send(pid, signal.SIGKILL)
-        self.process.wait()
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Logged steps: each once, those after a resumed step cut away by the start."""
-        try:
-            lines = (self.folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
-        except OSError:
-            return []
-        return [row for row in map(json.loads, lines) if "train/loss" in row]
-
-    def reached(self) -> int:
-        rows = self.rows()
-        return int(rows[-1]["step"]) if rows else 0
-
-    def new_steps(self) -> list[int]:
-        """Steps logged by the latest start."""
-        return [int(row["step"]) for row in self.rows() if row["time"] > self.began]
-
-    def saved(self) -> list[int]:
-        """Steps of the checkpoints, newest first."""
-        found = checkpoints(self.folder / "checkpoints")
-        return [int(path.name.removeprefix("step-")) for path in found]
-
-    def output(self) -> str:
-        return (self.folder / "output.txt").read_text(errors="replace")
-
-    def contents(self) -> dict[str, str]:
-        """Checksums of the tensor files of the newest checkpoint."""
-        newest = checkpoints(self.folder / "checkpoints")[0]
-        files = json.loads((newest / "manifest.json").read_text())["files"]
-        return {n: f["xxh3_128"] for n, f in files.items() if n.endswith(".safetensors")}
-
-
-def send(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-        os.kill(pid, number)
-
-
-def kill_a_rank(run: Run, dice: random.Random) -> None:
-    workers = run.workers()
-    if workers:
-        send(dice.choice(workers), signal.SIGKILL)
-    run.wait()
-
-
-def kill_while_saving(run: Run, dice: random.Random) -> None:
-    folder = run.folder / "checkpoints"
-    if run.until(lambda: any(folder.glob("*.tmp"))):
-        time.sleep(dice.uniform(0, 0.01))
-        kill_a_rank(run, dice)
-
-
-def kill_everything(run: Run, dice: random.Random) -> None:
-    run.kill_all()
-
-
-def terminate(run: Run, dice: random.Random) -> None:
-    assert run.process is not None
-    send(run.process.pid, signal.SIGTERM)
-    run.wait()
-
-
-def damage(run: Run, dice: random.Random) -> None:
-    """A bit flipped, a file cut or gone in the newest checkpoint, while the run is down."""
-    run.kill_all()
-    found = checkpoints(run.folder / "checkpoints")
-    if len(found) < 2:
-        return  # with no whole one left a run stops and asks, as it should
-    path = dice.choice(sorted(found[0].iterdir()))
-    content = bytearray(path.read_bytes())
-    how = dice.choice(["flip", "cut", "delete"])
-    if how == "delete":
-        path.unlink()
-    elif how == "cut":
-        path.write_bytes(content[: dice.randrange(len(content))])
-    else:
-        content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
-        path.write_bytes(content)
-    run.damaged.add(found[0].stat().st_ino)
-
-
-KINDS = {
-    "a rank killed": kill_a_rank,
-    "a rank killed while starting": kill_a_rank,
-    "a rank killed while saving": kill_while_saving,
-    "all processes killed": kill_everything,
-    "SIGTERM": terminate,
-    "newest checkpoint damaged": damage,
-}
+WAIT_S = 8.0  # after a start, within which a rank is killed `while starting`
+DISK_MB = 64
 
 
 @dataclass
 class Tally:
     injected: Counter[str] = field(default_factory=Counter)
     survived: Counter[str] = field(default_factory=Counter)
-    redone: list[int] = field(default_factory=list)  # steps trained twice, per fault but SIGTERM
+    redone: list[int] = field(default_factory=list)  # steps trained twice, where any may be
     recovery_s: list[float] = field(default_factory=list)  # from a start to its first step
     stopping_s: list[float] = field(default_factory=list)  # from SIGTERM to the end
+    fault_s: list[float] = field(default_factory=list)  # from one fault to the next
     runs: int = 0
     equal: int = 0  # runs whose end is bit for bit that of the undisturbed one
 
@@ -232,27 +95,44 @@ def resumed(run: Run, tally: Tally, expected: Expected | None) -> bool:
     return True
 
 
-def disturb(run: Run, kind: str, dice: random.Random, tally: Tally) -> Expected:
-    """Break a run that trains, or that starts."""
-    if kind != "a rank killed while starting":
-        target = run.reached() + dice.randrange(run.every)
-        run.until(lambda: run.reached() >= target)
+def disturb(run: Run, kind: str, dice: random.Random, tally: Tally) -> Expected | None:
+    """Break a run that trains; what its next start must do, or None where there is none."""
+    target = run.reached() + dice.randrange(run.every)
+    run.until(lambda: run.reached() >= target)
     began = time.monotonic()
     tally.injected[kind] += 1
     KINDS[kind](run, dice)
     if kind == "SIGTERM":
         tally.stopping_s.append(time.monotonic() - began)
+    if kind == FULL:  # no start at all: it trains on, and the next save succeeds
+        saved = run.saved()[0]
+        if run.until(lambda: run.saved()[0] > saved):
+            tally.survived[kind] += 1
+        return None
     reached, step = run.reached(), whole(run)
     return Expected(kind, reached if kind == "SIGTERM" else step, reached)
 
 
-def still_starting(run: Run, dice: random.Random) -> bool:
-    """Wait a random while, and until there are ranks; whether none has made a step by then."""
-    moment = time.monotonic() + dice.uniform(0, STARTING)
-    there = run.until(
-        lambda: bool(run.new_steps()) or (time.monotonic() > moment and bool(run.workers()))
-    )
-    return there and not run.new_steps()
+def not_yet_training(run: Run, kind: str, dice: random.Random) -> bool:
+    """Wait until a start is as far as `kind` asks for; False where it made a step by then.
+
+    While starting: a random while, until there are ranks. While resuming: rank 0 has taken the
+    run's lock, and reads the checkpoint.
+    """
+    moment = time.monotonic() + dice.uniform(0, WAIT_S)
+    lock = run.folder / "lock"
+
+    def there() -> bool:
+        if kind == RESUMING:
+            with contextlib.suppress(OSError):
+                return lock.stat().st_mtime > run.began
+            return False
+        return time.monotonic() > moment and bool(run.workers())
+
+    run.until(lambda: bool(run.new_steps()) or there())
+    if kind == RESUMING:
+        time.sleep(dice.uniform(0, 0.5))
+    return run.goes_on() and not run.new_steps()
 
 
 def finish(run: Run, undisturbed: dict[str, str], tally: Tally) -> None:
@@ -263,26 +143,35 @@ def finish(run: Run, undisturbed: dict[str, str], tally: Tally) -> None:
         print(f"run {tally.runs} ended at {run.saved()[0]} with other weights", flush=True)
 
 
-def bench(faults: int, every: int, seed: int, folder: Path) -> Tally:
-    dice, tally = random.Random(seed), Tally()
+def undisturbed_run(folder: Path, steps: int, every: int) -> Run:
+    """Makes the tokens too."""
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 300)
     prepare([folder / "text.txt"], folder / "tokens", Recipe("bytes", validation_share=0.2))
-    steps = 20 * every
     alone = Run(folder / "alone", folder / "tokens", steps, every)
     alone.start()
     if alone.wait() != 0:
         raise SystemExit(alone.output())
-    undisturbed = alone.contents()
+    return alone
+
+
+def bench(faults: int, every: int, seed: int, folder: Path, only: list[str]) -> Tally:
+    dice, tally, silence = random.Random(seed), Tally(), Silence()
+    steps = 20 * every
+    undisturbed = undisturbed_run(folder, steps, every).contents()
     # every kind equally often, in random order
-    kinds = [list(KINDS)[i % len(KINDS)] for i in range(faults)]
+    kinds = [only[i % len(only)] for i in range(faults)]
     dice.shuffle(kinds)
     run = Run(folder / "run-1", folder / "tokens", steps, every)
     expected: Expected | None = None
+    clock = time.monotonic()
     while kinds or expected is not None:
-        run.start()
-        if kinds and kinds[-1] == "a rank killed while starting" and still_starting(run, dice):
+        kind = kinds[-1] if kinds else ""
+        if not run.goes_on():
+            silent = silence if expected is not None and expected.kind == SILENT else None
+            run.start(restarts=int(kind == RESTARTED), wandb=silent)
+        if kind in (STARTING, RESUMING) and not_yet_training(run, kind, dice):
             # what the fault before must lead to, this one must lead to as well
-            tally.injected[kinds[-1]] += 1
+            tally.injected[kind] += 1
             kill_a_rank(run, dice)
             before, expected = expected, Expected(kinds.pop(), whole(run), run.reached())
             if before is not None and before.step == expected.step:
@@ -290,7 +179,9 @@ def bench(faults: int, every: int, seed: int, folder: Path) -> Tally:
             continue
         if resumed(run, tally, expected):
             expected = None
-            if kinds and run.reached() < steps - 2 * every:
+            if kinds and run.reached() < steps - 4 * every:
+                tally.fault_s.append(time.monotonic() - clock)
+                clock = time.monotonic()
                 expected = disturb(run, kinds.pop(), dice, tally)
                 continue
         if run.wait() != 0:
@@ -299,34 +190,145 @@ def bench(faults: int, every: int, seed: int, folder: Path) -> Tally:
         shutil.rmtree(run.folder)
         expected = None
         run = Run(folder / f"run-{tally.runs + 1}", folder / "tokens", steps, every)
-        print(f"{sum(tally.injected.values())} faults", flush=True)
+        print(f"{tally.injected.total()} faults", flush=True)
+    if run.goes_on():  # the last fault needed no start
+        run.wait()
+        finish(run, undisturbed, tally)
     return tally
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--faults", type=int, default=12)
-    parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        tally = bench(arguments.faults, arguments.every, arguments.seed, Path(folder))
+@dataclass
+class Goodput:
+    seconds: float
+    kills: int
+    steps: int  # that lasted
+    step_s: float  # of the undisturbed run, median
+
+    @property
+    def share(self) -> float:
+        return self.steps * self.step_s / self.seconds
+
+
+def goodput(mtbf: float, minutes: float, every: int, seed: int, folder: Path) -> Goodput:
+    """Kill a random rank at random moments, `mtbf` seconds apart on average, and look on."""
+    dice = random.Random(seed)
+    times = [row["time"] for row in undisturbed_run(folder, 20 * every, every).rows()]
+    step_s = statistics.median(b - a for a, b in itertools.pairwise(times))
+    run = Run(folder / "run", folder / "tokens", 10**9, every)
+    run.start(restarts=10**6)
+    run.until(lambda: bool(run.new_steps()))
+    began, kills = time.monotonic(), 0
+    end = began + 60 * minutes
+    while True:
+        moment = time.monotonic() + dice.expovariate(1 / mtbf)
+        if not run.until(lambda moment=moment: time.monotonic() > min(moment, end)):
+            raise SystemExit(f"the run ended:\n{run.output()[-2000:]}")
+        if time.monotonic() > end:
+            break
+        kill_a_rank_and_look_on(run, dice)
+        kills += 1
+    reached, seconds = run.reached(), time.monotonic() - began
+    run.kill_all()
+    return Goodput(seconds, kills, reached, step_s)
+
+
+@contextlib.contextmanager
+def small_disk(wanted: bool) -> Iterator[Path]:
+    """A folder on a disk of DISK_MB of its own, where this process may mount one."""
+    with tempfile.TemporaryDirectory(prefix="faults-") as name:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "faults", name]
+        mounted = wanted and subprocess.run(mount, capture_output=True).returncode == 0
+        if wanted and not mounted:
+            print("no right to mount a small disk: files are limited in size instead", flush=True)
+        try:
+            yield Path(name)
+        finally:
+            if mounted:
+                subprocess.run(["umount", "--lazy", name], check=True)
+
+
+def report(tally: Tally) -> None:
     for kind, injected in sorted(tally.injected.items()):
-        print(f"{kind:30} {tally.survived[kind]:4} of {injected:4} survived")
+        print(f"{kind:34} {tally.survived[kind]:4} of {injected:4} survived")
     print(f"runs bit-equal to the undisturbed one: {tally.equal} of {tally.runs}")
     for name, values in (
         ("steps trained twice per fault", tally.redone),
         ("seconds from a start to its first step", tally.recovery_s),
         ("seconds from SIGTERM to the end", tally.stopping_s),
+        ("seconds per fault", tally.fault_s),
     ):
         if values:
             print(f"{name}: median {statistics.median(values):.3g}, most {max(values):.3g}")
-    print(f"{time.monotonic() - began:.0f} s")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--faults", type=int, default=len(KINDS))
+    parser.add_argument(
+        "--only", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="KIND"
+    )
+    parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
+    parser.add_argument("--corruptions", type=int, default=0, help="rounds on copies, no processes")
+    parser.add_argument("--node-losses", type=int, default=0, help="in network namespaces")
+    parser.add_argument("--mtbf", type=float, help="seconds between failures, for the goodput")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of --mtbf")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    effective_time.add_arguments(parser)
+    arguments = parser.parse_args()
+    results: dict[str, object] = {}
+    good = True
+    if arguments.corruptions:
+        began = time.monotonic()
+        outcome = fuzz(arguments.corruptions, arguments.seed)
+        for kind in outcome.detected | outcome.harmless:
+            print(
+                f"{kind:34} {outcome.detected[kind]:4} detected, {outcome.harmless[kind]} harmless"
+            )
+        for line in outcome.missed:
+            print(f"missed: {line}")
+        print(
+            f"{outcome.rounds} damaged copies in {time.monotonic() - began:.0f} s: "
+            f"{len(outcome.missed)} missed"
+        )
+        results["corruptions"], good = vars(outcome), good and not outcome.missed
+    if arguments.faults:
+        with small_disk(FULL in arguments.only) as folder:
+            tally = bench(arguments.faults, arguments.every, arguments.seed, folder, arguments.only)
+        report(tally)
+        results["faults"] = vars(tally)  # asdict does not copy a Counter
+        good = good and tally.survived == tally.injected and tally.equal == tally.runs > 0
+    if arguments.node_losses:
+        with small_disk(False) as folder:
+            undisturbed_run(folder, 20, 20)
+            lost = [
+                lose_node(folder / str(number), folder / "tokens")
+                for number in range(arguments.node_losses)
+            ]
+        for one in lost:
+            print(
+                f"node lost: {one.skipped}, so not tried"
+                if one.skipped
+                else f"node lost: trained on {one.recovery_s:.3g} s later"
+                if one.recovery_s
+                else "node lost: never trained again"
+            )
+        results["node_losses"] = [asdict(one) for one in lost]
+        good = good and all(one.skipped or one.recovery_s for one in lost)
+    if arguments.mtbf:
+        with small_disk(False) as folder:
+            kept = goodput(
+                arguments.mtbf, arguments.minutes, arguments.every, arguments.seed, folder
+            )
+        print(
+            f"goodput {kept.share:.1%}: {kept.steps} steps of {kept.step_s:.3g} s lasted in "
+            f"{kept.seconds:.0f} s with {kept.kills} kills"
+        )
+        results["goodput"] = {**asdict(kept), "share": kept.share}
+    if arguments.stall:
+        print(effective_time.from_arguments(arguments))
     if arguments.json:
-        arguments.json.write_text(json.dumps(vars(tally), indent=1) + "\n")
-    good = tally.survived == tally.injected and tally.equal == tally.runs > 0
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0 if good else 1
 
 

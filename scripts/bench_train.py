@@ -1,9 +1,13 @@
-"""Training speed of any configuration on random tokens: tokens/s, model TFLOP/s, peak memory.
+"""Training speed of any configuration: tokens/s, model TFLOP/s, peak memory, share of the loader.
 
     python scripts/bench_train.py                                  # the three single-GPU rows
     python scripts/bench_train.py --case "experiment=gpt_1.3b data.micro_batch_size=4"
+    python scripts/bench_train.py --case "experiment=gpt2_124m data=shards data.path=FOLDER ..."
     torchrun --standalone --nproc-per-node 2 scripts/bench_train.py --case "... parallel=tensor2"
 
+On random tokens, unless a case says data=shards. `data ms`: how long a step of the host waited for
+its batch, while the GPU may have been busy with the step before: so the loader costs this much at
+most. `loader tokens/s`: how fast this rank's loader gives batches when nothing else is done.
 Times whole optimizer steps (loader, forward, backward, norm, clip, AdamW) with CUDA events after a
 warm-up and reports medians. FLOPs per token: flashtrain/metrics.py.
 """
@@ -26,16 +30,21 @@ import torch.distributed as dist
 from flashtrain.build import build_engine
 from flashtrain.compose import load
 from flashtrain.config import ConfigError
+from flashtrain.data.loader import DataLoader
 from flashtrain.data.source import open_loader, prepare_source
 from flashtrain.metrics import flops_per_token
-from flashtrain.parallel.mesh import build_mesh
+from flashtrain.parallel.mesh import mesh_of
 
 ONE_GPU = [
     "experiment=gpt2_124m data.sequence_length=1024 data.batch_size=32 data.micro_batch_size=32",
     "experiment=gpt2_350m data.sequence_length=1024 data.batch_size=16 data.micro_batch_size=16",
     "experiment=gpt_1.3b data.sequence_length=2048 data.batch_size=8 data.micro_batch_size=8",
 ]
-COLUMNS = ("case", "ms/step", "tokens/s", "TFLOP/s/GPU", "peak GB", "loss", "start s")
+COLUMNS = (
+    "case", "ms/step", "tokens/s", "TFLOP/s/GPU", "peak GB", "loss", "data ms", "data share",
+    "loader tokens/s", "start s",
+)  # fmt: skip
+LOADER_SECONDS = 2.0
 
 
 def measure(case: str, steps: int, warmup: int, device: torch.device) -> dict[str, Any]:
@@ -45,13 +54,7 @@ def measure(case: str, steps: int, warmup: int, device: torch.device) -> dict[st
     overrides = [*case.split(), "data=random"] if "data=" not in case else case.split()
     config = load([*overrides, f"trainer.steps={steps + warmup}"], world)
     config = prepare_source(config, world)
-    parallel = config.parallel
-    mesh = build_mesh(
-        parallel.tensor or 1,
-        shard=parallel.shard or 1,
-        context=parallel.context,
-        shard_context=parallel.shard_context,
-    )
+    mesh = mesh_of(config.parallel)
     torch.cuda.reset_peak_memory_stats()
     engine = build_engine(config, mesh, device)
     loader = open_loader(config, mesh.data.rank, mesh.data.size, device)
@@ -60,6 +63,7 @@ def measure(case: str, steps: int, warmup: int, device: torch.device) -> dict[st
         if step == warmup:
             torch.cuda.synchronize()
             started = time.perf_counter() - began
+            waited = loader.data_time
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         loss = engine.forward_backward(loader.step(step))
@@ -68,6 +72,8 @@ def measure(case: str, steps: int, warmup: int, device: torch.device) -> dict[st
         if step >= warmup:
             times.append((begin, end))
     torch.cuda.synchronize()
+    waited = (loader.data_time - waited) / steps * 1e3
+    alone = loader_rate(loader, warmup + steps)
     loader.close()
     median = statistics.median(begin.elapsed_time(end) for begin, end in times)
     tokens = config.data.batch_size * config.data.sequence_length
@@ -80,9 +86,22 @@ def measure(case: str, steps: int, warmup: int, device: torch.device) -> dict[st
         "TFLOP/s/GPU causal once": round(tokens / median * 1e3 * flops.causal / world / 1e12, 1),
         "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
         "loss": round(float(loss), 4),
+        "data ms": round(waited, 3),
+        "data share": f"{waited / median:.2%}",
+        "loader tokens/s": round(alone),
         "start s": round(started, 1),
         "world": world,
     }
+
+
+def loader_rate(loader: DataLoader, step: int) -> float:
+    """Tokens per second of this rank's loader from `step` on, the copy to the GPU included."""
+    loader.step(step)
+    tokens, began = 0, time.perf_counter()
+    while (spent := time.perf_counter() - began) < LOADER_SECONDS:
+        step += 1
+        tokens += sum(batch.tokens.numel() for batch in loader.step(step))
+    return tokens / spent
 
 
 def main() -> int:

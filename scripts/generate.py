@@ -30,17 +30,16 @@ import torch
 import torch.distributed as dist
 
 from flashtrain import checkpoint
-from flashtrain.build import build_model
-from flashtrain.compose import from_dict
 from flashtrain.config import Config, ConfigError
-from flashtrain.data.tokenizer import Tokenizer, load_tokenizer
+from flashtrain.data.tokenizer import Tokenizer
 from flashtrain.data.unfinished import Reader, cut, stops_at
-from flashtrain.engine.decoder import Decoder, cast_weights
+from flashtrain.engine.decoder import Decoder
 from flashtrain.launch import REFUSED, STOPPED
 from flashtrain.model.cache import cache_bytes_per_token
 from flashtrain.model.generate import generate
 from flashtrain.model.sampling import Sampling
 from flashtrain.parallel.mesh import build_mesh
+from flashtrain.trained import open_trained
 
 SINGLE_VALUES = {
     "run": "", "tokens": "200", "temperature": "0.8", "top_k": "", "top_p": "", "min_p": "",
@@ -116,13 +115,8 @@ def load(run: Path, device: torch.device) -> tuple[Config, Tokenizer, Decoder]:
     """The newest model of a run, over all processes, ready to draw from."""
     mesh = build_mesh(dist.get_world_size() if dist.is_initialized() else 1)
     peers = checkpoint.Peers(dist.group.WORLD if mesh.world_size > 1 else None)
-    path = checkpoint.locate(run, peers)
-    config = from_dict(checkpoint.read_meta(path)["config"])
-    tokenizer = load_tokenizer(path.parent.parent / "tokenizer.json")
-    model = build_model(config, mesh.tensor, device)
-    checkpoint.load(path, checkpoint.collect(model))
-    cast_weights(model)
-    return config, tokenizer, Decoder(model, mesh.tensor)
+    trained = open_trained(run, device, mesh.tensor, peers)
+    return trained.config, trained.tokenizer, Decoder(trained.model, mesh.tensor)
 
 
 def write(

@@ -4,8 +4,9 @@
     python scripts/inspect_data.py data/web data/code --limit 100000000 --plot lengths.png
     python scripts/inspect_data.py fineweb10B --tokenizer tiktoken:gpt2 --vocabulary 50257
 
-Takes what data.path takes: folders of prepare_data.py, nanoGPT's and llm.c's files, Megatron's
-prefixes. Ends of documents are marked in the samples; without a tokenizer ids are printed.
+Takes what data.path takes: folders of prepare_data.py and their URLs, nanoGPT's and llm.c's files,
+Megatron's prefixes. Ends of documents are marked in the samples; without a tokenizer ids are
+printed.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from flashtrain.config import MixSource
+from flashtrain.config import ConfigError, DataConfig, MixSource
 from flashtrain.data.documents import optional
 from flashtrain.data.published import find_tokenizer
 from flashtrain.data.sampler import sample_index
@@ -46,6 +47,9 @@ def arguments() -> argparse.Namespace:
     add("--length", type=int, default=200, metavar="N", help="tokens in one (default %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the choice of samples")
     add("--limit", type=int, metavar="N", help="tokens of each source that are counted")
+    add("--cache-dir", metavar="FOLDER", help="as data.cache_dir, for URLs")
+    add("--cache-gb", type=float, default=DataConfig.cache_gb, metavar="X",
+        help="as data.cache_gb (default %(default)s)")  # fmt: skip
     add("--plot", metavar="FILE", help="lengths as a picture too (.png, .svg, .pdf)")
     return parser.parse_args()
 
@@ -109,8 +113,9 @@ def plot(surveys: dict[str, Survey], file: str) -> None:
 
 def inspect(options: argparse.Namespace) -> None:
     surveys: dict[str, Survey] = {}
+    data = DataConfig(cache_dir=options.cache_dir, cache_gb=options.cache_gb)
     for path in options.paths:
-        tokens = open_split(MixSource(path), options.split, options.vocabulary or ANY_ID)
+        tokens = open_split(MixSource(path), options.split, options.vocabulary or ANY_ID, data)
         tokenizer = tokenizer_of(options, tokens)
         end = tokenizer.end_of_text if tokenizer is not None else options.end_of_text
         found = surveys[path] = survey(tokens, end, options.limit)
@@ -130,7 +135,7 @@ def inspect(options: argparse.Namespace) -> None:
 def main() -> int:
     try:
         inspect(arguments())
-    except DataError as error:
+    except (DataError, ConfigError) as error:
         Console(stderr=True).print(f"[red]{escape(str(error))}[/]", soft_wrap=True, highlight=False)
         return 2
     return 0

@@ -47,7 +47,7 @@ from flashtrain.build import build_engine
 from flashtrain.compose import load
 from flashtrain.config import Config, ConfigError, EngineKind
 from flashtrain.data.source import open_loader, prepare_source
-from flashtrain.parallel.mesh import build_mesh
+from flashtrain.parallel.mesh import mesh_of
 
 DEFAULT = (
     "experiment=gpt2_124m data.sequence_length=1024 data.batch_size=32 data.micro_batch_size=32"
@@ -66,13 +66,12 @@ def open_case(case: str, steps: int, device: torch.device) -> tuple[Config, Any,
     config = prepare_source(load([*overrides, f"trainer.steps={steps}"], world), world)
     if config.engine.name is not EngineKind.native:
         raise ConfigError(f"engine={config.engine.name.name}: profile_step looks into native only")
-    parallel = config.parallel
-    mesh = build_mesh(
-        parallel.tensor or 1,
-        shard=parallel.shard or 1,
-        context=parallel.context,
-        shard_context=parallel.shard_context,
-    )
+    if config.parallel.pipeline > 1:
+        raise ConfigError(
+            f"parallel.pipeline={config.parallel.pipeline}: profile_step looks into a model whose "
+            "layers one rank has all of"
+        )
+    mesh = mesh_of(config.parallel)
     engine = build_engine(config, mesh, device)
     return config, engine, open_loader(config, mesh.data.rank, mesh.data.size, device)
 

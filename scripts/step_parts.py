@@ -97,7 +97,9 @@ def profile(events: Iterable[Event], problem: Problem) -> Profile:
     Raises ValueError when fewer than two steps were marked.
     """
     events = [event for event in events if event.get("ph") == "X"]
-    steps = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == STEP)
+    # the GPU's copy of a range, of category gpu_user_annotation, would count each step twice
+    marks = (e for e in events if e["name"] == STEP and e["cat"] in SPANS)
+    steps = sorted((e["ts"], e["ts"] + e["dur"]) for e in marks)
     if len(steps) < 2:
         raise ValueError(f"the trace has {len(steps)} marked steps: at least 2 are needed")
     parents = link(event for event in events if event["cat"] in (*SPANS, *LAUNCHES))
@@ -195,7 +197,7 @@ def activities(events: list[Event], parents: Mapping[int, Event]) -> Iterator[Ac
             stop = event["ts"] + event["dur"]
             yield Activity(event["ts"], stop, event["name"], launched, stack)
         return
-    mains = {event["tid"] for event in events if event["name"] == STEP}
+    mains = {event["tid"] for event in events if event["name"] == STEP and event["cat"] in SPANS}
     operators = [e for e in events if e["cat"] == "cpu_op" and e["tid"] in mains]
     inside: dict[int, list[Event]] = defaultdict(list)
     for event in sorted(operators, key=lambda event: event["ts"]):

@@ -81,6 +81,12 @@ def test_the_model_knows_no_parallelism() -> None:
     assert not offenders("flashtrain/model", "torch.distributed", *above)
 
 
+def test_planning_computes_and_starts_nothing() -> None:
+    above = ("parallel", "engine", "trainer", "data", "checkpoint", "tracking", "train")
+    running = [f"flashtrain.{layer}" for layer in above]
+    assert not offenders("flashtrain/planning", "torch.distributed", *running)
+
+
 def test_deepspeed_has_one_importer() -> None:
     found = offenders("flashtrain", "deepspeed") + offenders("kernels", "deepspeed")
     assert all(line.startswith("flashtrain/engine/deepspeed.py ") for line in found), found

@@ -6,8 +6,10 @@ from pathlib import Path
 from torch import nn
 from torch.optim import Optimizer
 
+from flashtrain.checkpoint.background import Saved, Saver, own_peers
 from flashtrain.checkpoint.integrity import CheckpointError, read_manifest
 from flashtrain.checkpoint.peers import Peers
+from flashtrain.checkpoint.retention import EVALUATION, Retention
 from flashtrain.checkpoint.shelf import find_latest, locate, verify
 from flashtrain.checkpoint.state import (
     State,
@@ -22,8 +24,12 @@ from flashtrain.checkpoint.state import (
 from flashtrain.checkpoint.store import load, read_meta, read_rng, save
 
 __all__ = [
+    "EVALUATION",
     "CheckpointError",
     "Peers",
+    "Retention",
+    "Saved",
+    "Saver",
     "State",
     "adam_state",
     "collect",
@@ -31,6 +37,7 @@ __all__ = [
     "find_latest",
     "load",
     "locate",
+    "own_peers",
     "prepare",
     "read_meta",
     "read_rng",

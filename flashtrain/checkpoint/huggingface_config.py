@@ -17,6 +17,7 @@ from flashtrain.config import (
     Mlp,
     ModelConfig,
     Norm,
+    Parametrization,
     PositionConfig,
     PositionKind,
     PrecisionConfig,
@@ -183,6 +184,7 @@ def _to_gpt2(config: Config) -> Tree:
     assert model.head_size is not None
     _refuse(
         "GPT-2",
+        ("model.parametrization", model.parametrization, Parametrization.standard),
         ("position.kind", position.kind, PositionKind.learned),
         ("position.applies_to", position.applies_to, [Target.embedding]),
         ("model.norm", model.norm, Norm.layernorm),
@@ -209,6 +211,7 @@ def _to_llama(config: Config) -> Tree:
     model, position = config.model, config.position
     _refuse(
         "Llama",
+        ("model.parametrization", model.parametrization, Parametrization.standard),
         ("position.kind", position.kind, PositionKind.rope),
         ("position.applies_to", sorted(position.applies_to, key=lambda t: t.name),
          [Target.k, Target.q]),

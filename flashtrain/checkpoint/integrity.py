@@ -114,7 +114,7 @@ def read_manifest(folder: Path) -> Manifest:
         tree: Any = json.loads(raw)
         tree.pop("xxh3_128")
         sound = raw == _seal(json.dumps(tree, separators=(",", ":")).encode())
-    except (ValueError, AttributeError, KeyError, RecursionError):
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
         raise CheckpointError(f"{MANIFEST} is damaged: its own checksum does not fit")

@@ -21,6 +21,7 @@ from flashtrain.checkpoint.integrity import (
     sync_folder,
 )
 from flashtrain.checkpoint.peers import ALONE, Peers
+from flashtrain.checkpoint.retention import Retention
 
 log = logging.getLogger("flashtrain.checkpoint")
 NAME = re.compile(r"step-(\d{8,})")
@@ -150,9 +151,9 @@ def clean(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep`. Called once the newest is complete."""
-    for path in checkpoints(folder)[keep:]:
+def prune(folder: Path, keep: Retention) -> None:
+    """Delete what `keep` does not ask for. Called once the newest is complete."""
+    for path in keep.surplus({path: _step(path) for path in checkpoints(folder)}):
         try:
             remove(path)
         except OSError as error:  # disk space, not data: the new checkpoint is there

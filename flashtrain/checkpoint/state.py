@@ -24,6 +24,8 @@ from flashtrain.model.shard import shard_of
 class State:
     tensors: dict[str, LocalTensor]  # views of live memory, not copies
     scalars: dict[str, Tensor]  # 0-dim, equal on all ranks that know the name; kept as JSON
+    # parameters of the model of which this rank holds nothing: a pipeline's other stages have them
+    elsewhere: frozenset[str] = frozenset()
 
 
 def collect(model: nn.Module, optimizer: Optimizer | None = None) -> State:

@@ -35,6 +35,7 @@ from flashtrain.checkpoint.integrity import (
     write_bytes,
 )
 from flashtrain.checkpoint.peers import ALONE, Peers
+from flashtrain.checkpoint.retention import NEWEST, Retention
 from flashtrain.checkpoint.shelf import checkpoint_path, clean, prune, set_aside_later
 from flashtrain.checkpoint.state import State, rng_state
 from flashtrain.checkpoint.tensors import Reader, entry_key, owned_bytes, write_tensors
@@ -48,11 +49,13 @@ def save(
     *,
     peers: Peers = ALONE,
     writes: bool = True,
-    keep: int = 2,
+    keep: Retention = NEWEST,
+    rng: dict[str, Any] | None = None,
 ) -> Path:
-    """Write `<folder>/step-N` and drop all but the newest `keep`. Every rank of `peers` calls it.
+    """Write `<folder>/step-N`, drop what `keep` does not ask for. Every rank of `peers` calls it.
 
     writes: whether this rank's owned boxes go to disk (data-parallel rank 0); its RNG always does.
+    rng: what `rng_state` gave when `state` was as it is; null: as it is now.
     meta: JSON types; rank 0's is taken. Checkpoints of later steps, from a run that has since gone
     back to an earlier one, are renamed `step-M.abandoned`.
     Raises CheckpointError on all ranks alike when any of them cannot write: what was complete
@@ -66,7 +69,7 @@ def save(
         failure = _attempt(final, sum(needed), lambda: _open(folder, tmp, sum(needed)))
     _raise_everywhere(peers, failure)
 
-    record: dict[str, Any] = {"rng": rng_state()}
+    record: dict[str, Any] = {"rng": rng_state() if rng is None else rng}
     record["failure"] = _attempt(
         final,
         owned_bytes(state.tensors),
@@ -141,7 +144,7 @@ def _complete(
     step: int,
     meta: dict[str, Any],
     records: list[dict[str, Any]],
-    keep: int,
+    keep: Retention,
 ) -> None:
     """Rank 0, once all files are there: JSON files, manifest, rename, then tidy."""
     files: dict[str, FileRecord] = {}
@@ -244,11 +247,17 @@ def load(path: Path, state: State) -> None:
         scalar.fill_(scalars[name])
 
 
+def _parameter(name: str) -> str:
+    """The parameter that `model/<parameter>` or `optimizer/<key>/<parameter>` is of."""
+    return name.split("/", 2 if name.startswith("optimizer/") else 1)[-1]
+
+
 def _refuse_mismatch(path: Path, state: State, manifest: Manifest, scalars: dict[str, Any]) -> None:
     saved = {name: (list(t.shape), t.dtype) for name, t in manifest.tensors.items()}
     saved |= {name: ([], "scalar") for name in scalars}
     if not any(name.startswith("optimizer/") for name in state.tensors):  # weights alone, to sample
         saved = {name: item for name, item in saved.items() if not name.startswith("optimizer/")}
+    saved = {name: item for name, item in saved.items() if _parameter(name) not in state.elsewhere}
     wanted = {name: (list(t.shape), t.dtype) for name, t in state.tensors.items()}
     wanted |= {name: ([], "scalar") for name in state.scalars}
     problems = []

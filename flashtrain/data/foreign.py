@@ -9,12 +9,14 @@ None of them says how many ids there are, so `read` holds each one against the v
 """
 
 import glob
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flashtrain.data.ahead import ReadAhead
 from flashtrain.data.mapped import DataError, MappedTokens, Piece
 
 NANOGPT, LLMC, MEGATRON = FORMATS = ("nanogpt", "llmc", "megatron")
@@ -36,7 +38,7 @@ class ForeignTokens:
 
     def __init__(self, name: str, kind: str, pieces: list[Piece], vocabulary: int) -> None:
         self.name, self.kind, self.vocabulary = name, kind, vocabulary
-        self._line = MappedTokens(name, pieces)
+        self._line = MappedTokens(name, pieces, ReadAhead([piece.path for piece in pieces]))
         self.tokens = self._line.tokens
 
     def read(self, start: int, length: int) -> NDArray[Any]:
@@ -48,6 +50,19 @@ class ForeignTokens:
                 "they were made with (data.tokenizer_path) and the right data.format"
             )
         return ids
+
+    def advise(self, start: int, length: int) -> None:
+        self._line.advise(start, length)
+
+    @property
+    def sections(self) -> list[tuple[int, int]]:
+        return self._line.sections
+
+    def need(self, now: Sequence[int], soon: Sequence[int]) -> None:
+        self._line.need(now, soon)
+
+    def close(self) -> None:
+        self._line.close()
 
 
 def open_foreign(

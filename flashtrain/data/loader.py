@@ -108,8 +108,12 @@ class DataLoader:
         return self.samples.counters(self.ramp.first_sample(steps))
 
     def close(self) -> None:
-        """End the background thread and wait for it. Closing twice does nothing."""
-        self._reader.close()
+        """End all background threads and wait for them. Closing twice does nothing."""
+        self._reader.end()
+        self.samples.close()  # the thread may be waiting for a shard
+        if self.validation is not None:
+            self.validation.close()
+        self._reader.join()
 
     def __enter__(self) -> Self:
         return self
@@ -194,11 +198,13 @@ class _Reader:
             raise block
         return block
 
-    def close(self) -> None:
+    def end(self) -> None:
         with self._changed:
             self._closed = True
             self._ready.clear()
             self._changed.notify_all()
+
+    def join(self) -> None:
         if self._thread is not None:
             self._thread.join()
 

@@ -12,6 +12,7 @@ piece, memory-mapped by every reader.
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ class Plan(NamedTuple):
     starts: NDArray[np.int64]  # [pieces] token of the data set at which each begins
     lengths: NDArray[np.int32]  # [pieces]
     rows: NDArray[np.int64]  # [sequences + 1]
+    counts: NDArray[np.int64]  # [sections] sequences made of each one's tokens, in order
 
 
 class PackedDocuments:
@@ -44,13 +46,17 @@ class PackedDocuments:
     ) -> None:
         self.dataset, self.sequence_length = dataset, sequence_length
         self.name, self.end_of_text, self.plan = dataset.name, end_of_text, plan
+        self.counts = plan.counts
         self.n_samples = len(plan.rows) - 1
 
     def fill(self, numbers: NDArray[np.int64], block: NDArray[np.int64]) -> None:
-        starts, lengths, rows = self.plan
-        for row, number in enumerate(numbers.tolist()):
+        starts, lengths, rows, _ = self.plan
+        spans = [(int(rows[number]), int(rows[number + 1])) for number in numbers.tolist()]
+        for first, stop in spans:
+            for piece in range(first, stop):
+                self.dataset.advise(int(starts[piece]), int(lengths[piece]) + 1)
+        for row, (first, stop) in enumerate(spans):
             at = 0
-            first, stop = int(rows[number]), int(rows[number + 1])
             pieces = zip(starts[first:stop].tolist(), lengths[first:stop].tolist(), strict=True)
             for document, (start, length) in enumerate(pieces):
                 ids = self.dataset.read(start, length + 1)
@@ -62,12 +68,24 @@ class PackedDocuments:
             block[LABELS, row, at:] = IGNORED
             block[DOCUMENTS, row, at:] = stop - first
 
+    def close(self) -> None:
+        self.dataset.close()
 
-def open_plan(dataset: Dataset, sequence_length: int, end_of_text: int, folder: Path) -> Plan:
-    """The plan in `folder`, made there if it is not; several processes may ask at once."""
-    place = folder / f"packing-{_mark(dataset, sequence_length, end_of_text)}"
+
+def open_plan(
+    dataset: Dataset,
+    sequence_length: int,
+    end_of_text: int,
+    folder: Path,
+    sections: Sequence[tuple[int, int]] | None = None,
+) -> Plan:
+    """The plan in `folder`, made there if it is not; several processes may ask at once.
+
+    sections: (first token, the one after the last) of parts that no sequence spans; None: one.
+    """
+    place = folder / f"packing-{_mark(dataset, sequence_length, end_of_text, sections)}"
     if not place.is_dir():
-        plan = best_fit(pieces_of(dataset, sequence_length, end_of_text), sequence_length)
+        plan = best_fit_of_each(dataset, sequence_length, end_of_text, sections)
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".{place.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         partial.mkdir()
@@ -87,21 +105,47 @@ def open_plan(dataset: Dataset, sequence_length: int, end_of_text: int, folder: 
     )
 
 
+def best_fit_of_each(
+    dataset: Dataset,
+    sequence_length: int,
+    end_of_text: int,
+    sections: Sequence[tuple[int, int]] | None = None,
+) -> Plan:
+    """The plans of all sections, one behind the other; None: the data set is one."""
+    plans = []
+    for section in [None] if sections is None else sections:
+        pieces = pieces_of(dataset, sequence_length, end_of_text, section)
+        plans.append(best_fit(pieces, sequence_length))
+    sizes = np.array([0, *(len(plan.starts) for plan in plans)]).cumsum()
+    rows = [plan.rows[:-1] + before for plan, before in zip(plans, sizes, strict=False)]
+    return Plan(
+        np.concatenate([plan.starts for plan in plans]),
+        np.concatenate([plan.lengths for plan in plans]),
+        np.append(np.concatenate(rows), sizes[-1]),
+        np.concatenate([plan.counts for plan in plans]),
+    )
+
+
 def pieces_of(
-    dataset: Dataset, sequence_length: int, end_of_text: int
+    dataset: Dataset,
+    sequence_length: int,
+    end_of_text: int,
+    section: tuple[int, int] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """(starts, lengths) of every document, cut where it is longer than a sequence.
 
-    A piece of n tokens has the n tokens after its first one as labels. One pass.
+    A piece of n tokens has the n tokens after its first one as labels. One pass. section: the
+    tokens (first, the one after the last) that are looked at; none has a label outside it.
     """
-    last = dataset.tokens - 1  # has no label
-    found = [np.zeros(1, np.int64)]
-    for start in range(0, dataset.tokens, CHUNK):
-        ids = dataset.read(start, min(CHUNK, dataset.tokens - start))
+    begin, stop = section or (0, dataset.tokens)
+    last = stop - 1  # has no label
+    found = [np.array([begin], np.int64)]
+    for start in range(begin, stop, CHUNK):
+        ids = dataset.read(start, min(CHUNK, stop - start))
         found.append(np.flatnonzero(ids == end_of_text) + start)
     begins = np.unique(np.concatenate(found))  # the first may be a separator itself
     begins = begins[begins < last]
-    if not len(begins):
+    if not len(begins) and section is None:
         raise DataError(f"{dataset.name} has {dataset.tokens:,} tokens: too few to learn from")
     sizes = np.diff(begins, append=last)
     parts = -(-sizes // sequence_length)  # pieces of each document, >= 1
@@ -140,12 +184,18 @@ def best_fit(pieces: tuple[NDArray[np.int64], NDArray[np.int32]], sequence_lengt
     order = order[by_row]
     rows = np.zeros(n_rows + 1, np.int64)
     np.cumsum(np.bincount(row_of, minlength=n_rows), out=rows[1:])
-    return Plan(starts[order], lengths[order], rows)
+    return Plan(starts[order], lengths[order], rows, np.array([n_rows], np.int64))
 
 
-def _mark(dataset: Dataset, sequence_length: int, end_of_text: int) -> str:
+def _mark(
+    dataset: Dataset,
+    sequence_length: int,
+    end_of_text: int,
+    sections: Sequence[tuple[int, int]] | None,
+) -> str:
     """Of what a plan depends on; of the tokens, a few looks at them."""
-    found = xxhash.xxh3_64(repr((dataset.tokens, sequence_length, end_of_text)).encode())
+    sizes = (dataset.tokens, sequence_length, end_of_text, sections)
+    found = xxhash.xxh3_64(repr(sizes).encode())
     for start in np.linspace(0, dataset.tokens, LOOKS, endpoint=False, dtype=np.int64).tolist():
         ids = dataset.read(start, min(LOOK, dataset.tokens - start))
         found.update(ids.astype("<u4").tobytes())

@@ -1,5 +1,6 @@
 """Sequences to train on by their number: out of one data set, in its order, shuffled, or mixed."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +32,10 @@ class Samples(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """End what is read or fetched ahead, and a `fill` that waits for it."""
+        ...
+
 
 class Blocks:
     """Sequences of T tokens that lie end to end in the data, each with the token after it.
@@ -41,24 +46,42 @@ class Blocks:
     """
 
     def __init__(
-        self, dataset: Dataset, sequence_length: int, end_of_text: int | None = None
+        self,
+        dataset: Dataset,
+        sequence_length: int,
+        end_of_text: int | None = None,
+        sections: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         """end_of_text: the id that separates documents keeps them apart; None runs them together.
 
+        sections: (first token, the one after the last) of parts that no sequence spans; None: one.
         Raises DataError where the data are shorter than one sequence.
         """
         self.dataset, self.sequence_length = dataset, sequence_length
         self.name, self.end_of_text = dataset.name, end_of_text
         self.packed = end_of_text is not None
         self.n_samples = count_samples(dataset, sequence_length)
+        parts = np.array(sections or [(0, dataset.tokens)], np.int64)
+        self.counts = np.maximum(parts[:, 1] - parts[:, 0] - 1, 0) // sequence_length  # [sections]
+        self._firsts = self.counts.cumsum() - self.counts  # sequences before each section
+        self._begins = parts[:, 0]
+        if sections is not None:
+            self.n_samples = int(self.counts.sum())
 
     def fill(self, numbers: NDArray[np.int64], block: NDArray[np.int64]) -> None:
         T = self.sequence_length
-        for row, number in enumerate(numbers.tolist()):
-            ids = self.dataset.read(number * T, T + 1)
+        section = np.searchsorted(self._firsts, numbers, side="right") - 1
+        starts = (self._begins[section] + (numbers - self._firsts[section]) * T).tolist()
+        for start in starts:
+            self.dataset.advise(start, T + 1)
+        for row, start in enumerate(starts):
+            ids = self.dataset.read(start, T + 1)
             block[TOKENS, row], block[LABELS, row] = ids[:-1], ids[1:]
         if self.packed:
             block[DOCUMENTS] = number_documents(block[TOKENS], self.end_of_text)
+
+    def close(self) -> None:
+        self.dataset.close()
 
 
 def number_documents(tokens: NDArray[np.int64], end_of_text: int | None) -> NDArray[np.int64]:
@@ -79,6 +102,9 @@ class Shuffled:
 
     def fill(self, numbers: NDArray[np.int64], block: NDArray[np.int64]) -> None:
         self.samples.fill(sample_index(self.seed, numbers, self.n_samples), block)
+
+    def close(self) -> None:
+        self.samples.close()
 
 
 class Mixture:
@@ -102,6 +128,10 @@ class Mixture:
                 part = np.empty((len(block), len(rows), block.shape[2]), np.int64)
                 source.fill(own[rows], part)
                 block[:, rows] = part
+
+    def close(self) -> None:
+        for source in self.sources.values():
+            source.close()
 
     def counters(self, n_samples: int) -> dict[str, float]:
         """Tokens and epochs of each source among the first `n_samples` sequences."""

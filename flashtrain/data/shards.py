@@ -11,6 +11,7 @@ and ids inside the vocabulary. `TokenShards.verify` reads it all and compares ch
 """
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,8 +20,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from flashtrain.data.ahead import ReadAhead
 from flashtrain.data.mapped import DataError as DataError  # the rest of the package imports it here
-from flashtrain.data.mapped import MappedTokens, Piece
+from flashtrain.data.mapped import Files, MappedTokens, Piece
 from flashtrain.data.sampler import splitmix64
 
 FORMAT = 1
@@ -39,6 +41,23 @@ class Dataset(Protocol):
 
     def read(self, start: int, length: int) -> NDArray[Any]:
         """Ids [length] from `start`, of any unsigned dtype; maybe a read-only view."""
+
+    def advise(self, start: int, length: int) -> None:
+        """These will be read at once: where that takes a disk, begin, without waiting."""
+
+    def close(self) -> None:
+        """End what is read or fetched ahead, and a read that waits for it."""
+
+
+class ShardedDataset(Dataset, Protocol):
+    """One that lies in several files."""
+
+    @property
+    def sections(self) -> list[tuple[int, int]]:
+        """First token of each file and the one after its last."""
+
+    def need(self, now: Sequence[int], soon: Sequence[int]) -> None:
+        """Files that are read now and after that; begins to bring them, does not wait."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +133,18 @@ class TokenShards:
     """One split of a folder of token shards as one line of tokens, memory-mapped."""
 
     def __init__(
-        self, folder: str | Path, split: str = "train", *, vocabulary: int | None = None
+        self,
+        folder: str | Path,
+        split: str = "train",
+        *,
+        vocabulary: int | None = None,
+        bring: Callable[[Sequence[ShardFile]], Files] | None = None,
     ) -> None:
-        """`vocabulary`, if given, is the model's: every id must lie below it."""
+        """vocabulary: the model's, which every id must lie below.
+
+        bring: opens what brings the split's files where `folder` holds the manifest only; their
+        sizes are checked as they arrive.
+        """
         self.folder = Path(folder)
         self.manifest = Manifest.load(self.folder)
         self.name = f"the {split} split of {self.folder}"
@@ -137,10 +165,15 @@ class TokenShards:
                 f"{self.folder} has a tokenizer of {self.vocabulary} ids and the model's "
                 f"vocabulary is {vocabulary}; set model.vocabulary to {self.vocabulary} or more"
             )
-        for file in self.split.files:
-            self._check(file)
         pieces = [Piece(self.folder / f.name, self.dtype, f.tokens) for f in self.split.files]
-        self._line = MappedTokens(self.name, pieces)
+        for file in self.split.files:
+            if bring is None:
+                self._check(file)
+            self._check_entry(file)
+        files = ReadAhead([piece.path for piece in pieces]) if bring is None else None
+        self._line = MappedTokens(
+            self.name, pieces, bring(self.split.files) if bring is not None else files
+        )
         self.tokens = self._line.tokens
         if self.tokens != self.split.tokens:
             raise DataError(
@@ -165,15 +198,35 @@ class TokenShards:
                 f"{path} is {state}: it has {size:,} bytes, and {file.tokens:,} tokens of "
                 f"{self.manifest.dtype} are {promised:,}; copy it again or {PREPARE}"
             )
+
+    def _check_entry(self, file: ShardFile) -> None:
+        if file.bytes != file.tokens * self.dtype.itemsize or not file.tokens:
+            raise DataError(
+                f"{self.folder / MANIFEST} says that {file.name} has {file.bytes:,} bytes and "
+                f"{file.tokens:,} tokens of {self.manifest.dtype}; {PREPARE}"
+            )
         if file.max_id >= self.vocabulary:
             raise DataError(
-                f"{path} holds id {file.max_id}, outside its tokenizer's {self.vocabulary} ids; "
-                f"{PREPARE}"
+                f"{self.folder / file.name} holds id {file.max_id}, outside its tokenizer's "
+                f"{self.vocabulary} ids; {PREPARE}"
             )
 
     def read(self, start: int, length: int) -> NDArray[Any]:
         """Ids [length] from token `start`: a view inside one file, a copy across files."""
         return self._line.read(start, length)
+
+    def advise(self, start: int, length: int) -> None:
+        self._line.advise(start, length)
+
+    @property
+    def sections(self) -> list[tuple[int, int]]:
+        return self._line.sections
+
+    def need(self, now: Sequence[int], soon: Sequence[int]) -> None:
+        self._line.need(now, soon)
+
+    def close(self) -> None:
+        self._line.close()
 
     def verify(self) -> None:
         """Read every byte: DataError for the first file whose checksum or largest id is not so."""
@@ -198,7 +251,7 @@ class TokenShards:
 class Part:
     """Tokens `start` to `stop` of another data set."""
 
-    def __init__(self, whole: Dataset, start: int, stop: int) -> None:
+    def __init__(self, whole: ShardedDataset, start: int, stop: int) -> None:
         if not 0 <= start < stop <= whole.tokens:
             raise DataError(
                 f"tokens {start:,} to {stop:,} are no part of {whole.name}, which has "
@@ -214,6 +267,21 @@ class Part:
                 f"{self.tokens:,}"
             )
         return self.whole.read(self.start + start, length)
+
+    def advise(self, start: int, length: int) -> None:
+        self.whole.advise(self.start + start, length)
+
+    @property
+    def sections(self) -> list[tuple[int, int]]:
+        """Of all files of the whole; those outside the part have no tokens here."""
+        clip = [(min(max(t - self.start, 0), self.tokens) for t in s) for s in self.whole.sections]
+        return [(first, stop) for first, stop in clip]
+
+    def need(self, now: Sequence[int], soon: Sequence[int]) -> None:
+        self.whole.need(now, soon)
+
+    def close(self) -> None:
+        self.whole.close()
 
 
 class RandomTokens:
@@ -231,6 +299,12 @@ class RandomTokens:
         """Ids [length] uint32."""
         where = np.arange(start, start + length, dtype=np.uint64)
         return (splitmix64(where ^ self._key) % np.uint64(self.vocabulary)).astype(np.uint32)
+
+    def advise(self, start: int, length: int) -> None:
+        pass  # nothing lies anywhere
+
+    def close(self) -> None:
+        pass
 
 
 def count_tokens(dataset: Dataset) -> NDArray[np.int64]:

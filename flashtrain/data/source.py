@@ -9,6 +9,7 @@ import torch
 from flashtrain.config import (
     Config,
     ConfigError,
+    DataConfig,
     DataFormat,
     MixSource,
     Packing,
@@ -22,18 +23,22 @@ from flashtrain.data.packing import PackedDocuments, open_plan
 from flashtrain.data.prepare import prepare_shakespeare
 from flashtrain.data.published import find_tokenizer
 from flashtrain.data.ramp import Ramp
+from flashtrain.data.remote import is_remote, local_folder
 from flashtrain.data.samples import Blocks, Mixture, Samples, Shuffled, source_seed
 from flashtrain.data.shards import (
     MANIFEST,
     DataError,
-    Dataset,
     Manifest,
     Part,
     RandomTokens,
+    ShardedDataset,
     TokenShards,
 )
+from flashtrain.data.streaming import admit_remote, check_room, open_remote
 from flashtrain.data.tokenizer import Tokenizer, load_tokenizer
+from flashtrain.data.windows import SectionSamples, WindowShuffled
 from flashtrain.layout import check_layout, check_sequence, data_ranks
+from flashtrain.pipelining import check_micro_batches
 
 VOCABULARY_STEP = 128  # a head whose width is a multiple of 128 fills the matrix units' tiles
 FIRST_LOOK = 1 << 20  # tokens of a foreign file that are held against the vocabulary at the door
@@ -62,6 +67,7 @@ def prepare_source(config: Config, world_size: int) -> Config:
         assert data.path is not None
         prepare_shakespeare(data.path, data.tokenizer.name, data.tokenizer_vocabulary)
         config = dataclasses.replace(config, data=data)
+    admit_remote(config, _sources(config).values())
     size_of_ids = read_ids(config).size
     if size_of_ids is None and model.vocabulary is None:
         raise ConfigError(
@@ -85,6 +91,7 @@ def prepare_source(config: Config, world_size: int) -> Config:
             f"{validation.n_samples} held-out sequences of {data.sequence_length} tokens in "
             f"{_spoken(config)}: lower it or prepare more text"
         )
+    check_room(config, _sources(config).values())
     check_layout(config, world_size)
     return config
 
@@ -111,7 +118,9 @@ def open_tokenizer(config: Config) -> Tokenizer | None:
         return None
     if config.data.tokenizer_path is not None:
         return find_tokenizer(config.data.tokenizer_path)
-    own = [source.path for source in _sources(config).values() if _is_own(source)]
+    own = [
+        _folder(source.path, config.data) for source in _sources(config).values() if _is_own(source)
+    ]
     return load_tokenizer(own[0]) if own else None
 
 
@@ -141,22 +150,27 @@ def open_samples(config: Config) -> tuple[Samples, Samples]:
     train: dict[str, Samples] = {}
     held_out: dict[str, Samples] = {}
     for name, source in sources.items():
-        tokens = open_split(source, "train", limit)
+        tokens = open_split(source, "train", limit, data)
         if data.validation_tokens is not None:
             kept = tokens.tokens - data.validation_tokens
             held_out[name] = Blocks(Part(tokens, kept, tokens.tokens), T, end)
             tokens = Part(tokens, 0, kept)
         elif data.validation_path is None:
-            held_out[name] = Blocks(open_split(source, "validation", limit), T, end)
+            held_out[name] = Blocks(open_split(source, "validation", limit, data), T, end)
         seed = source_seed(config.seed, name) if data.sources else config.seed
-        blocks: Samples = Blocks(tokens, T, end)
+        sections = None if data.shuffle_shards is None else tokens.sections
+        blocks: SectionSamples = Blocks(tokens, T, end, sections)
         if data.packing is Packing.best_fit:
             assert end is not None and config.run_dir is not None
-            plan = open_plan(tokens, T, end, Path(config.run_dir) / "packing")
+            plan = open_plan(tokens, T, end, Path(config.run_dir) / "packing", sections)
             blocks = PackedDocuments(tokens, T, end, plan)
-        train[name] = Shuffled(blocks, seed)
+        train[name] = (
+            Shuffled(blocks, seed)
+            if data.shuffle_shards is None
+            else WindowShuffled(blocks, tokens, seed, data.shuffle_shards)
+        )
     if data.validation_path is not None:
-        return _mixed(config, train), Blocks(_open_held_out(data.validation_path, limit), T, end)
+        return _mixed(config, train), Blocks(_open_held_out(data, limit), T, end)
     return _mixed(config, train), _mixed(config, held_out, endless=False)
 
 
@@ -170,7 +184,7 @@ def read_ids(config: Config) -> Ids:
         told[tokenizer.fingerprint] = f"data.tokenizer_path={config.data.tokenizer_path}"
     for source in _sources(config).values():
         if _is_own(source):
-            manifest = Manifest.load(Path(source.path))
+            manifest = Manifest.load(_folder(source.path, config.data))
             sizes[manifest.tokenizer] = Ids(manifest.vocabulary, manifest.end_of_text)
             told.setdefault(manifest.tokenizer, source.path)
     if len(told) > 1:
@@ -200,8 +214,13 @@ def _sources(config: Config) -> dict[str, MixSource]:
     return {"": MixSource(data.path, 1.0, data.format)}
 
 
-def open_split(source: MixSource, split: str, vocabulary: int) -> Dataset:
-    """The tokens of one split of `source`, ids below `vocabulary`; DataError where it has none."""
+def open_split(source: MixSource, split: str, vocabulary: int, data: DataConfig) -> ShardedDataset:
+    """The tokens of one split of `source`, ids below `vocabulary`; DataError where it has none.
+
+    data: says where remote shards are kept, and how many of them.
+    """
+    if is_remote(source.path):
+        return open_remote(source.path, split, vocabulary, data)
     if _is_own(source):
         return TokenShards(Path(source.path), split, vocabulary=vocabulary)
     kind = None if source.format is DataFormat.auto else source.format.name
@@ -217,22 +236,30 @@ def open_split(source: MixSource, split: str, vocabulary: int) -> Dataset:
     return tokens
 
 
-def _open_held_out(path: str, vocabulary: int) -> Dataset:
-    """The validation split of `path`, or all of it where it is not split."""
-    source = MixSource(path)
+def _open_held_out(data: DataConfig, vocabulary: int) -> ShardedDataset:
+    """The validation split of data.validation_path, or all of it where it is not split."""
+    assert data.validation_path is not None
+    source = MixSource(data.validation_path)
     if _is_own(source):
-        return TokenShards(path, "validation", vocabulary=vocabulary)
-    found = open_foreign(path, "validation", vocabulary)
-    return found or open_split(source, "train", vocabulary)
+        return open_split(source, "validation", vocabulary, data)
+    found = open_foreign(source.path, "validation", vocabulary)
+    return found or open_split(source, "train", vocabulary, data)
 
 
 def _is_own(source: MixSource) -> bool:
     """Also where there is nothing or an unfinished folder, which our own shards say best."""
+    if is_remote(source.path):
+        return True
     if source.format is not DataFormat.auto:
         return source.format is DataFormat.flashtrain
     folder = Path(source.path)
     ours = (folder / MANIFEST).is_file() or any(folder.glob("*-[0-9][0-9][0-9][0-9][0-9].bin"))
     return ours or not is_foreign(source.path)
+
+
+def _folder(path: str, data: DataConfig) -> Path:
+    """Where manifest and tokenizer of our own shards are read."""
+    return local_folder(path, data) if is_remote(path) else Path(path)
 
 
 def _ramp(config: Config) -> Ramp:
@@ -243,16 +270,19 @@ def _ramp(config: Config) -> Ramp:
 
 def _check_ramp(config: Config) -> None:
     """Refuse stages that the layout does not divide, before workers start."""
-    tensor, micro_batch = config.parallel.tensor, config.data.micro_batch_size
+    parallel, micro_batch = config.parallel, config.data.micro_batch_size
+    tensor = parallel.tensor
     assert tensor is not None and micro_batch is not None
     for stage in _ramp(config).stages:
-        check_batch(stage.batch_size, micro_batch, data_ranks(config.parallel))
+        check_batch(stage.batch_size, micro_batch, data_ranks(parallel))
+        if parallel.pipeline > 1:
+            check_micro_batches(stage.batch_size, micro_batch, parallel, "data.ramp: batch_size")
         if stage.length % tensor:
             raise ConfigError(
                 f"sequences of {stage.length} tokens in data.ramp do not divide over "
                 f"parallel.tensor={tensor}"
             )
-        check_sequence(stage.length, config.parallel, "data.ramp: sequence_length")
+        check_sequence(stage.length, parallel, "data.ramp: sequence_length")
 
 
 def _spoken(config: Config) -> str:

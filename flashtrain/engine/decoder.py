@@ -30,17 +30,22 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        return self.model.embedding.weight.device
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self.model.embedding.dtype
 
     def empty_cache(self, batch: int, room: int) -> KVCache:
-        attention = self.model.blocks[0].get_submodule("attention")
+        attention = next(iter(self.model.blocks)).get_submodule("attention")
         assert isinstance(attention, Attention)
         return KVCache(
             self.model.config,
             batch,
             room,
             kv_heads=attention.kv_heads,
-            dtype=self.model.embedding.dtype,
+            dtype=self.dtype,
             device=self.device,
         )
 
@@ -58,19 +63,26 @@ class Decoder:
         if "torch._dynamo" in sys.modules:
             eager = torch.compiler.set_stance("force_eager")
         with eager, whole_sequences(self.model):
-            hidden = self.model(tokens, cache=cache)
-            rows = tokens.shape[1]
-            if last is not None:
-                rows = len(last)
-                whole = gather_sequence(hidden, self.tensor)
-                ends = whole[torch.arange(rows, device=last.device), last]
-                ends = F.pad(ends, (0, 0, 0, -rows % self.multiple)).unsqueeze(0)
-                hidden = slice_sequence(ends, self.tensor)
-            logits = self.model.logits(hidden)[0, :rows].float()  # [B, V / n]
-            if self.tensor.group is not None:
-                parts = all_gather(logits, self.tensor.size, self.tensor.name)
-                logits = parts.transpose(0, 1).flatten(1)
+            logits = self._logits(tokens, last, cache)
         self.after()
+        return logits
+
+    def _logits(self, tokens: Tensor, last: Tensor | None, cache: KVCache | None) -> Tensor:
+        return self._project(self.model(tokens, cache=cache), self.model, last)
+
+    def _project(self, hidden: Tensor, model: GPT, last: Tensor | None) -> Tensor:
+        """Logits [B, V] of hidden states [B, T/n, D], each at its `last`, or of [1, B/n, D]."""
+        rows = hidden.shape[1] * self.tensor.size
+        if last is not None:
+            rows = len(last)
+            whole = gather_sequence(hidden, self.tensor)
+            ends = whole[torch.arange(rows, device=last.device), last]
+            ends = F.pad(ends, (0, 0, 0, -rows % self.multiple)).unsqueeze(0)
+            hidden = slice_sequence(ends, self.tensor)
+        logits = model.logits(hidden)[0, :rows].float()  # [B, V / n]
+        if self.tensor.group is not None:
+            parts = all_gather(logits, self.tensor.size, self.tensor.name)
+            logits = parts.transpose(0, 1).flatten(1)
         return logits
 
 

@@ -120,7 +120,7 @@ class DeepSpeedEngine:
         try:
             self.engine, *_ = deepspeed.initialize(
                 model=self.loss,
-                optimizer=build_adamw(named, config.optimizer),
+                optimizer=build_adamw(named, config.optimizer, config.model),
                 config=zero_config(config),
                 mpu=Groups(mesh),
                 dist_init_required=False,
@@ -157,7 +157,7 @@ class DeepSpeedEngine:
 
     def step(self, learning_rate: float) -> Tensor:
         for group in self.zero_optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device)

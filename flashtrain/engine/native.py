@@ -23,17 +23,14 @@ from flashtrain.data.loader import Batch
 from flashtrain.engine.compile import compile_blocks
 from flashtrain.engine.decoder import Decoder
 from flashtrain.engine.evaluation import mean_loss, sum_over
-from flashtrain.engine.recompute import recompute_blocks
+from flashtrain.engine.offload import offload_inputs
+from flashtrain.engine.recompute import chunk_mlps, recompute_blocks
+from flashtrain.engine.update import update
 from flashtrain.model.gpt import GPT
-from flashtrain.optim import build_optimizer, step_unless_bad
+from flashtrain.optim import build_optimizer
 from flashtrain.parallel.context import own_batch
 from flashtrain.parallel.fsdp import give_back, held_parameters, set_pass, take_gradients
-from flashtrain.parallel.gradients import (
-    average_gradients,
-    clip_by_norm_,
-    gradient_norm,
-    sum_partial_gradients,
-)
+from flashtrain.parallel.gradients import average_gradients
 from flashtrain.parallel.loss import IGNORED, cross_entropy_sum, linear_cross_entropy_sum
 from flashtrain.parallel.mesh import Axis, Mesh
 
@@ -84,12 +81,15 @@ class NativeEngine:
         self.parameters = held_parameters(model)
         self.optimizer = build_optimizer(self.parameters, config, mesh)
         self.loss = SummedLoss(model, mesh.tensor, config.loss)
+        chunk_mlps(model, config.trainer.mlp_chunks)
         if config.trainer.recompute is not Recompute.none:
             recompute_blocks(model, config.trainer.recompute)
         compiles = config.trainer.compile
         if device.type == "cuda" if compiles is None else compiles:
             compile_blocks(model)
             self.loss.compile_head()
+        if config.trainer.offload_activations:
+            offload_inputs(model, device)
         self.forward: nn.Module = self.loss
         # what FSDP leaves whole on every rank of the shard axis; its gradients are averaged here
         self.unsharded: list[nn.Parameter] = []
@@ -120,20 +120,15 @@ class NativeEngine:
                 (loss * share).backward()
             total += loss.detach()
         take_gradients(self.model, self.parameters)
+        self.own_loss = total.clone()  # of this rank's tokens, a sum
         sum_over(self.mesh.tokens, total)
         return total / valid.clamp(min=1)
 
     def step(self, learning_rate: float) -> Tensor:
-        parameters = list(self.parameters.values())
         average_gradients(self.unsharded, self.mesh.tokens)
-        sum_partial_gradients(parameters, self.mesh.tensor)
-        norm = gradient_norm(parameters, self.mesh.tensor, self.mesh.shard)
-        if self.clip_norm is not None:
-            clip_by_norm_(parameters, norm, self.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        step_unless_bad(self.optimizer, norm)
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = update(
+            self.parameters.values(), self.optimizer, self.mesh, learning_rate, self.clip_norm
+        )
         self.model.zero_grad(set_to_none=True)
         return norm
 

@@ -2,13 +2,12 @@
 
 `full` keeps a block's input only. `selective` also keeps what is dear to make again for its size:
 attention outputs and every second matrix product (Korthikanti et al. 2022, arXiv:2205.05198, with
-the per-operator choice of PyTorch's selective checkpointing).
+the per-operator choice of PyTorch's selective checkpointing). The MLP alone may run chunk by chunk.
 """
 
 import functools
 from typing import Any
 
-import torch
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -17,8 +16,19 @@ from torch.utils.checkpoint import (
 
 from flashtrain.config import Recompute
 from flashtrain.model.gpt import GPT
+from flashtrain.model.mlp import MLP
 
-PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+# matrix products, and those with their transfers (flashtrain/parallel/overlap.py), by name: some
+# are defined only where they are used
+PRODUCTS = {
+    "aten::mm",
+    "aten::addmm",
+    "aten::_scaled_mm",
+    "flashtrain::gather_linear",
+    "flashtrain::linear_scatter",
+    "symm_mem::fused_all_gather_matmul",
+    "symm_mem::fused_matmul_reduce_scatter",
+}
 
 
 def recompute_blocks(model: GPT, kind: Recompute) -> None:
@@ -30,11 +40,19 @@ def recompute_blocks(model: GPT, kind: Recompute) -> None:
         block.forward = functools.partial(checkpoint, block.forward, **keywords)
 
 
+def chunk_mlps(model: GPT, chunks: int) -> None:
+    """Let each MLP see its tokens in `chunks` parts, in place (flashtrain/model/mlp.py)."""
+    for block in model.blocks:
+        mlp = block.get_submodule("mlp")
+        assert isinstance(mlp, MLP)
+        mlp.chunks = chunks
+
+
 def _selective_contexts() -> Any:
     products = {"forward": 0, "recompute": 0}
 
     def policy(context: Any, operator: Any, *_args: Any, **_keywords: Any) -> CheckpointPolicy:
-        if operator in PRODUCTS:
+        if operator.name() in PRODUCTS:
             stage = "recompute" if context.is_recompute else "forward"
             products[stage] += 1
             keep = products[stage] % 2 == 1

@@ -14,6 +14,7 @@ from flashtrain.config import ModelConfig, PositionConfig, PositionKind, Target
 from flashtrain.model.cache import LayerCache
 from flashtrain.model.linear import Linear
 from flashtrain.model.norm import RMSNorm
+from flashtrain.model.parametrization import query_ratio
 from flashtrain.model.rope import rotate
 from kernels.attention import attention
 
@@ -41,6 +42,7 @@ class Attention(nn.Module):
         self.adds = position.kind in (PositionKind.learned, PositionKind.sinusoidal)
         self.rotates = position.kind is PositionKind.rope
         self.slopes = position.kind is PositionKind.alibi
+        self.query_ratio = query_ratio(model)
         # what mixes the tokens of the heads: another where ranks hold parts of the sequence
         self.attend: Callable[..., Tensor] = partial(attention, causal=True)
 
@@ -98,4 +100,6 @@ class Attention(nn.Module):
             assert position is not None
             for i in self.targets:
                 heads[i] = rotate(heads[i], position)
+        if self.query_ratio != 1:
+            heads[0] = heads[0] * self.query_ratio
         return heads

@@ -15,3 +15,7 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.weight).to(self.dtype)
+
+    def add(self, x: Tensor, vectors: Tensor) -> Tensor:
+        """`x [B, T, D]` with a vector per position, [T, D] or [B, T, D], added."""
+        return x + vectors.to(x.dtype)

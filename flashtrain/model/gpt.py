@@ -15,6 +15,7 @@ from flashtrain.model.embedding import Embedding
 from flashtrain.model.linear import Linear
 from flashtrain.model.mlp import build_mlp
 from flashtrain.model.norm import build_norm
+from flashtrain.model.parametrization import output_ratio
 from flashtrain.model.position import build_position, places_in
 from kernels.attention import document_bounds
 
@@ -60,7 +61,7 @@ class GPT(nn.Module):
         super().__init__()
         if model.vocabulary is None:
             raise ValueError("model.vocabulary is not known yet: take the tokenizer's size")
-        self.config = model
+        self.config, self.output_ratio = model, output_ratio(model)
         self.embedding = Embedding(model.vocabulary, model.d_model, dtype)
         self.position = build_position(model, position, max_length)
         self.position_on_embedding = Target.embedding in position.applies_to and position.kind in (
@@ -74,15 +75,22 @@ class GPT(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(
-        self, tokens: Tensor, documents: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+        x: Tensor | None = None,
     ) -> Tensor:
         """documents [B, T] int64: a token sees those of its own run of equal numbers only, and
         positions count from the first of them.
 
         cache: while it is filling, keeps the keys and values of `tokens`; after that `tokens` is
         [1, B], the next token of each of its sequences.
+
+        x: what earlier blocks made of the tokens, in place of their embedding; for a model whose
+        first blocks are elsewhere (flashtrain/parallel/pipeline.py).
         """
-        x: Tensor = self.embedding(tokens)
+        x = self.embedding(tokens) if x is None else x
         length = tokens.shape[1]
         places = bounds = None
         if documents is not None:
@@ -91,12 +99,11 @@ class GPT(nn.Module):
             length, places = cache.room, cache.next_places()
         position = self.position(length, tokens.device, places)
         if self.position_on_embedding:
-            x, position = x + position.to(x.dtype), None
-        layers = [None] * len(self.blocks) if cache is None else cache.layers
-        for block, layer in zip(self.blocks, layers, strict=True):
-            x = block(x, position, bounds, layer)
+            x, position = self.embedding.add(x, position), None
+        for number, block in self.blocks.named_children():
+            x = block(x, position, bounds, None if cache is None else cache.layers[int(number)])
         hidden: Tensor = self.norm(x)
-        return hidden
+        return hidden if self.output_ratio == 1 else hidden * self.output_ratio
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.head(hidden)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flashtrain.config import ModelConfig
 from flashtrain.model.gpt import GPT
+from flashtrain.model.parametrization import initial_std
 from flashtrain.model.shard import boxes, held, shard_of
 
 STEP = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's increment, as a signed number
@@ -39,12 +40,8 @@ def init_weights(model: GPT, seed: int) -> None:
 def init_parameters(parameters: Mapping[str, nn.Parameter], model: ModelConfig, seed: int) -> None:
     """Fill parameters in place by name, GPT-2's way (Radford et al. 2019, section 2.3).
 
-    Matrices and tables normal(0, init_std); the projections that write to the residual stream
-    (`attention.out`, `mlp.down`) divided by sqrt(2 n_layers), so that its variance does not grow
-    with depth; norms one, biases zero.
+    Matrices and tables normal(0, `initial_std`); norms one, biases zero.
     """
-    std = model.init_std
-    residual = std / math.sqrt(2 * model.n_layers)
     for name, parameter in parameters.items():
         module = name.rpartition(".")[0]
         if name.endswith("bias"):
@@ -52,8 +49,7 @@ def init_parameters(parameters: Mapping[str, nn.Parameter], model: ModelConfig, 
         elif "norm" in module.rpartition(".")[2]:
             held(parameter).fill_(1.0)
         else:
-            writes = module.endswith(("attention.out", "mlp.down"))
-            fill_normal(parameter, seed, name, residual if writes else std)
+            fill_normal(parameter, seed, name, initial_std(name, model))
 
 
 @torch.no_grad()

@@ -1,8 +1,20 @@
 """The matrix product of every layer: fp32 master weights, activations decide the compute dtype."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x [.., in], weight [out, in], bias [out] -> [.., out]`, all in x's dtype.
+
+    What a layer multiplies with; `flashtrain/model/float8.py` puts another in its place.
+    """
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class Linear(nn.Module):
@@ -19,10 +31,10 @@ class Linear(nn.Module):
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
+        self.product: Product = product
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return self.product(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"

@@ -31,6 +31,6 @@ def build_optimizer(
 ) -> Optimizer:
     """What `optimizer.name` names. Collective over the mesh for Muon."""
     if config.optimizer.name is OptimizerKind.adamw:
-        return build_adamw(parameters, config.optimizer)
+        return build_adamw(parameters, config.optimizer, config.model)
     dtype = DTYPES[config.precision.compute]
     return Muon(parameters, config.optimizer, config.model, mesh, dtype)

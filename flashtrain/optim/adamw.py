@@ -4,31 +4,44 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
-from flashtrain.config import OptimizerConfig
+from flashtrain.config import ModelConfig, Moments, OptimizerConfig
+from flashtrain.model.parametrization import rate_ratio
+from flashtrain.optim.adamw_bf16 import AdamWBf16
 
 
-def build_adamw(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> AdamW:
+def build_adamw(
+    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, model: ModelConfig
+) -> AdamW:
     """AdamW over the model's parameters by name; on CUDA one fused kernel per group.
 
     Decay pulls weights of products and the token embedding to zero. Norm weights and biases have a
     natural scale of their own, and a position table is read row by row at every step, so neither
     decays.
+
+    A group's "lr_ratio" multiplies the learning rate of every step (model/parametrization.py).
     """
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         decays = parameter.dim() >= 2 and not name.startswith("position.")
-        (matrices if decays else rest).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups.setdefault((decays, rate_ratio(name, model)), []).append(parameter)
+    kind = AdamWBf16 if config.moments is Moments.bf16 else AdamW
+    optimizer = kind(
+        [
+            {"params": own, "lr_ratio": ratio, "weight_decay": config.weight_decay / ratio * decays}
+            for (decays, ratio), own in sorted(groups.items(), reverse=True)
+        ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        fused=all(p.is_cuda for p in matrices) or None,
+        fused=all(p.is_cuda for p in parameters.values()) or None,
     )
+    optimizer.register_step_post_hook(_mark_changed)
+    return optimizer
+
+
+def _mark_changed(optimizer: Optimizer, *_: object) -> None:
+    """Raise the version number of all parameters: fused kernels write and leave it as it was."""
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version(group["params"])

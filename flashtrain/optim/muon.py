@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 
 from flashtrain.checkpoint import adam_state
 from flashtrain.config import ModelConfig, OptimizerConfig
+from flashtrain.model.parametrization import muon_rate_ratio
 from flashtrain.model.shard import Piece, shard_of
 from flashtrain.optim.adamw import build_adamw
 from flashtrain.parallel.collectives import all_gather
@@ -74,9 +75,14 @@ class Muon(Optimizer):
         """
         matrices = {name: p for name, p in parameters.items() if takes_muon(name, p)}
         rest = {name: p for name, p in parameters.items() if name not in matrices}
-        own = {"params": list(matrices.values()), "weight_decay": config.weight_decay}
+        ratio = muon_rate_ratio(model)
+        own = {
+            "params": list(matrices.values()),
+            "lr_ratio": ratio,
+            "weight_decay": config.weight_decay / ratio,
+        }
         super().__init__([own], {"lr": config.lr, "momentum": config.momentum})
-        self.adamw = build_adamw(rest, config)
+        self.adamw = build_adamw(rest, config, model)
         self.param_groups.extend(self.adamw.param_groups)  # the same dicts: one rate for all
         self.adamw.state = self.state
         self.tensor, self.replicate, self.dtype = mesh.tensor, mesh.replicate, dtype

@@ -1,8 +1,12 @@
 """Differentiable collectives over one mesh axis: each op's docstring is its algebra.
 
-Dims: B batch, T tokens of the whole sequence, D features, n ranks. `x_r` is what rank r holds,
-`dx_r` its gradient. On an axis of one all are the identity. What starts and finishes a transfer
-apart, for overlap with other work, has no gradient of its own.
+Dims: B batch, T tokens of a sequence, D features, n ranks. `x_r` is what rank r holds, `dx_r` its
+gradient. On an axis of one all are the identity. What starts and finishes a transfer apart, for
+overlap with other work, has no gradient of its own.
+
+Parts are of all B T tokens in order: rank r holds those from r B T / n on, for B = n the r-th
+sequence, as [B, T/n, D] whatever sequences they are of. So what is gathered lies in memory as the
+whole does, and nothing is moved before or after a transfer.
 
 Below are PyTorch's functional collectives (out of place, group by name), the only ones that
 `torch.compile(fullgraph=True)` traces. They are called by operator, since their Python wrappers
@@ -21,10 +25,10 @@ _c10d = torch.ops._c10d_functional
 
 
 def gather_sequence(x: Tensor, axis: Axis) -> Tensor:
-    """The whole sequence from its parts: [B, T/n, D] -> [B, T, D].
+    """All tokens from their parts: [B, T/n, D] -> [B, T, D].
 
-    forward   y = concat over s of x_s, along T
-    backward  dx_r = (sum over s of dy_s)[part r of T]
+    forward   y = concat over s of x_s
+    backward  dx_r = (sum over s of dy_s)[part r]
     """
     return x if axis.group is None else _GatherSequence.apply(x, axis.size, axis.name)
 
@@ -32,8 +36,8 @@ def gather_sequence(x: Tensor, axis: Axis) -> Tensor:
 def scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
     """This rank's part of the sum over ranks: [B, T, D] -> [B, T/n, D].
 
-    forward   y_r = (sum over s of x_s)[part r of T]
-    backward  dx_r = concat over s of dy_s, along T
+    forward   y_r = (sum over s of x_s)[part r]
+    backward  dx_r = concat over s of dy_s
 
     Raises ValueError when n does not divide T.
     """
@@ -45,16 +49,16 @@ def scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
 
 
 def slice_sequence(x: Tensor, axis: Axis) -> Tensor:
-    """This rank's part of a tensor that every rank holds: [B, T, D] -> [B, T/n, D], a view.
+    """This rank's part of a tensor that every rank holds: [B, T, D] -> [B, T/n, D].
 
-    forward   y_r = x[part r of T]
-    backward  dx_r = dy_r in part r of T, zero elsewhere: a term of the gradient, still to be summed
+    forward   y_r = x[part r]
+    backward  dx_r = dy_r in part r, zero elsewhere: a term of the gradient, still to be summed
 
     Raises ValueError when n does not divide T.
     """
-    check_divides(x.size(-2), axis.size)
-    length = x.size(-2) // axis.size
-    return x.narrow(-2, axis.rank * length, length)
+    check_divides(x.size(1), axis.size)
+    length = x.size(1) // axis.size
+    return x.flatten(0, 1).chunk(axis.size)[axis.rank].view(x.size(0), length, x.size(2))
 
 
 def check_divides(tokens: int, size: int) -> None:
@@ -66,26 +70,26 @@ def check_divides(tokens: int, size: int) -> None:
 
 
 def start_gather(x: Tensor, size: int, name: str) -> Tensor:
-    """[B, T/n, D] -> [n, B, T/n, D], to be read only through `finish_gather`. No gradient."""
-    pending: Tensor = _c10d.all_gather_into_tensor(x.contiguous().unsqueeze(0), size, name)
+    """[B, T/n, D] -> [n B, T/n, D], to be read only through `finish_gather`. No gradient."""
+    pending: Tensor = _c10d.all_gather_into_tensor(x.contiguous(), size, name)
     return pending
 
 
-def finish_gather(pending: Tensor) -> Tensor:
-    """[n, B, T/n, D] -> [B, T, D], a view for B = 1 and one copy for more."""
-    return _wait(pending).transpose(0, 1).flatten(1, 2)
+def finish_gather(pending: Tensor, size: int) -> Tensor:
+    """[n B, T/n, D] -> [B, T, D], a view."""
+    parts = _wait(pending)
+    return parts.view(parts.size(0) // size, -1, parts.size(-1))
 
 
 def start_scatter(x: Tensor, size: int, name: str) -> Tensor:
-    """[B, T, D] -> [1, B, T/n, D], to be read only through `finish_scatter`. No gradient."""
-    parts = x.unflatten(1, (size, -1)).transpose(0, 1).contiguous()  # [n, B, T/n, D]
+    """[B, T, D] -> [B, T/n, D], to be read only through `finish_scatter`. No gradient."""
+    parts = x.contiguous().view(size * x.size(0), -1, x.size(-1))
     pending: Tensor = _c10d.reduce_scatter_tensor(parts, "sum", size, name)
     return pending
 
 
 def finish_scatter(pending: Tensor) -> Tensor:
-    """[1, B, T/n, D] -> [B, T/n, D]"""
-    return _wait(pending).squeeze(0)
+    return _wait(pending)
 
 
 def all_gather(x: Tensor, size: int, name: str) -> Tensor:
@@ -135,7 +139,7 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int, name: str) -> Tensor:
         ctx.size, ctx.name = size, name
-        return finish_gather(start_gather(x, size, name))
+        return finish_gather(start_gather(x, size, name), size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -150,7 +154,7 @@ class _ScatterSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return finish_gather(start_gather(grad, ctx.size, ctx.name)), None, None
+        return finish_gather(start_gather(grad, ctx.size, ctx.name), ctx.size), None, None
 
 
 class _GatherRanks(torch.autograd.Function):

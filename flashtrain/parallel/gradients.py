@@ -54,16 +54,42 @@ def _partial_rows(parameter: Tensor) -> tuple[PartialRows, ...]:
 
 
 @torch.no_grad()
-def average_gradients(parameters: Iterable[Tensor], axis: Axis) -> None:
-    """Replace gradients by their mean over the ranks of an axis, in place: one flat all-reduce."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if axis.group is None or not grads:
+def average_gradients(parameters: Iterable[Tensor], axis: Axis, limit: int = 2**26) -> None:
+    """Replace gradients by their mean over the ranks of an axis, in place.
+
+    limit: bytes of gradients that go through one flat all-reduce; one that is larger goes alone.
+    """
+    if axis.group is None:
         return
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat, group=axis.group)
-    flat /= axis.size
-    parts = flat.split([grad.numel() for grad in grads])
-    torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
+    for grads in _buckets([p.grad for p in parameters if p.grad is not None], limit):
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat, group=axis.group)
+        flat /= axis.size
+        parts = flat.split([grad.numel() for grad in grads])
+        torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
+
+
+def _buckets(grads: list[Tensor], limit: int) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for grad in grads:
+        if not buckets or grad.nbytes > room:
+            buckets.append([])
+            room = limit
+        buckets[-1].append(grad)
+        room -= grad.nbytes
+    return buckets
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[Tensor], axis: Axis) -> None:
+    """Replace gradients by their sum over the ranks of an axis, in place, one all-reduce each.
+
+    For the few parameters that pipeline ranks share: a tied embedding, a position table.
+    """
+    for parameter in parameters:
+        if axis.group is not None and parameter.grad is not None:
+            dist.all_reduce(parameter.grad, group=axis.group)
 
 
 @torch.no_grad()

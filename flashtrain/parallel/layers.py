@@ -1,10 +1,11 @@
 """Linear and embedding layers that hold a part of their weight: made from dense ones, and back.
 
 Dims: B batch, T tokens, D width of the residual stream, V vocabulary, n tensor ranks. Between
-layers the residual stream is split along T, [B, T/n, D]: a column layer gathers the sequence
-before its product, a row layer scatters the sum after its own, so norms and additions run on T/n
-tokens. Scheme: Shoeybi et al. 2019, arXiv:1909.08053 section 3; the split sequence: Korthikanti et
-al. 2022, arXiv:2205.05198 section 4.2.2.
+layers the residual stream is split over its B T tokens, in order, and held as [B, T/n, D]: a column
+layer gathers them before its product, a row layer scatters the sum after its own, so norms and
+additions run on an n-th of the tokens. Scheme: Shoeybi et al. 2019, arXiv:1909.08053 section 3; the
+split stream: Korthikanti et al. 2022, arXiv:2205.05198 section 4.2.2, which cuts along T alone.
+"part r" below: tokens r B T / n on, an n-th of all (collectives.py).
 
 Every parameter made here carries notes that others read: `shard` (flashtrain/model/shard.py);
 `tensor_model_parallel` when ranks hold different rows; `partial_gradient` or `partial_rows` when
@@ -21,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashtrain.model.embedding import Embedding
-from flashtrain.model.linear import Linear
+from flashtrain.model.linear import Linear, Product
 from flashtrain.model.shard import Piece, Shard, boxes, held, shard_of, whole
-from flashtrain.parallel.collectives import scatter_sequence
+from flashtrain.parallel.collectives import gather_sequence, scatter_sequence, slice_sequence
 from flashtrain.parallel.mesh import Axis
-from flashtrain.parallel.overlap import gather_linear
+from flashtrain.parallel.overlap import PLAIN, Form, gather_linear, linear_scatter
 
 
 @dataclass(frozen=True)
@@ -122,16 +123,18 @@ def gather_whole(parameter: Tensor, axis: Axis, tensor: Tensor | None = None) ->
 class ColumnLinear(nn.Module):
     """A linear layer that holds rows W_r of its weight: each rank makes its own output features.
 
-    forward   y_r = X W_r^T + b_r  with X = concat over s of x_s, along T
-    backward  dx_r = (sum over s of dy_s W_s)[part r of T];  dW_r = dy_r^T X;  db_r = sum of dy_r
+    forward   y_r = X W_r^T + b_r  with X = concat over s of x_s
+    backward  dx_r = (sum over s of dy_s W_s)[part r];  dW_r = dy_r^T X;  db_r = sum of dy_r
 
-    x_r [B, T/n, in], y_r [B, T, out_r], W_r [out_r, in].
+    x_r [B, T/n, in], y_r [B, T, out_r], W_r [out_r, in]. `form`: how it talks (overlap.py).
     """
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, axis: Axis) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.axis = axis
+        self.form: Form = PLAIN
+        self.product: Product | None = None  # in place of bf16's (model/float8.py); plain form only
         self.weight = weight
         self.bias = bias
 
@@ -154,24 +157,29 @@ class ColumnLinear(nn.Module):
         return _dense_linear(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.product is not None:
+            return self.product(gather_sequence(x, self.axis), self.weight, self.bias)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return gather_linear(x, self.weight.to(x.dtype), bias, self.axis)
+        return gather_linear(x, self.weight.to(x.dtype), bias, self.axis, self.form)
 
 
 class RowLinear(nn.Module):
     """A linear layer that holds columns W_r of its weight: each rank adds its input features' term.
 
-    forward   y_r = (sum over s of x_s W_s^T)[part r of T] + b
-    backward  dY = concat over s of dy_s, along T;  dx_r = dY W_r;  dW_r = dY^T x_r;
+    forward   y_r = (sum over s of x_s W_s^T)[part r] + b
+    backward  dY = concat over s of dy_s;  dx_r = dY W_r;  dW_r = dY^T x_r;
               db = sum over s and tokens of dy_s, of which each rank has its own term
 
-    x_r [B, T, in_r], y_r [B, T/n, out], W_r [out, in_r]; b [out] is whole on every rank.
+    x_r [B, T, in_r], y_r [B, T/n, out], W_r [out, in_r]; b [out] is whole on every rank. `form`:
+    how it talks (overlap.py).
     """
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, axis: Axis) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.axis = axis
+        self.form: Form = PLAIN
+        self.product: Product | None = None  # in place of bf16's (model/float8.py); plain form only
         self.weight = weight
         self.bias = bias
 
@@ -195,7 +203,10 @@ class RowLinear(nn.Module):
         return _dense_linear(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = scatter_sequence(F.linear(x, self.weight.to(x.dtype)), self.axis)
+        if self.product is not None:
+            y = scatter_sequence(self.product(x, self.weight, None), self.axis)
+        else:
+            y = linear_scatter(x, self.weight.to(x.dtype), self.axis, self.form)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -212,8 +223,8 @@ def _dense_linear(layer: ColumnLinear | RowLinear) -> Linear:
 class VocabularyEmbedding(nn.Module):
     """A token table that holds rows E_r: each rank looks up its own words, zero for the others.
 
-    forward   y_r = (sum over s of lookup(tokens, E_s))[part r of T], one term of which is not zero
-    backward  dY = concat over s of dy_s, along T;  dE_r[word] = sum of dY at this rank's tokens
+    forward   y_r = (sum over s of lookup(tokens, E_s))[part r], one term of which is not zero
+    backward  dY = concat over s of dy_s;  dE_r[word] = sum of dY at this rank's tokens
 
     tokens [B, T] int64 on every rank, y_r [B, T/n, D] in the compute dtype, E_r [V/n, D].
     """
@@ -248,3 +259,11 @@ class VocabularyEmbedding(nn.Module):
         local = torch.where(here, tokens - self.axis.rank * rows, tokens % rows)
         x = F.embedding(local, self.weight).to(self.dtype)
         return scatter_sequence(x.masked_fill(~here.unsqueeze(-1), 0), self.axis)
+
+    def add(self, x: Tensor, vectors: Tensor) -> Tensor:
+        """`x_r` with its tokens' vectors added, out of those of all positions [T, D] or of all
+        tokens [B, T, D]."""
+        batch, vectors = x.size(0), vectors.to(x.dtype)
+        if vectors.dim() == 2 and batch % self.axis.size == 0:  # this rank holds whole sequences
+            return (x.view(-1, *vectors.shape) + vectors).view_as(x)
+        return x + slice_sequence(vectors.expand(batch, -1, -1), self.axis)

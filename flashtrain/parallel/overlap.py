@@ -1,39 +1,127 @@
-"""A product with its collectives, so that the backward runs some of both at the same time.
+"""A product with its collectives: the one place that says how tensor-parallel layers talk.
 
-Dims: B batch, T tokens, n ranks, I input features, O this rank's output features.
+Dims: B batch, T tokens, n ranks, I input features, O this rank's output features; parts are of all
+B T tokens in order (collectives.py). Forms of the same two functions:
+
+    plain      a collective, then the product, or the other way round; the backward runs some of
+               both at the same time
+    pipelined  part by part, each product while another part travels (pipelined.py)
+    fused      PyTorch's operators for the same (fused.py)
 """
 
+import importlib
+import logging
+from enum import Enum
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flashtrain.config import ConfigError, Overlap
 from flashtrain.parallel.collectives import (
+    check_divides,
     finish_gather,
     finish_scatter,
     gather_sequence,
+    scatter_sequence,
     start_gather,
     start_scatter,
 )
+from flashtrain.parallel.fused import FusedGatherLinear, FusedLinearScatter
 from flashtrain.parallel.mesh import Axis
+from flashtrain.parallel.peer_memory import PeerMemory, peers_missing
+from flashtrain.parallel.pipelined import gather_linear as pipelined_gather_linear
+from flashtrain.parallel.pipelined import linear_scatter as pipelined_linear_scatter
+from flashtrain.parallel.transport import MessageTransport, use_transport
+
+log = logging.getLogger("flashtrain.parallel")
+
+Form = Enum("Form", ["plain", "pipelined", "fused"])
+PLAIN = Form.plain
 
 
-def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis) -> Tensor:
+def overlap_layers(model: nn.Module, axis: Axis, wanted: Overlap, device: torch.device) -> Form:
+    """Tell every tensor-parallel layer of a model how to talk over `axis`; see `choose_form`."""
+    form = choose_form(axis, wanted, device)
+    for module in model.modules():
+        if hasattr(module, "form"):
+            module.form = form  # type: ignore[assignment]
+    return form
+
+
+def choose_form(axis: Axis, wanted: Overlap, device: torch.device) -> Form:
+    """What `parallel.overlap` means on these ranks, ready for use. Collective over `axis`.
+
+    auto: pipelined where all GPUs see each other's memory, else plain, and the log says why. on,
+    fused: raises ConfigError where they do not; on a CPU `on` sends messages, for tests.
+    """
+    if axis.group is None or wanted is Overlap.off:
+        return Form.plain
+    if device.type != "cuda" and wanted is Overlap.on:
+        use_transport(axis.name, MessageTransport(axis.group))
+        return Form.pipelined
+    missing = peers_missing(axis.group, device)
+    if missing and wanted is not Overlap.auto:
+        raise ConfigError(
+            f"parallel.overlap={wanted.name} needs tensor ranks that see each other's GPU memory, "
+            f"and {missing}: use parallel.overlap=auto or off"
+        )
+    if missing:
+        if device.type == "cuda" and dist.get_rank() == 0:
+            log.warning("parallel.overlap=auto: transfers are not hidden, since %s", missing)
+        return Form.plain
+    if wanted is Overlap.fused:
+        importlib.import_module("torch.distributed._symmetric_memory")  # torch.ops.symm_mem
+        return Form.fused
+    use_transport(axis.name, PeerMemory(axis.group, device))
+    return Form.pipelined
+
+
+def gather_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, form: Form = PLAIN
+) -> Tensor:
     """`F.linear(gather_sequence(x), weight, bias)`: [B, T/n, I] -> [B, T, O]; all of one dtype.
 
-    forward   y_r = X W_r^T + b_r  with X = concat over s of x_s, along T
+    forward   y_r = X W_r^T + b_r  with X = concat over s of x_s
     backward  dX_r = dy_r W_r             while X is gathered once more
-              dW_r = dy_r^T X             while dx = (sum over s of dX_s)[part r of T] is scattered
+              dW_r = dy_r^T X             while dx = (sum over s of dX_s)[part r] is scattered
               db_r = sum of dy_r over tokens
 
     As two ops, autograd would run both products before the scatter, and keep X [B, T, I] for each
     layer: the one activation that more ranks do not make smaller. Here x is kept. torch.compile
-    merges the two gathers and keeps X after all (2.13): it sends less and holds more.
+    merges the two gathers of the plain form and keeps X after all (2.13): it sends less and holds
+    more.
     """
+    y: Tensor
     if axis.group is None:
-        return F.linear(gather_sequence(x, axis), weight, bias)
-    y: Tensor = _GatherLinear.apply(x, weight, bias, axis.size, axis.name)
+        y = F.linear(gather_sequence(x, axis), weight, bias)
+    elif form is Form.pipelined:
+        y = pipelined_gather_linear(x.contiguous(), weight, bias, axis.size, axis.name)
+    elif form is Form.fused:
+        y = FusedGatherLinear.apply(x.contiguous(), weight, bias, axis.size, axis.name)
+    else:
+        y = _GatherLinear.apply(x, weight, bias, axis.size, axis.name)
+    return y
+
+
+def linear_scatter(x: Tensor, weight: Tensor, axis: Axis, form: Form = PLAIN) -> Tensor:
+    """`scatter_sequence(F.linear(x, weight))`: [B, T, I] -> [B, T/n, O]; all of one dtype.
+
+    forward   y_r = (sum over s of x_s W_s^T)[part r]
+    backward  dx_r = dY W_r, dW_r = dY^T x_r  with dY = concat over s of dy_s
+
+    Raises ValueError when n does not divide T.
+    """
+    if axis.group is None or form is Form.plain:
+        return scatter_sequence(F.linear(x, weight), axis)
+    check_divides(x.size(1), axis.size)
+    y: Tensor
+    if form is Form.pipelined:
+        y = pipelined_linear_scatter(x.contiguous(), weight, axis.size, axis.name)
+    else:
+        y = FusedLinearScatter.apply(x, weight, axis.name)
     return y
 
 
@@ -44,7 +132,7 @@ class _GatherLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.size, ctx.name = size, name
-        return F.linear(finish_gather(start_gather(x, size, name)), weight, bias)
+        return F.linear(finish_gather(start_gather(x, size, name), size), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
@@ -52,6 +140,6 @@ class _GatherLinear(torch.autograd.Function):
         gathering = start_gather(x, ctx.size, ctx.name)
         scattering = start_scatter(grad @ weight, ctx.size, ctx.name)
         rows = grad.flatten(0, 1)  # [B T, O]
-        grad_weight = rows.T @ finish_gather(gathering).flatten(0, 1)
+        grad_weight = rows.T @ finish_gather(gathering, ctx.size).flatten(0, 1)
         grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
         return finish_scatter(scattering), grad_weight, grad_bias, None, None

@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flashtrain.config import Mlp, ModelConfig, PositionConfig, PositionKind, Target
+from flashtrain.config import Mlp, ModelConfig
 from flashtrain.model.attention import Attention
-from flashtrain.parallel.collectives import slice_sequence
 from flashtrain.parallel.layers import (
     ColumnLinear,
     Part,
@@ -27,20 +26,18 @@ Splitter = Callable[[Any, Axis], nn.Module]
 Plan = Mapping[str, Splitter]  # module-name pattern -> how such a module is split
 
 
-def gpt_plan(model: ModelConfig, position: PositionConfig) -> Plan:
-    """The table for `flashtrain.model.gpt.GPT`; both configs are resolved."""
+def gpt_plan(model: ModelConfig) -> Plan:
+    """The table for `flashtrain.model.gpt.GPT`; `model` is resolved."""
     assert model.head_size is not None
     assert model.n_kv_heads is not None
     assert model.d_ff is not None
     q = Part(model.n_heads * model.head_size, unit=model.head_size)
     k = v = Part(model.n_kv_heads * model.head_size, unit=model.head_size, shared=True)
     gate = up = Part(model.d_ff)
-    on_embedding = Target.embedding in position.applies_to
-    has_vectors = position.kind in (PositionKind.learned, PositionKind.sinusoidal)
 
     plan: dict[str, Splitter] = {
         "embedding": VocabularyEmbedding.from_dense,  # [V, D] -> [V/n, D]
-        "position": own_tokens if on_embedding and has_vectors else replicate,
+        "position": replicate,
         "blocks.*.norm_attention": replicate,
         "blocks.*.attention": own_heads(model.n_heads),
         "blocks.*.attention.qkv": columns(q, k, v),  # [(H + 2K) D, D] -> [(H/n + 2K/n) D, D]
@@ -70,20 +67,6 @@ def replicate(module: nn.Module, axis: Axis) -> nn.Module:
     for parameter in module.parameters():
         mark_replicated(parameter, axis)
     return module
-
-
-def own_tokens(module: nn.Module, axis: Axis) -> nn.Module:
-    """Keep a position table whole; it answers with the rows of this rank's part of the sequence.
-
-    By a hook, because a wrapping module would rename the table, and names are what checkpoints and
-    initial weights go by.
-    """
-
-    def own_part(module: nn.Module, arguments: object, vectors: Tensor) -> Tensor:
-        return slice_sequence(vectors, axis)
-
-    module.register_forward_hook(own_part)
-    return replicate(module, axis)
 
 
 def own_heads(n_heads: int) -> Splitter:

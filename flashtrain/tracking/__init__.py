@@ -1,4 +1,4 @@
-"""Who follows a run: the console, files in the run folder, W&B. Rank 0 only.
+"""Who follows a run: the console, files in the run folder, W&B, TensorBoard. Rank 0 only.
 
 A tracker is never a reason to stop training. What one cannot do it says in one warning.
 """
@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 from flashtrain.config import Config, to_dict
 from flashtrain.tracking.console import Console
 from flashtrain.tracking.files import Files
+from flashtrain.tracking.tensorboard import TensorBoard
 from flashtrain.tracking.wandb import Wandb
 
 
@@ -35,7 +36,7 @@ class Trackers:
     """All that a config asks for, under one name."""
 
     def __init__(self, config: Config, folder: Path) -> None:
-        """Raises ConfigError when W&B is asked for by name and not installed."""
+        """Raises ConfigError for W&B or TensorBoard asked for by name and not installed."""
         self.config: Config | None = config
         self.folder = folder
         self.last_step = 0
@@ -44,6 +45,9 @@ class Trackers:
         self.all: list[Tracker] = [self.files]
         if self.console is not None:
             self.all.insert(0, self.console)
+        self.tensorboard = TensorBoard(folder) if config.tracking.tensorboard else None
+        if self.tensorboard is not None:
+            self.all.append(self.tensorboard)
         self.all.append(Wandb(config.tracking.wandb, config.name, folder))
 
     @classmethod
@@ -60,6 +64,8 @@ class Trackers:
             return
         self.last_step = step
         self.files.cut(step)
+        if self.tensorboard is not None:
+            self.tensorboard.cut(step)
         if self.console is not None:
             self.console.begin(step, notes)
         for tracker in self.all:

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from flashtrain.config import Config, Source
+from flashtrain.config import Config, LinearKind, PrecisionConfig, Source
 from flashtrain.layout import describe_layout
 from flashtrain.model.gpt import n_parameters
 
@@ -145,7 +145,8 @@ def start_card(config: Config, folder: Path, notes: Sequence[str]) -> list[tuple
     """Label and text of each line of the card."""
     model, data, trainer = config.model, config.data, config.trainer
     world = dist.get_world_size() if dist.is_initialized() else 1
-    sharing = (config.parallel.tensor or 1) * config.parallel.context  # ranks of one data rank
+    parallel = config.parallel
+    sharing = (parallel.tensor or 1) * parallel.context * parallel.pipeline  # of one data rank
     per_step = data.batch_size * data.sequence_length
     parameters = n_parameters(model, config.position, data.sequence_length)
     micro_batch = data.micro_batch_size or data.batch_size * sharing // world
@@ -171,11 +172,18 @@ def start_card(config: Config, folder: Path, notes: Sequence[str]) -> list[tuple
         ("training", f"{trainer.steps} steps, {count(trainer.steps * per_step)} tokens"),
         (
             "layout",
-            f"{describe_layout(config.parallel, world)}, {config.precision.compute.name}",
+            f"{describe_layout(config.parallel, world)}, {describe_precision(config.precision)}",
         ),
         ("run folder", str(folder)),
         *(("", note) if index else ("start", note) for index, note in enumerate(notes)),
     ]
+
+
+def describe_precision(precision: PrecisionConfig) -> str:
+    """As in `bf16, linear layers fp8_rowwise`."""
+    if precision.linear is LinearKind.compute:
+        return precision.compute.name
+    return f"{precision.compute.name}, linear layers {precision.linear.name}"
 
 
 def format_metrics(metrics: dict[str, float]) -> list[str]:

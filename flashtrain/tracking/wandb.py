@@ -8,6 +8,7 @@ first and `init` gets a limit of its own.
 import contextlib
 import html
 import importlib.util
+import json
 import logging
 import netrc
 import os
@@ -29,6 +30,8 @@ log = logging.getLogger("flashtrain.tracking")
 PROBE_SECONDS = 5
 INIT_SECONDS = 30  # a healthy online init takes 1 to 5 s, an offline one 0.6 s
 FINISH_SECONDS = 120  # uploading what is left; the files stay for `wandb sync` in any case
+ARTIFACT_SECONDS = 3600  # with a checkpoint, which is copied first
+TABLE_ROWS = 1000  # samples that the table shows, the newest
 # settings by name, so that versions of wandb that lack one do not refuse it
 SETTINGS: dict[str, Any] = {
     "init_timeout": 10.0,
@@ -112,7 +115,10 @@ class Wandb:
             import wandb
 
             page = wandb.Html(f"<pre>{html.escape(text)}</pre>")
-            self.run.log({f"text/{name}": page, "step": step})
+            columns = ["step", "text"]
+            rows = [[row["step"], row["text"]] for row in self._texts() if row.get("name") == name]
+            table = wandb.Table(columns=columns, data=rows[-TABLE_ROWS:])
+            self.run.log({f"text/{name}": page, f"text/{name}s": table, "step": step})
 
         self._try(send)
 
@@ -120,10 +126,29 @@ class Wandb:
         def end() -> None:
             if status == "stopped":
                 self.run.mark_preempting()  # shown as preempted and not as crashed
+            if self.config.artifact:
+                self._upload_checkpoint()
             self.run.finish(exit_code=1 if status == "failed" else 0)
 
-        self._try(lambda: _within(FINISH_SECONDS, end))
+        seconds = ARTIFACT_SECONDS if self.config.artifact else FINISH_SECONDS
+        self._try(lambda: _within(seconds, end))
         self.run = None
+
+    def _texts(self) -> list[dict[str, Any]]:
+        """Samples of the whole run as `tracking/files.py` keeps them, also from before a resume."""
+        path = self.folder / "samples.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def _upload_checkpoint(self) -> None:
+        """The newest one; nobody deletes it any more."""
+        import wandb
+
+        found = sorted((self.folder / "checkpoints").glob("step-*/manifest.json"))
+        if not found:
+            return
+        artifact = wandb.Artifact(f"{self.name}-{self.id}", type="checkpoint")
+        artifact.add_dir(str(found[-1].parent))
+        self.run.log_artifact(artifact, aliases=["latest", found[-1].parent.name])
 
     def state(self) -> dict[str, Any]:
         return {"id": self.id} if self.id else {}

@@ -11,12 +11,13 @@ EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml
 CHOICES = sorted(
     (path.parent.name, path.name.removesuffix(".yaml"))
     for path in CONFIGS.glob("*/*.yaml")
-    if path.parent.name != "experiment"
+    if path.parent.name not in ("experiment", "launcher", "sweep")
 )
 # what a choice cannot bring by itself
 NEEDS = {
     ("data", "shards"): ["data.path=tokens"],
     ("data", "packed"): ["data.path=tokens"],
+    ("data", "remote"): ["data.path=s3://bucket/tokens", "data.cache_dir=cache"],
     ("data", "mixture"): ["+data.sources={web:{path:a,weight:7},code:{path:b}}"],
     ("data", "random"): ["model.vocabulary=512"],
     ("model", "gpt2_1.5b"): ["parallel=data"],  # 25 heads

@@ -94,6 +94,21 @@ REFUSED = [
         "yarn position.scaling.original_max_position_embeddings",
     ),
     ("position=rope position.partial_rotary_factor=0.01", "position.partial_rotary_factor=0.01"),
+    # memory for time
+    ("trainer.mlp_chunks=0", "trainer.mlp_chunks=0 1"),
+    (
+        "trainer.mlp_chunks=4 trainer.recompute=selective",
+        "trainer.mlp_chunks=4 trainer.recompute=selective full",
+    ),
+    (
+        "trainer.offload_activations=true",
+        "trainer.offload_activations=true trainer.recompute=none trainer.recompute=full",
+    ),
+    (
+        "trainer.offload_activations=true trainer.recompute=full engine=deepspeed",
+        "trainer.offload_activations=True engine=native engine=deepspeed",
+    ),
+    ("parallel.overlap=maybe", "parallel.overlap 'maybe' auto on off"),
 ]
 
 

@@ -88,6 +88,7 @@ LAYOUTS = {
         ["parallel=context2", "parallel.context_kind=ring", "data.micro_batch_size=4"],
         2,
     ),
+    "pipeline2": (["parallel=pipeline2", "data.micro_batch_size=2"], 2),
     "tensor2_shard2": (["parallel=fsdp", "parallel.tensor=2", "data.micro_batch_size=2"], 4),
 }
 ONE = ["parallel.tensor=1", "data.micro_batch_size=8"]
@@ -135,5 +136,6 @@ def test_a_killed_run_goes_on_bit_for_bit(name: str, tokens: Path, tmp_path: Pat
 def test_a_run_goes_on_with_another_layout(dense: Path, tokens: Path, tmp_path: Path) -> None:
     run(tmp_path, tokens, *LAYOUTS["tensor2_data2"], kill_after=12)
     run(tmp_path, tokens, *LAYOUTS["context2_ring"], kill_after=18)
+    run(tmp_path, tokens, *LAYOUTS["pipeline2"], kill_after=20)
     run(tmp_path, tokens, ONE, 1)
     np.testing.assert_allclose(losses(tmp_path), losses(dense), rtol=1e-5)

@@ -65,7 +65,7 @@ def build(
     model_config, position = config(variant, head_size)
     with torch.device("meta"):
         model = GPT(model_config, position, max_length=T, backend=backend, dtype=dtype)
-    apply_plan(model, gpt_plan(model_config, position), axis)
+    apply_plan(model, gpt_plan(model_config), axis)
     materialize(model, torch.device(device))
     init_weights(model, seed=3)
     return model
@@ -123,9 +123,9 @@ def check_tensor_ranks_equal_dense(variant: str) -> None:
 
 def check_weights(split: GPT, dense: GPT, variant: str, axis: Axis) -> None:
     """Shards that were filled on their own are slices of the dense weights, bit for bit."""
-    model_config, position = config(variant)
+    model_config, _ = config(variant)
     cut = copy.deepcopy(dense)
-    apply_plan(cut, gpt_plan(model_config, position), axis)
+    apply_plan(cut, gpt_plan(model_config), axis)
     assert (cut.head.weight is cut.embedding.weight) == model_config.tied_head
     theirs = dict(dense.named_parameters())
     sliced = dict(cut.named_parameters())

@@ -1,14 +1,15 @@
 """Claims about what happens between steps."""
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from flashtrain.checkpoint import CheckpointError
-from flashtrain.hooks import Log, Save, TrainingError
-from flashtrain.trainer import Step, Trainer
+from flashtrain.config import OnBadSteps
+from flashtrain.hooks import Log, Save
+from flashtrain.trainer import Step, Trainer, TrainingError
 
 
 def step(number: int, loss: float = 1.0, last: bool = False, norm: float = 0.5) -> Step:
@@ -17,7 +18,9 @@ def step(number: int, loss: float = 1.0, last: bool = False, norm: float = 0.5) 
 
 def log_hook(rows: list[tuple[int, dict[str, float]]], every: int = 10, skips: bool = True) -> Log:
     run = SimpleNamespace(
-        config=SimpleNamespace(trainer=SimpleNamespace(log_every=every, bad_steps=3)),
+        config=SimpleNamespace(
+            trainer=SimpleNamespace(log_every=every, bad_steps=3, on_bad_steps=OnBadSteps.stop)
+        ),
         engine=SimpleNamespace(skips_bad_steps=skips),
         trackers=SimpleNamespace(log=lambda number, metrics: rows.append((number, metrics))),
         speed=SimpleNamespace(read=lambda number, seconds, tokens: {"perf/step_s": 0.1}),
@@ -86,35 +89,22 @@ def test_the_trainer_asks_for_each_step_once_and_marks_the_last() -> None:
     assert [(s.number, s.last) for s in seen] == [(4, False), (5, False), (6, True)]
 
 
-def save_hook(failures: int) -> tuple[Save, list[int]]:
-    """A hook whose first saves fail, and the steps that were saved."""
-    saved: list[int] = []
-    left = [failures]
-
-    def save(number: int) -> None:
-        if left[0]:
-            left[0] -= 1
-            raise CheckpointError(f"step {number} was not saved: no space left on device")
-        saved.append(number)
-
+def test_checkpoints_are_written_beside_training_and_the_last_one_is_waited_for() -> None:
+    calls: list[tuple[str, int, bool]] = []
     run = SimpleNamespace(
         config=SimpleNamespace(checkpoint=SimpleNamespace(every=10)),
         speed=SimpleNamespace(pause=contextlib.nullcontext),
-        save=save,
+        prepare_saving=lambda: calls.append(("prepare", 1, False)),
+        report_saved=lambda number: None,
+        save=lambda number, wait: calls.append(("save", number, wait)),
+        interrupted=lambda number, why: calls.append((why, number, False)),
     )
-    return Save(run), saved  # type: ignore[arg-type]
-
-
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(caplog: pytest.LogCaptureFixture) -> None:
-    hook, saved = save_hook(failures=1)
+    hook = Save(run)  # type: ignore[arg-type]
     for number in range(1, 26):
         hook.after_step(step(number, last=number == 25))
-    assert saved == [20, 25]
-    (record,) = caplog.records
-    assert "step 10 was not saved: no space left" in record.getMessage()
-
-
-def test_a_last_step_that_cannot_be_saved_is_an_error() -> None:
-    hook, _ = save_hook(failures=1)
-    with pytest.raises(CheckpointError, match="no space left"):
-        hook.after_step(step(25, last=True))
+    assert calls == [("prepare", 1, False)] + [
+        ("save", number, number == 25) for number in (10, 20, 25)
+    ]
+    calls.clear()
+    hook.after_step(replace(step(27, last=True), interrupted="SIGTERM"))
+    assert calls == [("save", 27, True), ("SIGTERM", 27, False)]

@@ -76,6 +76,45 @@ def test_free_degrees_take_what_is_left(
             "data.packing=best_fit ring gather",
         ),
         ("parallel=context2 engine=deepspeed", "parallel.context=2 engine=native"),
+        ("parallel.pipeline=3", "parallel.pipeline=3 8 processes"),
+        ("parallel.pipeline=0", "parallel.pipeline=0"),
+        ("parallel=pipeline2 parallel.replicate=2", "parallel.pipeline=2 4 8 processes"),
+        ("parallel=pipeline2 engine=deepspeed", "parallel.pipeline=2 engine=native"),
+        ("parallel=pipeline2 model.n_layers=1", "model.n_layers=1 parallel.pipeline=2 2 stages"),
+        (
+            "parallel=pipeline2 parallel.pipeline_schedule=interleaved model.n_layers=3",
+            "model.n_layers=3 parallel.pipeline=2 4 stages",
+        ),
+        (
+            "parallel=pipeline2 data.micro_batch_size=8",
+            "data.batch_size=32 data.micro_batch_size=8 4 data-parallel = 1 parallel.pipeline=2",
+        ),
+        (
+            "parallel=pipeline2 parallel.pipeline_schedule=interleaved data.batch_size=12 "
+            "data.micro_batch_size=1",
+            "data.batch_size=12 = 3 multiple parallel.pipeline=2 interleaved",
+        ),
+        (
+            "parallel=pipeline2 parallel.stages_per_rank=2",
+            "parallel.stages_per_rank=2 parallel.pipeline_schedule=1f1b",
+        ),
+        (
+            "parallel=pipeline2 parallel.pipeline_schedule=zbv trainer.compile=true",
+            "trainer.compile=true zbv 1f1b",
+        ),
+        (
+            "parallel=pipeline2 parallel.pipeline_schedule=zero_bubble parallel.shard=2",
+            "parallel.shard=2 zero_bubble 1f1b",
+        ),
+        (
+            "parallel=pipeline2 parallel.pipeline_schedule=zbv parallel.tensor=2",
+            "parallel.tensor=2 zbv 1f1b",
+        ),
+        (
+            "parallel=pipeline2 parallel.pipeline_schedule=interleaved parallel.shard=2 "
+            "position=learned position.applies_to=[q]",
+            "parallel.shard=2 interleaved position=learned 1f1b",
+        ),
         ("parallel=context2 optimizer=muon", "optimizer=muon parallel.shard_context=false"),
         ("engine=deepspeed trainer.compile=true", "trainer.compile=true parallel.zero=3"),
         ("+engine.deepspeed.zero_optimization.stage=1", "engine.deepspeed engine=deepspeed"),
@@ -95,6 +134,20 @@ def test_context_ranks_are_no_data_ranks() -> None:
     assert config.data.micro_batch_size == 32 // 4
 
 
+def test_pipeline_ranks_are_no_data_ranks_and_get_a_micro_batch_each() -> None:
+    config = load([*SMALL, "parallel=pipeline2"], 8)
+    assert (config.parallel.replicate, config.parallel.shard) == (4, 1)
+    assert config.data.micro_batch_size == 32 // 4 // 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "stages"), [("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1), ("zbv", 2)]
+)
+def test_a_schedule_has_its_number_of_stages(kind: str, stages: int) -> None:
+    schedule = f"parallel.pipeline_schedule={kind}"
+    assert load([*SMALL, "parallel=pipeline2", schedule], 8).parallel.stages_per_rank == stages
+
+
 def test_resolving_again_changes_nothing() -> None:
     for engine in (EngineKind.native, EngineKind.deepspeed):
         once = resolve_parallel(ParallelConfig(tensor=2), engine, 8)
@@ -105,5 +158,7 @@ def test_a_layout_in_words() -> None:
     assert describe_layout(ParallelConfig(tensor=2), 8) == "8 processes: tensor 2 x data 4"
     words = describe_layout(ParallelConfig(tensor=2, shard=2, zero=2), 8)
     assert words == "8 processes: tensor 2 x shard 2 (zero 2) x replicate 2"
+    words = describe_layout(ParallelConfig(pipeline=2, tensor=2), 8)
+    assert words == "8 processes: pipeline 2 (1f1b) x tensor 2 x data 2"
     words = describe_layout(ParallelConfig(context=2), 8)
     assert words == "8 processes: tensor 1 x context 2 (gather, zero 3) x data 4"

@@ -80,6 +80,7 @@ def forward_tile(q: Tensor, k: Tensor, options: Options) -> ForwardTile:
         q.shape[1],
         limits=limits > 0,
         biased=options.alibi or options.softcap > 0,
+        documents=options.documents,
     )
 
 

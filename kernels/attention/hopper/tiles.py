@@ -67,7 +67,13 @@ MOST_EMPTY = 1.1  # times the rows that tiles of 128 take
 
 
 def choose_forward(
-    head_size: int, causal: bool, queries: int, *, limits: bool = False, biased: bool = False
+    head_size: int,
+    causal: bool,
+    queries: int,
+    *,
+    limits: bool = False,
+    biased: bool = False,
+    documents: bool = False,
 ) -> ForwardTile:
     """The tile for a call with so many queries.
 
@@ -75,10 +81,12 @@ def choose_forward(
         causal: or nearly: rows of different lengths.
         limits: a window or documents; with a bias or soft cap they leave three consumers no room.
         biased: ALiBi or a soft cap.
+        documents: of 512 tokens on average, tiles of 192 rows leave 63 % of a program's scores in
+            use and tiles of 128 rows 70 % (counted over random lengths, 128 keys).
     """
     size = padded_head(head_size)
     empty = -(-queries // 192) * 192 > MOST_EMPTY * (-(-queries // 128) * 128)
-    if size == 64 and ((causal and empty) or (limits and biased)):
+    if size == 64 and ((causal and empty) or (limits and biased) or documents):
         return FORWARD_128_ROWS[causal]
     return FORWARD[size, causal]
 

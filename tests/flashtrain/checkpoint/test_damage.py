@@ -15,7 +15,15 @@ import pytest
 import torch
 
 from flashtrain import checkpoint
-from flashtrain.checkpoint import CheckpointError, collect, find_latest, restore, save, verify
+from flashtrain.checkpoint import (
+    CheckpointError,
+    Retention,
+    collect,
+    find_latest,
+    restore,
+    save,
+    verify,
+)
 from flashtrain.checkpoint.integrity import (
     FORMAT,
     MANIFEST,
@@ -151,11 +159,11 @@ def test_keeps_the_newest_k_and_deletes_after_completion_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in range(1, 5):
-        save_whole(tmp_path, step, keep=2)
+        save_whole(tmp_path, step, keep=Retention(2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
     monkeypatch.setattr("flashtrain.checkpoint.store.encode", fail_with_disk_full)
     with pytest.raises(CheckpointError):
-        save_whole(tmp_path, 5, keep=1)
+        save_whole(tmp_path, 5, keep=Retention(1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
@@ -177,7 +185,7 @@ def test_going_back_sets_the_later_checkpoints_aside(
 ) -> None:
     save_whole(tmp_path, 1)
     save_whole(tmp_path, 9)
-    save_whole(tmp_path, 2, keep=2)
+    save_whole(tmp_path, 2)
     assert find_latest(tmp_path) == tmp_path / NEW
     assert (tmp_path / "step-00000009.abandoned").is_dir()
     assert "went back to step 2" in caplog.text
@@ -225,11 +233,18 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None
         save(tmp_path / "file" / "checkpoints", 1, collect(Tiny()), {})
 
 
-# kills itself with SIGKILL at the n-th step that changes or syncs the disk, for n = 1, 2, ...
+# kills itself with SIGKILL at the n-th step that changes or syncs the disk, for n = 1, 2, ..., of a
+# save in this thread (step 2, over an existing one) or beside it (step 3)
 KILLER = """
     import os, signal, sys, torch
     from pathlib import Path
-    from tests.flashtrain.checkpoint.emulate import save_whole
+    from flashtrain.checkpoint import Peers, Saver, collect
+    from tests.flashtrain.checkpoint.emulate import save_whole, trained
+
+    def save_beside(folder):
+        saver = Saver(folder, torch.device("cpu"), Peers())
+        saver.start(3, collect(*trained(3)), {})
+        saver.finish()
 
     torch.set_num_threads(1)
     ALWAYS = {"fsync", "os.remove", "os.rmdir"}  # the latter name files relative to a folder
@@ -260,7 +275,7 @@ KILLER = """
             child = os.fork()
             if child == 0:
                 armed = True
-                save_whole(folder, step, seed=3, keep=2)
+                save_whole(folder, 2, seed=3) if step == 2 else save_beside(folder)
                 os._exit(0)
             status = os.waitpid(child, 0)[1]
 """
@@ -275,7 +290,7 @@ def test_kill_9_at_any_point_of_a_save_leaves_a_valid_checkpoint(tmp_path: Path)
         check=True,
         timeout=100,
     )
-    for step in (2, 3):  # a save over an existing step, and a new one
+    for step in (2, 3):
         runs = sorted((tmp_path / str(step)).iterdir(), key=lambda path: int(path.name))
         assert len(runs) >= 20  # each is killed one operation later; the last one lives
         outcomes = []

@@ -28,6 +28,12 @@ class Line:
         self.tokens, self.vocabulary = tokens, vocabulary
         self.reads = 0
 
+    def advise(self, start: int, length: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
     def read(self, start: int, length: int) -> np.ndarray[Any, Any]:
         self.reads += 1
         assert 0 <= start <= start + length <= self.tokens

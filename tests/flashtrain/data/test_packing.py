@@ -25,6 +25,12 @@ class Ids:
         self.ids = np.array(ids, np.uint32)
         self.tokens = len(ids)
 
+    def advise(self, start: int, length: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
     def read(self, start: int, length: int) -> np.ndarray[Any, Any]:
         assert 0 <= start <= start + length <= self.tokens
         return self.ids[start : start + length]

@@ -25,6 +25,18 @@ def everybodys(axis: Axis, *shape: int, seed: int = 0) -> list[Tensor]:
     return [torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(axis.size)]
 
 
+def own_tokens(x: Tensor, axis: Axis) -> Tensor:
+    """[B, T, D] -> [B, T/n, D]: an n-th of all B T tokens, in order."""
+    rows = x.reshape(-1, x.size(-1)).chunk(axis.size)[axis.rank]
+    return rows.view(x.size(0), -1, x.size(-1))
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """The [B, T, D] whose parts are these."""
+    rows = torch.cat([part.flatten(0, 1) for part in parts])
+    return rows.view(parts[0].size(0), -1, rows.size(-1))
+
+
 def run(op: Op, axis: Axis, xs: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, Tensor]:
     x = xs[axis.rank].clone().requires_grad_()
     y = op(x, axis)
@@ -49,19 +61,18 @@ def check_collectives() -> None:
     for batch in (1, 3):
         parts = everybodys(axis, batch, 2, 5)  # [B, T/n, D]
         wholes = everybodys(axis, batch, 2 * axis.size, 5, seed=1)  # [B, T, D]
-        mine = slice(axis.rank * 2, axis.rank * 2 + 2)
 
         y, dx = run(gather_sequence, axis, parts, wholes)
-        assert_close(y, torch.cat(parts, 1))
-        assert_close(dx, sum(wholes)[:, mine])
+        assert_close(y, joined(parts))
+        assert_close(dx, own_tokens(sum(wholes), axis))
 
         y, dx = run(scatter_sequence, axis, wholes, parts)
-        assert_close(y, sum(wholes)[:, mine])
-        assert_close(dx, torch.cat(parts, 1))
+        assert_close(y, own_tokens(sum(wholes), axis))
+        assert_close(dx, joined(parts))
 
         y, dx = run(slice_sequence, axis, wholes, parts)
-        assert_close(y, wholes[axis.rank][:, mine])
-        assert_close(dx[:, mine], parts[axis.rank])
+        assert_close(y, own_tokens(wholes[axis.rank], axis))
+        assert_close(own_tokens(dx, axis), parts[axis.rank])
         assert dx.count_nonzero() == parts[0].numel()
 
     for op in (scatter_sequence, slice_sequence):

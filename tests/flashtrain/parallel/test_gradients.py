@@ -13,6 +13,7 @@ from flashtrain.parallel.gradients import (
     average_gradients,
     clip_by_norm_,
     gradient_norm,
+    sum_gradients,
     sum_partial_gradients,
 )
 from flashtrain.parallel.layers import PartialRows, mark_replicated, shard_parameter
@@ -92,8 +93,12 @@ def test_whole_gradients_are_averaged(tmp_path: Path) -> None:
 def check_whole_gradients_are_averaged() -> None:
     rank = dist.get_rank()
     one, other, unused = (nn.Parameter(torch.zeros(shape)) for shape in ((3,), (2, 2), (5,)))
-    one.grad, other.grad = torch.full((3,), 1.0 + rank), torch.full((2, 2), 10.0 * rank)
-    average_gradients([one, other, unused], build_mesh(1).data)
-    assert one.grad.tolist() == [1.5] * 3
-    assert other.grad.tolist() == [[5.0, 5.0]] * 2
-    assert unused.grad is None
+    axis = build_mesh(1).data
+    for limit in (2**26, 16, 1):  # bytes that go together: all, and each gradient alone
+        one.grad, other.grad = torch.full((3,), 1.0 + rank), torch.full((2, 2), 10.0 * rank)
+        average_gradients([one, other, unused], axis, limit)
+        assert one.grad.tolist() == [1.5] * 3
+        assert other.grad.tolist() == [[5.0, 5.0]] * 2
+        assert unused.grad is None
+    sum_gradients([one, unused], axis)
+    assert one.grad.tolist() == [3.0] * 3

@@ -9,8 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from flashtrain.config import Overlap
 from flashtrain.model.embedding import Embedding
 from flashtrain.model.linear import Linear
+from flashtrain.parallel import pipelined
 from flashtrain.parallel.gradients import sum_partial_gradients
 from flashtrain.parallel.layers import (
     ColumnLinear,
@@ -22,6 +24,7 @@ from flashtrain.parallel.layers import (
     split_rows,
 )
 from flashtrain.parallel.mesh import Axis, build_mesh
+from flashtrain.parallel.overlap import Form, choose_form
 from tests.harness import run_ranks
 
 B, T, D = 3, 8, 6
@@ -44,8 +47,13 @@ def filled(module: nn.Module) -> nn.Module:
     return module
 
 
-def part(x: Tensor, axis: Axis, dim: int = 1) -> Tensor:
-    return x.chunk(axis.size, dim)[axis.rank]
+def own_tokens(x: Tensor, axis: Axis) -> Tensor:
+    """[B, T, ..] -> [B, T/n, ..]: an n-th of all B T tokens, in order."""
+    return x.reshape(-1, x.size(-1)).chunk(axis.size)[axis.rank].view(x.size(0), -1, x.size(-1))
+
+
+def own_features(x: Tensor, axis: Axis) -> Tensor:
+    return x.chunk(axis.size, 2)[axis.rank]
 
 
 def check_gradients(split: nn.Module, dense: nn.Module, axis: Axis) -> None:
@@ -63,28 +71,33 @@ def check_gradients(split: nn.Module, dense: nn.Module, axis: Axis) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_layers_match_dense_ones(ranks: int, tmp_path: Path) -> None:
-    run_ranks(check_layers, ranks, tmp_path)
+@pytest.mark.parametrize("overlap", [Overlap.off, Overlap.on])
+def test_layers_match_dense_ones(overlap: Overlap, ranks: int, tmp_path: Path) -> None:
+    run_ranks(check_layers, ranks, tmp_path, overlap)
 
 
-def check_layers() -> None:
+def check_layers(overlap: Overlap) -> None:
     axis = build_mesh(dist.get_world_size()).tensor
+    form = choose_form(axis, overlap, torch.device("cpu"))
+    pipelined.SMALLEST = 1  # parts of 12 and 6 rows travel in two pieces
     for parts in ((), GATED, QKV):
         for bias in (False, True):
-            check_column(axis, parts, bias)
+            check_column(axis, parts, bias, form)
     for bias in (False, True):
-        check_row(axis, bias)
+        check_row(axis, bias, form)
     check_embedding(axis)
+    check_vectors(axis)
 
 
-def check_column(axis: Axis, parts: Sequence[Part], bias: bool) -> None:
+def check_column(axis: Axis, parts: Sequence[Part], bias: bool, form: Form) -> None:
     rows = sum(p.rows for p in parts) or 16
     dense = filled(Linear(D, rows, bias))
     split = ColumnLinear.from_dense(dense, axis, parts)
+    split.form = form
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(B, T, D, dtype=torch.float64, generator=draw)
     dense_x = x.clone().requires_grad_()
-    split_x = part(x, axis).clone().requires_grad_()
+    split_x = own_tokens(x, axis).clone().requires_grad_()
     dense_y, split_y = dense(dense_x), split(split_x)
 
     grad_y = torch.zeros_like(dense_y)  # the sum of what flows back on each rank
@@ -102,27 +115,28 @@ def check_column(axis: Axis, parts: Sequence[Part], bias: bool) -> None:
     dense_y.backward(grad_y)
     split_y.backward(own_term)
     assert dense_x.grad is not None
-    assert_close(split_x.grad, part(dense_x.grad, axis))
+    assert_close(split_x.grad, own_tokens(dense_x.grad, axis))
     check_gradients(split, dense, axis)
     check_round_trip(split.to_dense(), dense)
 
 
-def check_row(axis: Axis, bias: bool) -> None:
+def check_row(axis: Axis, bias: bool, form: Form) -> None:
     dense = filled(Linear(12, D, bias))
     split = RowLinear.from_dense(dense, axis)
+    split.form = form
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(B, T, 12, dtype=torch.float64, generator=draw)
     dense_x = x.clone().requires_grad_()
-    split_x = part(x, axis, 2).clone().requires_grad_()
+    split_x = own_features(x, axis).clone().requires_grad_()
     dense_y, split_y = dense(dense_x), split(split_x)
-    assert_close(split_y, part(dense_y, axis))
+    assert_close(split_y, own_tokens(dense_y, axis))
     assert (split.out_features, split.in_features) == (D, 12 // axis.size)
 
     grad_y = torch.randn(B, T, D, dtype=torch.float64, generator=draw)
     dense_y.backward(grad_y)
-    split_y.backward(part(grad_y, axis))
+    split_y.backward(own_tokens(grad_y, axis))
     assert dense_x.grad is not None
-    assert_close(split_x.grad, part(dense_x.grad, axis, 2))
+    assert_close(split_x.grad, own_features(dense_x.grad, axis))
     check_gradients(split, dense, axis)
     check_round_trip(split.to_dense(), dense)
 
@@ -134,12 +148,25 @@ def check_embedding(axis: Axis) -> None:
     tokens = torch.randint(20, (B, T), generator=draw)
     tokens[0, :2] = torch.tensor([0, 19])
     dense_y, split_y = dense(tokens), split(tokens)
-    assert_close(split_y, part(dense_y, axis), rtol=0, atol=0)
+    assert_close(split_y, own_tokens(dense_y, axis), rtol=0, atol=0)
     grad_y = torch.randn(B, T, D, dtype=torch.float64, generator=draw)
     dense_y.backward(grad_y)
-    split_y.backward(part(grad_y, axis))
+    split_y.backward(own_tokens(grad_y, axis))
     check_gradients(split, dense, axis)
     check_round_trip(split.to_dense(), dense)
+
+
+def check_vectors(axis: Axis) -> None:
+    """Positions that are added to the embedding: for whole sequences, parts of them, each token."""
+    dense = Embedding(20, D, torch.float64)
+    split = VocabularyEmbedding.from_dense(filled(dense), axis)
+    draw = torch.Generator().manual_seed(2)
+    for batch in (B, axis.size):
+        x = torch.randn(batch, T, D, dtype=torch.float64, generator=draw)
+        for shape in ((T, D), (batch, T, D)):
+            vectors = torch.randn(shape, generator=draw)
+            whole = dense.add(x, vectors)
+            assert torch.equal(split.add(own_tokens(x, axis), vectors), own_tokens(whole, axis))
 
 
 def check_round_trip(again: nn.Module, dense: nn.Module) -> None:

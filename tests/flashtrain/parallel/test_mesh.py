@@ -103,3 +103,35 @@ def check_a_context_axis() -> None:
     assert (both.shard.rank, both.replicate.rank) == (rank // 2 % 2, rank // 4 * 2 + rank % 2)
     with pytest.raises(ValueError, match=r"parallel.tensor=2 x parallel.context=3 = 6 must .* 8"):
         build_mesh(tensor=2, context=3)
+
+
+def test_pipeline_ranks_are_the_furthest_apart(tmp_path: Path) -> None:
+    run_ranks(check_a_pipeline_axis, 8, tmp_path)
+
+
+def check_a_pipeline_axis() -> None:
+    rank = dist.get_rank()
+    mesh = build_mesh(tensor=2, pipeline=2)
+    half = rank // 4 * 4
+    for axis, where, members in (
+        (mesh.tensor, rank % 2, {rank // 2 * 2, rank // 2 * 2 + 1}),
+        (mesh.data, rank // 2 % 2, {half + rank % 2, half + rank % 2 + 2}),
+        (mesh.pipeline, rank // 4, {rank % 4, rank % 4 + 4}),
+    ):
+        assert axis.rank == where
+        assert set(dist.get_process_group_ranks(axis.group)) == members
+    assert mesh.ends == mesh.pipeline
+    assert mesh.replicate == mesh.tokens == mesh.data
+
+    long = build_mesh(tensor=1, shard=2, pipeline=4)
+    assert (long.pipeline.size, long.pipeline.rank) == (4, rank // 2)
+    if long.pipeline.rank in (0, 3):
+        assert (long.ends.size, long.ends.rank) == (2, long.pipeline.rank // 3)
+        assert dist.get_process_group_ranks(long.ends.group) == [rank % 2, rank % 2 + 6]
+    else:
+        assert long.ends == SINGLE
+    alone = build_mesh(tensor=1, pipeline=8)
+    assert alone.data == SINGLE
+    assert (alone.ends.size, alone.pipeline.size) == (2 if rank in (0, 7) else 1, 8)
+    with pytest.raises(ValueError, match=r"parallel.tensor=2 x parallel.pipeline=3 = 6 must .* 8"):
+        build_mesh(tensor=2, pipeline=3)

@@ -2,11 +2,10 @@ import re
 
 import pytest
 import torch
-from torch import nn
 
 from flashtrain.build import materialize
 from flashtrain.compose import resolve_model
-from flashtrain.config import Mlp, ModelConfig, PositionConfig, PositionKind, Target
+from flashtrain.config import Mlp, ModelConfig, PositionConfig
 from flashtrain.model.gpt import GPT
 from flashtrain.parallel.layers import ColumnLinear, RowLinear, VocabularyEmbedding
 from flashtrain.parallel.mesh import SINGLE, Axis
@@ -34,7 +33,7 @@ ROPE = PositionConfig()
 def test_an_axis_of_one_leaves_the_model_untouched() -> None:
     model = build(config(), ROPE)
     before = list(model.named_modules())
-    apply_plan(model, gpt_plan(config(), ROPE), SINGLE)
+    apply_plan(model, gpt_plan(config()), SINGLE)
     assert list(model.named_modules()) == before
     assert not any(hasattr(p, "shard") for p in model.parameters())
 
@@ -42,7 +41,7 @@ def test_an_axis_of_one_leaves_the_model_untouched() -> None:
 def test_the_plan_replaces_what_it_names() -> None:
     sizes = config(n_kv_heads=1, mlp=Mlp.swiglu, qk_norm=True)
     model = build(sizes, ROPE)
-    apply_plan(model, gpt_plan(sizes, ROPE), fake(4, 3))
+    apply_plan(model, gpt_plan(sizes), fake(4, 3))
     assert isinstance(model.embedding, VocabularyEmbedding)
     assert isinstance(model.head, ColumnLinear)
     for block in model.blocks:
@@ -66,7 +65,7 @@ def test_the_plan_replaces_what_it_names() -> None:
 def test_materialize_keeps_the_tie_and_the_notes(tied: bool, size: int) -> None:
     sizes = config(tied_head=tied)
     model = build(sizes, ROPE)
-    apply_plan(model, gpt_plan(sizes, ROPE), fake(size, 0))
+    apply_plan(model, gpt_plan(sizes), fake(size, 0))
     notes = {name: vars(p).copy() for name, p in model.named_parameters()}
     materialize(model, torch.device("cpu"))
     assert (model.head.weight is model.embedding.weight) == tied
@@ -75,13 +74,13 @@ def test_materialize_keeps_the_tie_and_the_notes(tied: bool, size: int) -> None:
 
 
 def test_a_pattern_that_matches_nothing_is_named() -> None:
-    plan = {**gpt_plan(config(), ROPE), "blocks.*.mlp.gate": lambda module, axis: module}
+    plan = {**gpt_plan(config()), "blocks.*.mlp.gate": lambda module, axis: module}
     with pytest.raises(ValueError, match=re.escape("'blocks.*.mlp.gate' matches no module")):
         apply_plan(build(config(), ROPE), plan, fake(2, 0))
 
 
 def test_a_parameter_no_entry_covers_is_named() -> None:
-    plan = dict(gpt_plan(config(), ROPE))
+    plan = dict(gpt_plan(config()))
     del plan["blocks.*.norm_mlp"]
     with pytest.raises(ValueError, match=re.escape("'blocks.0.norm_mlp.weight'")):
         apply_plan(build(config(), ROPE), plan, fake(2, 0))
@@ -101,13 +100,4 @@ def test_a_size_that_does_not_divide_names_the_module(
     sizes = {"n_layers": 1, "n_heads": 4, "d_model": 16, "d_ff": 32, "vocabulary": 24}
     model = resolve_model(ModelConfig(**(sizes | changes)))
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        apply_plan(build(model, ROPE), gpt_plan(model, ROPE), fake(2, 0))
-
-
-def test_a_position_table_on_the_embedding_answers_for_this_ranks_tokens() -> None:
-    position = PositionConfig(kind=PositionKind.learned, applies_to=[Target.embedding])
-    model = build(config(), position)
-    apply_plan(model, gpt_plan(config(), position), fake(2, 1))
-    materialize(model, torch.device("cpu"))
-    table = nn.init.normal_(model.position.weight)
-    assert torch.equal(model.position(6, torch.device("cpu")), table[3:6])
+        apply_plan(build(model, ROPE), gpt_plan(model), fake(2, 0))

@@ -1,6 +1,7 @@
 """W&B without a network: offline works, and whatever breaks, training does not notice."""
 
 import http.server
+import json
 import logging
 import threading
 import time
@@ -245,3 +246,35 @@ def test_what_only_sounds_like_a_secret_stays() -> None:
         "applies_to": ["q", "k"],
     }
     assert redact(tree) == tree
+
+
+def test_samples_are_a_table_of_the_whole_run_and_the_last_checkpoint_an_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"step": n, "name": "sample", "text": f"text {n}"} for n in (10, 20)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step in (10, 20):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+        (folder / "weights").write_text(f"weights of {step}")
+    logged: list[dict[str, Any]] = []
+    uploaded: list[tuple[Any, list[str]]] = []
+    tracker = Wandb(WandbConfig(mode=WandbMode.offline, artifact=True), "tiny", tmp_path)
+    tracker.start({}, None)
+    run, log_artifact = tracker.run, tracker.run.log_artifact
+
+    def note(artifact: Any, aliases: Any = None, **rest: Any) -> Any:  # tables come this way too
+        if artifact.type == "checkpoint":
+            uploaded.append((artifact, aliases))
+        return log_artifact(artifact, aliases=aliases, **rest)
+
+    monkeypatch.setattr(run, "log", logged.append)
+    monkeypatch.setattr(run, "log_artifact", note)
+    tracker.text(20, "sample", "text 20")
+    tracker.finish("finished")
+    table = logged[0]["text/samples"]
+    assert (table.columns, table.data) == (["step", "text"], [[10, "text 10"], [20, "text 20"]])
+    ((artifact, aliases),) = uploaded
+    assert aliases == ["latest", "step-00000020"]
+    assert set(artifact.manifest.entries) == {"manifest.json", "weights"}

@@ -160,7 +160,7 @@ class _Mine(threading.local):
         self.program = 0
         self.programs = 1
         self.products: list[Product] = []
-        self.stores: list[threading.Thread] = []
+        self.stores: list[tuple[threading.Thread, threading.Event]] = []
         self.failures: list[BaseException] = []
         self.unfenced = False
 
@@ -236,18 +236,28 @@ def _store(desc: Descriptor, at: list[Any], source: Shared, add: bool = False) -
     issued = source.data.clone()
     at = [int(place) for place in at]
 
+    read = threading.Event()
+
     def work() -> None:
         assert _same(issued, source.data), "shared memory changed while a copy was reading it"
+        read.set()
+        time.sleep(random.uniform(SHORTEST_DELAY, LONGEST_DELAY))
         with _atomic:
             part, there = desc.inside(at)
             part.copy_(part + issued[there] if add else issued[there])
 
-    _mine.stores.append(_later(work))
+    _mine.stores.append((_later(work), read))
 
 
 def _store_wait(pendings: int) -> None:
-    while len(_mine.stores) > pendings:
-        _mine.stores.pop(0).join(PATIENCE)
+    """Until all but so many have read shared memory; what they write may come later."""
+    for _, read in _mine.stores[: len(_mine.stores) - pendings]:
+        read.wait(PATIENCE)
+
+
+def _written() -> None:
+    while _mine.stores:
+        _mine.stores.pop(0)[0].join(PATIENCE)
 
 
 def _fence(cluster: bool = False) -> None:
@@ -270,6 +280,7 @@ def _specialize(parts: list[Any], warps: list[int], registers: list[int]) -> Non
     def run(function: Any, arguments: tuple[Any, ...]) -> None:
         _mine.program, _mine.programs, _mine.failures = program, programs, failures
         _catch(failures, lambda: function(*arguments))
+        _written()  # a kernel ends when all is written
 
     threads = [threading.Thread(target=run, args=part, daemon=True) for part in parts]
     for thread in threads:
@@ -285,7 +296,13 @@ def _allocate(dtype: Any, shape: list[int], layout: Any) -> Any:
     return Shared(torch.full(shape, poison, dtype=dtype))
 
 
-def _gl_load(pointer: Pointer, mask: Any = None, other: float = 0.0) -> Tensor:
+def _gl_load(
+    pointer: Pointer,
+    mask: Any = None,
+    other: float = 0.0,
+    cache_modifier: str = "",
+    volatile: bool = False,
+) -> Tensor:
     at = torch.as_tensor(pointer.offset)
     if mask is None:
         return pointer.memory[at]

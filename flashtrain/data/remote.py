@@ -1,0 +1,130 @@
+"""Folders of token shards in other places: s3://, gs://, https://, file:// and all of fsspec's.
+
+The manifest and the tokenizer are copied to the cache when a run is admitted; shards come as they
+are needed (fetch.py). Credentials and endpoints: fsspec's configuration files and variables, and
+those of the package behind the protocol.
+"""
+
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from flashtrain.config import ConfigError, DataConfig
+from flashtrain.data.documents import optional
+from flashtrain.data.shards import MANIFEST, PREPARE, DataError
+from flashtrain.data.tokenizer import TOKENIZER_FILE
+
+INSTALL = "pip install 'flashtrain[remote]'"
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between tries, each twice the one before
+# at the door, where a person waits and nothing is lost yet; later data.network_minutes
+DOOR_SECONDS = 30.0
+PERMANENT = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+BLOCK = 1 << 24  # bytes asked for at a time
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` is PROTOCOL://...; a folder of this machine is not, a file:// one is."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
+
+
+class Remote:
+    """One folder, read only."""
+
+    def __init__(self, url: str) -> None:
+        """Raises DataError where the protocol is unknown or its package missing."""
+        self.url = url.rstrip("/")
+        fsspec = optional("fsspec", f"data.path={url}")
+        protocol = url.partition("://")[0]
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(self.url)
+        except ImportError as error:
+            raise DataError(
+                f"{url}: {protocol}:// needs a package that is not here ({in_a_line(error)}): "
+                f"`{INSTALL}`, or fsspec's package for {protocol}"
+            ) from error
+        except ValueError as error:
+            raise DataError(
+                f"{url}: fsspec knows no {protocol}:// ({in_a_line(error)}); s3://, gs://, "
+                "https:// and file:// it does"
+            ) from error
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Any]:
+        """A binary stream."""
+        with self._files.open(f"{self._root.rstrip('/')}/{name}", "rb", block_size=BLOCK) as file:
+            yield file
+
+    def read(self, name: str, patience: float = DOOR_SECONDS) -> bytes:
+        """A small file, tried for `patience` seconds. DataError where it cannot be had."""
+        began, pause = time.monotonic(), FIRST_PAUSE
+        while True:
+            try:
+                with self.open(name) as file:
+                    data: bytes = file.read()
+                return data
+            except PERMANENT as error:
+                raise DataError(
+                    f"{self.url} has no {name} that can be read ({in_a_line(error)}): {PREPARE} "
+                    "and copy the whole folder there"
+                ) from error
+            except Exception as error:  # of whichever library speaks the protocol
+                if time.monotonic() + pause - began > patience:
+                    raise DataError(
+                        f"{self.url}/{name} could not be read for {patience:.0f} seconds "
+                        f"({in_a_line(error)}): is the network up, and are the credentials right?"
+                    ) from error
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def place_of(url: str) -> str:
+    """The folder inside the cache: told by its last part, kept apart by its hash."""
+    url = url.rstrip("/")
+    name = re.sub(r"[^\w.-]", "_", url.rpartition("/")[2])
+    return f"{name}-{xxhash.xxh3_64_hexdigest(url.encode())[:8]}"
+
+
+def cache_folder(url: str, data: DataConfig) -> Path:
+    """data.cache_dir; ConfigError where it is not named or cannot be written."""
+    if data.cache_dir is None:
+        raise ConfigError(
+            f"{url} is remote: name a folder on a disk of this machine that shards are kept in, "
+            "data.cache_dir=FOLDER, and the room they may take there, data.cache_gb"
+        )
+    folder = Path(data.cache_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"data.cache_dir={folder} cannot be made: {in_a_line(error)}") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"data.cache_dir={folder} cannot be written to")
+    return folder
+
+
+def local_folder(url: str, data: DataConfig, *, refresh: bool = False) -> Path:
+    """A folder with the manifest and tokenizer of `url`: what is in the cache, or copied there.
+
+    refresh: copied anew, in case they changed.
+    """
+    folder = cache_folder(url, data) / place_of(url)
+    names = (TOKENIZER_FILE, MANIFEST)  # the manifest last, as it is written last
+    if refresh or not all((folder / name).is_file() for name in names):
+        remote = Remote(url)
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            partial = folder / f".{name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+            partial.write_bytes(remote.read(name))
+            partial.rename(folder / name)
+    return folder
+
+
+def in_a_line(error: BaseException) -> str:
+    """An error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

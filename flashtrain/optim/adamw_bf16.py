@@ -1,0 +1,53 @@
+"""AdamW that keeps both moments in bf16: 4 bytes a parameter where fp32 takes 8.
+
+As DeepSeek-V3 kept them (arXiv:2412.19437, section 3.3.3). They are rounded to nearest, after the
+parameter took them unrounded. Rounding at random would be unbiased for any beta; but its noise is
+another on every layout of ranks, and what it repairs is not there for the betas in use. A moment
+moves by (1 - beta) of its distance to the new value, and bf16 has 8 bits, so a move below 2^-9 to
+2^-8 of the moment is lost: with beta2 = 0.95 where g^2 is within 4 to 8 % of v, which is 2 to 4 %
+of the step and less than g^2 scatters anyway; with beta2 = 0.999 v would never shrink. So betas
+above 0.99 are refused (flashtrain/precision.py).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from flashtrain.checkpoint import adam_state
+from kernels.adamw import adamw_
+
+
+class AdamWBf16(AdamW):
+    """torch's AdamW in names, groups and options (no amsgrad, no maximize), with its own step.
+
+    `found_inf`, 0-dim fp32 on the device: the step does nothing where it is not 0.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        skip: Tensor | None = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter] = self.fresh_state(parameter, group)
+            steps = [self.state[p]["step"] for p in parameters]
+            if steps:
+                torch._foreach_add_(steps, 1.0 if skip is None else 1.0 - skip)
+            beta1, beta2 = group["betas"]
+            for parameter in parameters:
+                state = self.state[parameter]
+                adamw_(
+                    parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["step"],
+                    lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
+                    weight_decay=group["weight_decay"], skip=skip,
+                )  # fmt: skip
+
+    def fresh_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """What is kept of a parameter, before its first step."""
+        state = adam_state(parameter, group)
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16, requires_grad=False)
+        return state

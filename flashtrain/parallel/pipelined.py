@@ -1,0 +1,172 @@
+"""Products that are computed part by part, while parts of their input or output travel.
+
+Dims: B batch, T tokens, n ranks, m = B T / n rows of one part, I input features, O output features
+of this rank. Parts are of all B T tokens in order (collectives.py), so each is a matrix in memory.
+
+    gather, then product   Y[s] = x_s W^T: the own part at once, each other one as it arrives
+    product, then scatter  y = sum over s of X_s[part r] W_s^T: the sum for the rank before last in
+                           the ring first; each step adds this rank's term to what came in, in the
+                           product itself (addmm), and passes it on
+
+The backward of each is the other one, and the weight's gradient is one product over all tokens,
+computed when the gathered input has long arrived. Nothing but inputs is kept.
+
+Each is one operator (torch.library), so torch.compile keeps it whole and calls it. The transport is
+looked up by the group's name.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtrain.parallel.transport import Gathering, Transport, others, transport_of
+
+# pieces in which a part travels: the first is on its way sooner, products get smaller
+CHUNKS = 2
+SMALLEST = 256  # rows: a smaller piece would not fill a GPU
+
+
+def pieces(rows: int) -> int:
+    """How many pieces a part of this many rows travels in."""
+    return CHUNKS if rows % CHUNKS == 0 and rows // CHUNKS >= SMALLEST else 1
+
+
+@torch.library.custom_op("flashtrain::gather_linear", mutates_args=())
+def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None, size: int, name: str) -> Tensor:
+    """x_r [B, T/n, I], weight [O, I], bias [O] -> [B, T, O]; all contiguous but the weight."""
+    transport = transport_of(name)
+    y = x.new_empty(x.size(0), size * x.size(1), weight.size(0))
+    rows = x.flatten(0, 1)
+    gathering = transport.gather(rows, pieces(rows.size(0)))
+    _products(gathering, transport, rows, weight.T, bias, y.flatten(0, 1))
+    gathering.release()
+    return y
+
+
+@gather_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, size: int, name: str) -> Tensor:
+    return x.new_empty(x.size(0), size * x.size(1), weight.size(0))
+
+
+@torch.library.custom_op("flashtrain::gather_linear_backward", mutates_args=())
+def _gather_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, size: int, name: str
+) -> tuple[Tensor, Tensor]:
+    """grad [B, T, O] -> dx_r [B, T/n, I], dW [O, I]"""
+    transport = transport_of(name)
+    rows, dx = grad.flatten(0, 1), torch.empty_like(x)
+    own = x.flatten(0, 1)
+    gathering = transport.gather(own, pieces(own.size(0)), whole=True)
+    _products_to_ring(transport, rows, weight, dx.flatten(0, 1))
+    dw = rows.T @ gathering.whole()
+    gathering.release()
+    return dx, dw
+
+
+@_gather_linear_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, size: int, name: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), grad.new_empty(grad.size(-1), x.size(-1))
+
+
+@torch.library.custom_op("flashtrain::linear_scatter", mutates_args=())
+def linear_scatter(x: Tensor, weight: Tensor, size: int, name: str) -> Tensor:
+    """x_r [B, T, I], weight [O, I] -> [B, T/n, O], this rank's part of the sum over ranks."""
+    y = x.new_empty(x.size(0), x.size(1) // size, weight.size(0))
+    _products_to_ring(transport_of(name), x.flatten(0, 1), weight.T, y.flatten(0, 1))
+    return y
+
+
+@linear_scatter.register_fake
+def _(x: Tensor, weight: Tensor, size: int, name: str) -> Tensor:
+    return x.new_empty(x.size(0), x.size(1) // size, weight.size(0))
+
+
+@torch.library.custom_op("flashtrain::linear_scatter_backward", mutates_args=())
+def _linear_scatter_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, name: str
+) -> tuple[Tensor, Tensor]:
+    """grad_r [B, T/n, O] -> dx [B, T, I], dW [O, I]"""
+    transport = transport_of(name)
+    rows, dx = grad.flatten(0, 1), torch.empty_like(x)
+    gathering = transport.gather(rows, pieces(rows.size(0)), whole=True)
+    _products(gathering, transport, rows, weight, None, dx.flatten(0, 1))
+    dw = gathering.whole().T @ x.flatten(0, 1)
+    gathering.release()
+    return dx, dw
+
+
+@_linear_scatter_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), grad.new_empty(grad.size(-1), x.size(-1))
+
+
+def _products(
+    gathering: Gathering,
+    transport: Transport,
+    own: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+) -> None:
+    """y [n m, O] = gathered x [n m, I] @ weight [I, O] + bias, part by part."""
+    parts = y.chunk(transport.size)
+    _product(own, weight, bias, parts[transport.rank])
+    chunks = pieces(own.size(0))
+    for rank in others(transport.rank, transport.size):
+        for chunk, out in enumerate(parts[rank].chunk(chunks)):
+            _product(gathering.take(rank, chunk), weight, bias, out)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(bias, x, weight, out=out)
+
+
+def _products_to_ring(transport: Transport, x: Tensor, weight: Tensor, y: Tensor) -> None:
+    """y [m, O] = (sum over ranks of x [n m, I] @ weight [I, O])[part r].
+
+    At step j this rank adds to the sum for rank r - 1 - j; the last step is its own.
+    """
+    rank, size, chunks = transport.rank, transport.size, pieces(y.size(0))
+    parts, last = x.chunk(size), size - 1
+    ring = transport.ring(chunks, y)
+    for step in range(size):
+        terms = parts[(rank + last - step) % size].chunk(chunks)
+        sums = y.chunk(chunks) if step == last else [ring.place(step, c) for c in range(chunks)]
+        for chunk, total in enumerate(sums) if step else ():
+            ring.receive(step - 1, chunk, total)
+        for chunk, (term, total) in enumerate(zip(terms, sums, strict=True)):
+            if step == 0:
+                torch.mm(term, weight, out=total)
+            else:
+                ring.arrived(step - 1, chunk)
+                total.addmm_(term, weight)
+            if step < last:
+                ring.send(step, chunk)
+    ring.release()
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight = inputs[:2]
+    ctx.save_for_backward(x, weight)
+    ctx.size, ctx.name = inputs[-2:]
+
+
+def _gather_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    x, weight = ctx.saved_tensors
+    dx, dw = _gather_linear_backward(grad.contiguous(), x, weight, ctx.size, ctx.name)
+    db = grad.flatten(0, 1).sum(0) if ctx.needs_input_grad[2] else None
+    return dx, dw, db, None, None
+
+
+def _scatter_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    x, weight = ctx.saved_tensors
+    dx, dw = _linear_scatter_backward(grad.contiguous(), x, weight, ctx.name)
+    return dx, dw, None, None
+
+
+gather_linear.register_autograd(_gather_gradients, setup_context=_keep)
+linear_scatter.register_autograd(_scatter_gradients, setup_context=_keep)

@@ -1,0 +1,92 @@
+"""What one block keeps of a micro-batch between its forward and its backward pass, in bytes.
+
+Compiled, as on GPUs: PyTorch's partitioner keeps what a matrix product of the backward pass reads
+(inputs of products, weights in bf16), because making it again would write it to memory all the
+same, and fuses the rest (the activation's derivative, a norm's normalised input) into the backward
+kernels. So a GELU block without rotations keeps 16 d numbers a token:
+
+    x d | norm d | q, k, v 3 d | attention d | x d | norm d | up 4 d | gelu 4 d
+
+A rotation of q and k adds 2 d: attention keeps the rotated ones, and the fused projection lives on
+because v is a view of it. Eager, the norms keep fp32 copies of their input instead of x, and SwiGLU
+one product more. Under tensor parallelism q, k, v, attention and MLP are 1/n wide and x has 1/n of
+the tokens; so have the norms where transfers run beside products (`parallel.overlap`), else the
+compiler keeps them *gathered*, whole. fp8 products with one scale a tensor keep their inputs in one
+byte: those of norms and activation instead of two, that of attention besides.
+"""
+
+from flashtrain.config import Config, ContextKind, LinearKind, Mlp, Norm, Recompute, Target
+from flashtrain.planning.sizes import Sizes, norms_per_block, rotated
+
+
+def kept(config: Config, sizes: Sizes, *, compiled: bool = True, views: bool = True) -> float:
+    """Of one block and micro-batch under `trainer.recompute`, bytes."""
+    recompute = config.trainer.recompute
+    stream = sizes.tokens / sizes.tensor * sizes.width * sizes.itemsize
+    if recompute is Recompute.full:
+        return stream
+    if recompute is Recompute.selective:
+        # of the four products every second one, and attention's result with its lse
+        columns = sizes.q + 2 * sizes.kv + sizes.up + sizes.q
+        return stream + sizes.tokens * (columns * sizes.itemsize + _lse(config, sizes))
+    return everything(config, sizes, compiled=compiled, views=views)
+
+
+def everything(config: Config, sizes: Sizes, *, compiled: bool = True, views: bool = True) -> float:
+    """What `trainer.recompute=none` keeps, and what a recomputed block holds while its backward
+    runs.
+
+    views: attention reads q, k and v where the fused projection left them; PyTorch's kernel for
+    CPUs copies each.
+    """
+    n, width, item = sizes.tensor, sizes.width, sizes.itemsize
+    model = config.model
+    stream = width / n  # numbers a token
+    numbers = float(_heads(config, sizes, views)) + _mixed(config, sizes)
+    numbers += sizes.up  # into the activation
+    gathered = compiled and not sizes.overlap
+    inputs = 2 * (width if gathered else stream) + sizes.hidden  # of products, but for attention's
+    numbers += inputs
+    if config.precision.linear is LinearKind.fp8_tensorwise:
+        numbers += sizes.fp8 * (sizes.q - inputs) / item
+    exact = norms_per_block(model) / n * 4.0 + _lse(config, sizes)  # fp32 bytes a token
+    if compiled or item == 4:
+        numbers += 2 * stream  # x before each norm
+    else:
+        exact += 2 * stream * 4  # the norms' fp32 copies of it
+    if not compiled:
+        if model.norm is Norm.rmsnorm:
+            exact += 2 * stream * 4  # and normalised
+        if model.mlp is Mlp.swiglu:
+            numbers += sizes.hidden  # silu(gate)
+    return sizes.tokens * (numbers * item + exact) + _cast_weights(sizes)
+
+
+def _heads(config: Config, sizes: Sizes, views: bool) -> int:
+    """Numbers a token that attention keeps of q, k and v."""
+    touched = rotated(config, sizes)
+    fused = sizes.q + 2 * sizes.kv
+    if sizes.context > 1 and config.parallel.context_kind is ContextKind.ulysses:
+        return fused  # as they arrived from the other ranks
+    if sizes.context > 1 and config.parallel.context_kind is ContextKind.gather:
+        queries = touched.get(Target.q, fused)  # a view keeps all of the projection
+        return queries + 2 * sizes.kv * sizes.context
+    if not views:
+        return fused
+    return sum(touched.values()) + (fused if len(touched) < 3 or config.model.qk_norm else 0)
+
+
+def _mixed(config: Config, sizes: Sizes) -> int:
+    """Numbers a token of attention's result; joined or sent back it is there twice."""
+    twice = sizes.context > 1 and config.parallel.context_kind is not ContextKind.ring
+    return sizes.q * (2 if twice else 1)
+
+
+def _lse(config: Config, sizes: Sizes) -> float:
+    assert config.model.head_size is not None
+    return 4.0 * sizes.q / config.model.head_size
+
+
+def _cast_weights(sizes: Sizes) -> float:
+    """Weights in bf16 that the products of the backward pass read. FSDP's are counted there."""
+    return 2.0 * sizes.block_matrices if sizes.itemsize == 2 and sizes.shard == 1 else 0.0

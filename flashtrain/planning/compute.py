@@ -1,0 +1,166 @@
+"""Seconds of arithmetic and memory traffic on one GPU: of a block, the head, the optimizer."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from flashtrain.config import (
+    Compute,
+    Config,
+    LinearKind,
+    Mlp,
+    Moments,
+    OptimizerKind,
+    Recompute,
+)
+from flashtrain.planning.gpus import Gpu
+from flashtrain.planning.rates import FP8, ROWS, STREAM, attention_rates, product_share
+from flashtrain.planning.sizes import Sizes, rotated
+from kernels.linear_cross_entropy.tiles import chunk_tokens
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds by what bounds them."""
+
+    products: float = 0.0  # matrix products
+    attention: float = 0.0
+    hbm: float = 0.0  # kernels that read and write memory
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.products + other.products,
+            self.attention + other.attention,
+            self.hbm + other.hbm,
+        )
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(self.products * times, self.attention * times, self.hbm * times)
+
+    @property
+    def total(self) -> float:
+        return self.products + self.attention + self.hbm
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """Of one block and micro-batch."""
+
+    forward: Work
+    backward: Work
+    again: Work  # what recomputation repeats
+    weight_gradient: float  # seconds of the products that a reduce-scatter runs beside
+
+
+def block_work(config: Config, sizes: Sizes, gpu: Gpu) -> BlockWork:
+    """ValueError for a precision or a backend whose speed is not known."""
+    if config.precision.compute is not Compute.bf16:
+        raise ValueError(
+            f"precision={config.precision.compute.name}: speed is predicted for bf16 only"
+        )
+    width, tokens = sizes.width, sizes.tokens
+    qkv, out = (sizes.q + 2 * sizes.kv, width), (width, sizes.q)
+    up, down = (sizes.up, width), (width, sizes.hidden)
+    shapes = (qkv, out, up, down)
+    products = _products(tokens, shapes, gpu)
+    saved = sizes.fp8 * products * (1 - 1 / FP8)  # by fp8, of each of the three kinds of products
+    # casts read activations twice, for the scale and for themselves, and write them both ways
+    cast_bytes = sizes.fp8 * 6 * tokens * sum(out + into for out, into in shapes)
+    attention = _attention(config, sizes, gpu)
+    forward_bytes, backward_bytes = _block_bytes(config, sizes)
+    # fp32 weights are cast for the forward pass, bf16 gradients back to fp32 and added up
+    casts = 6 * sizes.block_matrices
+    grads = (6 if sizes.micro_batches == 1 else 14) * sizes.block_matrices
+    bandwidth = STREAM * gpu.bandwidth
+    both = 2 if config.precision.linear is LinearKind.fp8_tensorwise else 1  # rowwise: not dW
+    forward = Work(
+        products - saved, attention[0], (forward_bytes + casts + cast_bytes / 2) / bandwidth
+    )
+    backward = Work(
+        2 * products - both * saved,
+        attention[1],
+        (backward_bytes + grads + cast_bytes / 2) / bandwidth,
+    )
+    again = Work()
+    if config.trainer.recompute is Recompute.full:
+        again = forward
+    elif config.trainer.recompute is Recompute.selective:
+        # attention and every second product are kept: that after attention is made again
+        again = Work(_products(tokens, (out,), gpu), 0.0, forward.hbm)
+    return BlockWork(forward, backward, again, _products(tokens, (qkv, up), gpu))
+
+
+def ends_work(config: Config, sizes: Sizes, gpu: Gpu) -> Work:
+    """Embedding, last norm, head and loss of one micro-batch, forward and backward."""
+    item, head = sizes.itemsize, sizes.words * sizes.width
+    chunk = chunk_tokens(sizes.tokens) if config.loss.fused else sizes.tokens
+    chunks = -(-sizes.tokens // chunk)
+    products = 3 * _products(sizes.tokens, ((sizes.words, sizes.width),), gpu, rows=chunk)
+    logits = 2.0 * sizes.tokens * sizes.words * item  # read and written
+    stream = sizes.tokens / sizes.tensor * sizes.width
+    traffic = (
+        2 * chunks * 4.0 * head  # the fp32 gradient, once read and once written a chunk
+        + 6.0 * head  # the weight cast
+        + 12.0 * head  # the embedding's gradient: zeros, and a sum
+        + stream * (4 + 9 * item)
+    )
+    bandwidth = gpu.bandwidth
+    return Work(products, 0.0, logits / (ROWS * bandwidth) + traffic / (STREAM * bandwidth))
+
+
+def optimizer_work(config: Config, sizes: Sizes, gpu: Gpu) -> Work:
+    """Norm, clip and step over what this rank holds."""
+    # AdamW reads weight, gradient and moments and writes all but the gradient; norm 4, clip 8
+    update = 28 if config.optimizer.moments is Moments.fp32 else 20
+    traffic = (update + 4 + (8 if config.optimizer.clip_norm is not None else 0)) * sizes.held
+    products = 0.0
+    if config.optimizer.name is OptimizerKind.muon:
+        # flashtrain/optim/muon.py: 5 (4 r^2 c + 2 r^3) a matrix, shared by all its ranks
+        shapes = (
+            (sizes.q * sizes.tensor, sizes.width),
+            (sizes.kv * sizes.tensor, sizes.width),
+            (sizes.kv * sizes.tensor, sizes.width),
+            (sizes.width, sizes.q * sizes.tensor),
+            *(((sizes.hidden * sizes.tensor, sizes.width),) * (sizes.up // sizes.hidden)),
+            (sizes.width, sizes.hidden * sizes.tensor),
+        )
+        for shape in shapes:
+            r, c = min(shape), max(shape)
+            flops = 5 * (4 * r * r * c + 2 * r**3) * sizes.layers
+            products += flops / (product_share(r) * gpu.peak)
+        products /= sizes.tensor * sizes.replicate
+    return Work(products, 0.0, traffic / (STREAM * gpu.bandwidth))
+
+
+def _products(
+    tokens: int, shapes: Iterable[tuple[int, int]], gpu: Gpu, rows: int | None = None
+) -> float:
+    """Each of [tokens, in] x [out, in]^T, `rows` of the tokens at a time."""
+    return sum(
+        2.0 * tokens * out * into / (product_share(rows or tokens, out, into) * gpu.peak)
+        for out, into in shapes
+    )
+
+
+def _attention(config: Config, sizes: Sizes, gpu: Gpu) -> tuple[float, float]:
+    """Forward and backward: this rank's tokens of each sequence see half of it on average."""
+    assert config.model.head_size is not None
+    forward, backward = attention_rates(
+        config.model.head_size, sizes.length, config.attention.backend, gpu
+    )
+    flops = 2.0 * sizes.tokens * sizes.length * sizes.q
+    return flops / forward, 2.5 * flops / backward
+
+
+def _block_bytes(config: Config, sizes: Sizes) -> tuple[float, float]:
+    """Read and written by the kernels between products, forward and backward, compiled.
+
+    forward   norm 2 d, rotation 2 each, sum and norm 4 d, activation up + hidden, sum 3 d
+    backward  activation hidden + 2 up, norms 4 d each, rotation 2 each, q, k and v put together
+    """
+    stream, touched = sizes.width / sizes.tensor, sum(rotated(config, sizes).values())
+    fused = sizes.q + 2 * sizes.kv
+    square = sizes.hidden if config.model.mlp is Mlp.relu2 else 0
+    forward = 9 * stream + 2 * touched + sizes.up + sizes.hidden + square
+    backward = 8 * stream + 2 * touched + 2 * fused + sizes.hidden + 2 * sizes.up
+    both = sizes.tokens * sizes.itemsize
+    return forward * both, backward * both

@@ -1,0 +1,212 @@
+"""How long one step takes, and what it waits for.
+
+A step is a sum of what runs on the GPU and of the communication that nothing hides:
+
+    tensor     a gather before and a scatter after each half of a block, backward the other way
+               round and the input once more. With `parallel.overlap` each is partly hidden by its
+               product; without, only the backward's scatters, by products of weight gradients
+    context    gather and ulysses in the open; the ring's shifts beside a part of attention
+    shard      FSDP's gathers and scatters beside the blocks; in the open: the first and the last,
+               and what is longer than a block's computation
+    replicate  sums of gradients beside the last backward; in the open: the embedding's, which is
+               ready last, and what is longer than that backward
+    pipeline   (p - 1) / (m + p - 1) of the steps of a pipeline with m micro-batches are waits
+
+What is hidden still costs INTERFERENCE of its time (rates.py).
+"""
+
+from dataclasses import dataclass
+
+from flashtrain.config import Config, ContextKind, PipelineSchedule, Recompute
+from flashtrain.planning.collectives import Group
+from flashtrain.planning.compute import BlockWork, block_work, ends_work, optimizer_work
+from flashtrain.planning.gpus import Cluster
+from flashtrain.planning.rates import HIDDEN, INTERFERENCE
+from flashtrain.planning.sizes import Sizes, sizes_of
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one optimizer step by what they are spent on; the sum is the step."""
+
+    products: float
+    attention: float
+    hbm: float  # norms, activations, casts, rows of the loss: bound by memory bandwidth
+    recomputation: float
+    optimizer: float
+    tensor: float
+    context: float
+    shard: float
+    replicate: float
+    pipeline: float
+
+    @property
+    def total(self) -> float:
+        return float(sum(vars(self).values()))
+
+    @property
+    def bound(self) -> str:
+        """What costs most beside the arithmetic that the model itself asks for."""
+        extra = {name: part for name, part in vars(self).items() if name not in ARITHMETIC}
+        name = max(extra, key=lambda part: extra[part])
+        return name if extra[name] > 0.05 * self.total else "products"
+
+
+ARITHMETIC = ("products", "attention")
+
+
+@dataclass(frozen=True)
+class _Axes:
+    tensor: Group
+    context: Group
+    shard: Group
+    replicate: Group
+    pipeline: Group
+
+
+def predict_step(config: Config, cluster: Cluster) -> Step:
+    """`config` is resolved; ValueError for what is not predicted."""
+    sizes = sizes_of(config)
+    axes = _axes(config, sizes, cluster)
+    block, ends = block_work(config, sizes, cluster.gpu), ends_work(config, sizes, cluster.gpu)
+    tensor = sizes.layers * _tensor(config, sizes, axes.tensor, block)
+    tensor += _tensor_ends(sizes, axes.tensor)
+    context = sizes.layers * _context(config, sizes, axes.context, block)
+    m, layers = sizes.micro_batches, sizes.layers
+    work = (block.forward + block.backward) * layers + ends
+    again = block.again.total * layers
+    passes = work.total + again + tensor + context
+    shard = _shard(config, sizes, axes.shard, block, passes)
+    replicate = _replicate(config, sizes, axes.replicate, passes)
+    optimizer = optimizer_work(config, sizes, cluster.gpu).total
+    optimizer += _small_sums(axes)
+    return Step(
+        products=m * work.products,
+        attention=m * work.attention,
+        hbm=m * work.hbm,
+        recomputation=m * again,
+        optimizer=optimizer,
+        tensor=m * tensor,
+        context=m * context,
+        shard=shard,
+        replicate=replicate,
+        pipeline=_pipeline(config, sizes, axes.pipeline, passes),
+    )
+
+
+def tokens_per_second(config: Config, step: Step) -> float:
+    """Over all GPUs together."""
+    return config.data.batch_size * config.data.sequence_length / step.total
+
+
+def _axes(config: Config, sizes: Sizes, cluster: Cluster) -> _Axes:
+    """Who talks with whom, how far apart: tensor, context, shard, replicate, pipeline outwards."""
+    parallel = config.parallel
+    assert parallel.tensor is not None and parallel.shard is not None
+    inner = parallel.tensor
+    context = inner * parallel.context
+    shard = context * parallel.shard
+    # one of the two counts the context ranks (mesh.py), whose stride is the smaller then
+    cuts = parallel.shard_context and parallel.context > 1
+    copies = not parallel.shard_context and parallel.context > 1 and parallel.shard == 1
+    return _Axes(
+        tensor=Group(parallel.tensor, 1, cluster),
+        context=Group(parallel.context, inner, cluster),
+        shard=Group(sizes.shard, inner if cuts else context, cluster),
+        replicate=Group(sizes.replicate, inner if copies else shard, cluster),
+        pipeline=Group(parallel.pipeline, shard * (parallel.replicate or 1), cluster),
+    )
+
+
+def _tensor(config: Config, sizes: Sizes, group: Group, block: BlockWork) -> float:
+    """Of one block and micro-batch, in the open."""
+    if group.size == 1:
+        return 0.0
+    once = group.gather(sizes.tokens * sizes.width * sizes.itemsize)
+    again = {Recompute.none: 0, Recompute.selective: 3, Recompute.full: 4}
+    forward = (4 + again[config.trainer.recompute]) * once
+    if sizes.overlap:
+        return (1 - HIDDEN) * (forward + 6 * once)
+    # the compiler keeps the gathered input
+    return forward + 2 * once + _hide(2 * once, block.weight_gradient)
+
+
+def _tensor_ends(sizes: Sizes, group: Group) -> float:
+    """The embedding's scatter and the head's gather, and both again in the backward pass."""
+    return 4 * group.gather(sizes.tokens * sizes.width * sizes.itemsize)
+
+
+def _context(config: Config, sizes: Sizes, group: Group, block: BlockWork) -> float:
+    """Of one block and micro-batch, in the open."""
+    if group.size == 1:
+        return 0.0
+    item, kv = sizes.itemsize, 2.0 * sizes.kv * sizes.tokens
+    passes = 2 if config.trainer.recompute is Recompute.full else 1  # of the forward kind
+    match config.parallel.context_kind:
+        case ContextKind.gather:
+            if config.trainer.recompute is Recompute.selective:
+                passes = 2  # keys and values are gathered again
+            whole = kv * item * group.size
+            return passes * group.gather(whole) + group.scatter(whole)
+        case ContextKind.ulysses:
+            there, back = (kv + sizes.q * sizes.tokens) * item, sizes.q * sizes.tokens * item
+            return (passes + 1) * (group.exchange(there) + group.exchange(back))
+        case _:
+            steps, part = group.size - 1, 1 / group.size
+            forward = _hide(group.send(kv * item), block.forward.attention * part)
+            # fp32 sums of their gradients travel along
+            backward = _hide(group.send(kv * (item + 4)), block.backward.attention * part)
+            return steps * (passes * forward + backward)
+
+
+def _shard(config: Config, sizes: Sizes, group: Group, block: BlockWork, passes: float) -> float:
+    """Of a whole step, in the open."""
+    if group.size == 1:
+        return 0.0
+    zero, m = config.parallel.zero, sizes.micro_batches
+    gather = group.gather(sizes.itemsize * sizes.block_matrices)
+    scatter = group.scatter(4.0 * sizes.block_matrices)
+    gathers = 2 * m if zero == 3 else 1  # a block and step
+    scatters = 1 if zero == 1 else m
+    # per micro-batch on average, held against the block's share of a pass
+    talk = (gathers * gather + scatters * scatter) / m
+    beside = sizes.layers * m * _hide(talk, passes / sizes.layers)
+    first = (m if zero == 3 else 1) * group.gather(sizes.itemsize * sizes.ends)
+    return beside + first + scatters * group.scatter(4.0 * sizes.ends) + gather + scatter
+
+
+def _replicate(config: Config, sizes: Sizes, group: Group, passes: float) -> float:
+    """Of a whole step, in the open: DDP's buckets, or the sums of FSDP's parts."""
+    if group.size == 1:
+        return 0.0
+    held = 4.0 * sizes.held
+    last = 4.0 * sizes.words * sizes.width / sizes.shard
+    bucket = config.engine.bucket_mb * 2**20 if sizes.shard == 1 else held / sizes.layers
+    pieces = max(1.0, (held - last) / bucket)
+    beside = pieces * group.sum(min(bucket, held - last))
+    backward = 2 / 3 * passes
+    return _hide(beside, backward) + group.sum(last)
+
+
+def _pipeline(config: Config, sizes: Sizes, group: Group, passes: float) -> float:
+    """Waits of a step, and what the stages send each other."""
+    if group.size == 1:
+        return 0.0
+    p, m = sizes.pipeline, sizes.micro_batches
+    interleaved = config.parallel.pipeline_schedule is PipelineSchedule["interleaved"]
+    runs = (config.parallel.stages_per_rank or 2) if interleaved else 1
+    waits = (p - 1) * passes / runs  # Narayanan et al. 2021, arXiv:2104.04473, section 2.2
+    each = sizes.tokens / sizes.tensor * sizes.width * sizes.itemsize
+    return waits + 2 * m * runs * group.send(each)
+
+
+def _small_sums(axes: _Axes) -> float:
+    """The gradient norm over each axis, partial gradients over tensor ranks, valid tokens, loss."""
+    groups = (axes.tensor, axes.shard, axes.pipeline)
+    return sum(group.sum(4) for group in groups) + axes.tensor.sum(4) + 2 * axes.replicate.sum(8)
+
+
+def _hide(communication: float, computation: float) -> float:
+    """What of a communication beside a computation is still seen."""
+    hidden = min(communication, computation)
+    return communication - hidden + INTERFERENCE * hidden

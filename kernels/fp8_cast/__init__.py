@@ -1,0 +1,21 @@
+"""Matrices to fp8 with their scales, as they lie and transposed in one pass."""
+
+from kernels.fp8_cast.op import (
+    E4M3,
+    E5M2,
+    Scaled,
+    absolute_maximum,
+    cast_columnwise,
+    cast_rowwise,
+    cast_tensorwise,
+)
+
+__all__ = [
+    "E4M3",
+    "E5M2",
+    "Scaled",
+    "absolute_maximum",
+    "cast_columnwise",
+    "cast_rowwise",
+    "cast_tensorwise",
+]

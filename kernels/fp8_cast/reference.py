@@ -1,0 +1,45 @@
+"""The casts in plain PyTorch: what they mean, and the `torch` backend.
+
+With A the largest absolute value of what shares a scale, and `top` the largest fp8 number:
+
+    q = fp8(x (top / A))        scale = A / top        x is about q scale
+
+Rounding is to nearest, ties to even. |x| top / A is at most `top` but for a rounding of fp32, which
+is far from the middle between `top` and what would come after it, so nothing has to be clamped.
+An A below FLOOR counts as FLOOR: zeros stay zeros, and top / A stays finite. An A that is infinite
+or NaN makes x NaN wherever it is not finite, and the scale infinite or NaN, so that a product with
+it is not finite either.
+"""
+
+import torch
+from torch import Tensor
+
+FLOOR = 2.0**-100
+
+
+def absolute_maximum(x: Tensor) -> Tensor:
+    """max |x| of all x, 0-dim fp32; NaN where x has one."""
+    return x.abs().amax().to(torch.float32)
+
+
+def tensorwise(x: Tensor, maximum: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x of any shape -> q of its shape, scale 0-dim fp32; `maximum` is `absolute_maximum(x)`."""
+    return _cast(x, maximum, dtype)
+
+
+def rowwise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> q [M, K], scale [M, 1] fp32: every row has its own."""
+    return _cast(x, x.abs().amax(1, keepdim=True).to(torch.float32), dtype)
+
+
+def columnwise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`rowwise(x.t())`: x [M, K] -> q [K, M] contiguous, scale [K, 1]."""
+    q, scale = _cast(x, x.abs().amax(0, keepdim=True).to(torch.float32), dtype)
+    return q.t().contiguous(), scale.t().contiguous()
+
+
+def _cast(x: Tensor, maximum: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    top, maximum = torch.finfo(dtype).max, maximum.clamp(min=FLOOR)  # which lets NaN pass
+    # not top / maximum, which multiplies by a reciprocal: one rounding more than the kernels have
+    factor = torch.full_like(maximum, top) / maximum
+    return (x.to(torch.float32) * factor).to(dtype), maximum / top

@@ -1,0 +1,40 @@
+"""Tile sizes of the cast kernels; `scripts/bench_fp8.py --sweep` times others on the card at hand.
+
+What these give on a card is in README.md once measured.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+ROW_LIMIT = 65536  # numbers of a row that one program holds in registers
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A program's rows and columns, and its warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    maximum: int  # numbers of a program of the maximum kernel, 8 warps
+    tensorwise: Tile
+    columnwise: Tile  # `rows` at a time, all rows in turn
+
+
+# 128 rows are 128 bytes of a row of the transposed result: whole lines are written
+_GPU = Tiles(16384, Tile(128, 64, 8), Tile(128, 32, 4))
+_INTERPRETER = Tiles(64, Tile(16, 32, 1), Tile(16, 16, 1))  # small matrices have several tiles
+
+
+def choose(device: torch.device) -> Tiles:
+    return _INTERPRETER if device.type == "cpu" else _GPU
+
+
+def row_warps(block: int) -> int:
+    """Warps of a program that holds a row of `block` numbers: 16 numbers a thread."""
+    return min(max(block // 512, 1), 32)

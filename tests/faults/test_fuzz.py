@@ -1,0 +1,81 @@
+"""scripts/bench_faults.py's damage to checkpoints, in small, and its table of expected values."""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_random_damage_is_never_loaded() -> None:
+    fuzz = script("fault_fuzz")
+    outcome = fuzz.fuzz(14 * len(fuzz.KINDS), seed=3)
+    assert outcome.missed == []
+    assert outcome.rounds == 14 * len(fuzz.KINDS)
+    assert all(outcome.detected[kind] > 0 for kind in fuzz.KINDS)
+
+
+@pytest.mark.parametrize("kind", ["swapped", "truncated"])
+def test_what_would_be_missed_is_said(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a start that takes the newest, whatever it is."""
+    fuzz = script("fault_fuzz")
+    monkeypatch.setattr(fuzz, "_taken", lambda folder: max(folder.iterdir()))
+    monkeypatch.setattr(fuzz, "KINDS", {kind: fuzz.KINDS[kind]})
+    outcome = fuzz.fuzz(5, seed=3)
+    assert len(outcome.missed) == 5
+    assert kind in outcome.missed[0]
+
+
+def test_the_best_interval_is_youngs_where_failures_are_rare() -> None:
+    times = script("effective_time")
+    for mtbf, stall in ((1e6, 1.0), (1e7, 10.0)):
+        young = math.sqrt(2 * stall * mtbf)
+        assert times.best_interval(mtbf, stall, 0.0, 60.0) == pytest.approx(young, rel=0.01)
+        share = times.effective_share(young, mtbf, stall, 0.0, 0.0)
+        assert share == pytest.approx(1 - math.sqrt(2 * stall / mtbf), rel=1e-4)
+
+
+def test_the_share_falls_with_every_cost_and_the_interval_is_the_best() -> None:
+    times = script("effective_time")
+    cost = {"mtbf": 3600.0, "stall": 2.0, "write": 10.0, "again": 60.0}
+    best = times.best_interval(**cost)
+    share = times.effective_share(best, **cost)
+    for tau in (best / 1.3, best * 1.3):
+        assert times.effective_share(tau, **cost) < share
+    for key in ("stall", "write", "again"):
+        assert times.effective_share(best, **{**cost, key: cost[key] * 2}) < share
+    assert "1 h" in times.table([1, 3], [1024], 2.0, 10.0, 60.0).splitlines()[1]
+
+
+def test_a_simulated_run_trains_the_expected_share() -> None:
+    """Daly's expectation against failures drawn at random, to two standard errors and a bit."""
+    import random
+
+    times = script("effective_time")
+    mtbf, stall, again, tau = 1000.0, 5.0, 50.0, 100.0
+    dice = random.Random(0)
+    clock, done, failure = 0.0, 0, dice.expovariate(1 / mtbf)
+    while done < 20000:
+        if clock + tau + stall <= failure:
+            clock += tau + stall
+            done += 1
+            continue
+        clock = failure  # and failures may come while it starts again
+        while (failure := clock + dice.expovariate(1 / mtbf)) < clock + again:
+            clock = failure
+        clock += again
+    share = done * tau / clock
+    assert share == pytest.approx(times.effective_share(tau, mtbf, stall, 0.0, again), rel=0.01)

@@ -1,0 +1,116 @@
+"""Block inputs that wait on the host: the same numbers, and no more of them on the device."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashtrain.build import build_model
+from flashtrain.compose import load
+from flashtrain.data.loader import Batch
+from flashtrain.engine import native
+from flashtrain.engine.native import NativeEngine
+from flashtrain.engine.offload import NEWEST, Entry, Offload, offload_inputs
+from flashtrain.model.gpt import GPT
+from flashtrain.parallel.mesh import ALONE, SINGLE
+
+CPU, LAYERS = torch.device("cpu"), 5
+
+
+def engine(*overrides: str, device: torch.device = CPU) -> NativeEngine:
+    config = load(
+        ["data=random", "model.vocabulary=64", "model.d_model=32", f"model.n_layers={LAYERS}",
+         "data.sequence_length=16", "data.batch_size=8", "trainer.recompute=full", *overrides]
+    )  # fmt: skip
+    return NativeEngine(build_model(config, SINGLE, device), config, ALONE, device)
+
+
+def batch(seed: int, device: torch.device = CPU) -> Batch:
+    ids = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(seed)).to(device)
+    return Batch(ids[:, :-1].clone(), ids[:, 1:].clone())
+
+
+def gradients(one: NativeEngine, device: torch.device = CPU) -> list[Tensor]:
+    one.forward_backward([batch(seed, device) for seed in (0, 1)])
+    return [p.grad.clone() for p in one.model.parameters() if p.grad is not None]
+
+
+@pytest.fixture
+def offloads(monkeypatch: pytest.MonkeyPatch) -> list[Offload]:
+    """Those that engines make from now on."""
+    made: list[Offload] = []
+
+    def make(model: GPT, device: torch.device) -> None:
+        made.append(offload_inputs(model, device))
+
+    monkeypatch.setattr(native, "offload_inputs", make)
+    return made
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_are_the_same(compiled: bool, offloads: list[Offload]) -> None:
+    plain, other = (
+        engine("trainer.compile=false", f"trainer.offload_activations={on}")
+        for on in ("false", "true")
+    )
+    if compiled:
+        for block in other.model.blocks:
+            block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(gradients(other), gradients(plain), strict=True):
+        assert torch.equal(ours, theirs)
+    # every block's input and the final norm's, of the micro-batch alone: memory is used again
+    assert len(offloads[0].rooms) == LAYERS + 1
+
+
+def test_what_stays_on_the_device_does_not_grow_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_device: set[Entry] = set()
+    most = {"forward": 0, "backward": 0}
+    backward = False
+
+    class Watched(Entry):
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, value)
+            if name == "device":
+                (on_device.discard if value is None else on_device.add)(self)
+                stage = "backward" if backward else "forward"
+                most[stage] = max(most[stage], len(on_device))
+
+        def take(self) -> Tensor:
+            nonlocal backward
+            backward = True
+            return super().take()
+
+    monkeypatch.setattr("flashtrain.engine.offload.Entry", Watched)
+    one = engine("trainer.compile=false", "trainer.offload_activations=true")
+    one.forward_backward([batch(0)])
+    assert LAYERS > NEWEST + 1
+    assert most == {"forward": NEWEST + 1, "backward": NEWEST}  # one in use, one on its way
+    assert not on_device
+
+
+@pytest.mark.gpu
+def test_the_gpu_keeps_less_and_computes_the_same() -> None:
+    device = torch.device("cuda")
+    sizes = ("model.d_model=1024", "model.n_heads=8", "model.n_layers=24", "model.d_ff=1024")
+    results, peaks = [], []
+    for on in ("false", "true"):
+        one = engine(*sizes, "data.sequence_length=2048", f"trainer.offload_activations={on}",
+                     device=device)  # fmt: skip
+        draw = torch.Generator().manual_seed(0)
+        ids = torch.randint(64, (4, 2049), generator=draw).to(device)
+        wide = Batch(ids[:, :-1].clone(), ids[:, 1:].clone())
+        one.forward_backward([wide])  # compiles; gradients and host memory are there from here on
+        one.model.zero_grad(set_to_none=False)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            one.forward_backward([wide])
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        results.append([p.grad.clone() for p in one.model.parameters() if p.grad is not None])
+        del one
+    for ours, theirs in zip(*results, strict=True):
+        error = torch.linalg.vector_norm(ours - theirs)
+        assert error <= 1e-2 * torch.linalg.vector_norm(theirs)  # atomics of bf16 backward
+    one_input = 4 * 2048 * 1024 * 2
+    assert peaks[0] - peaks[1] >= (24 - NEWEST - 3) * one_input

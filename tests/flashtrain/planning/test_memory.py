@@ -1,0 +1,153 @@
+"""Memory formulas against what the GPU reported and what autograd keeps."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashtrain.build import build_model
+from flashtrain.config import Config, Recompute
+from flashtrain.model.gpt import n_parameters
+from flashtrain.parallel.mesh import SINGLE
+from flashtrain.planning.activations import everything, kept
+from flashtrain.planning.memory import Memory, predict_memory
+from flashtrain.planning.sizes import sizes_of
+from tests.flashtrain.planning.measured import MEASURED, config_of
+
+LLAMA = "experiment=llama_8b data.batch_size=64 data.micro_batch_size=1"
+TINY = (
+    "model=gpt_tiny experiment=null model.vocabulary=128 data.batch_size=3 data.micro_batch_size=3 "
+    "data.sequence_length=64"  # 192 tokens: no other size of this model
+)
+PARTITIONED = "aot_eager_decomp_partition"  # what torch.compile keeps, without generating code
+
+
+@pytest.mark.parametrize(("case", "gpus", "_speed", "gigabytes"), MEASURED)
+def test_within_a_tenth_of_the_measured_peak(
+    case: str, gpus: int, _speed: int, gigabytes: float
+) -> None:
+    memory = predict_memory(config_of(case, gpus))
+    assert memory.allocated / 1e9 == pytest.approx(gigabytes, rel=0.1)
+
+
+def kept_by_autograd(config: Config, backend: str | None) -> int:
+    """Bytes that one block's forward keeps, beside parameters and tables of positions."""
+    torch._dynamo.reset()
+    model = build_model(config, SINGLE, torch.device("cpu"))
+    block = model.blocks[0]
+    if backend is not None:
+        block.compile(dynamic=False, backend=backend)
+    tokens = torch.zeros((3, 64), dtype=torch.long)
+    x, position = model.embedding(tokens), model.position(64, tokens.device, None)
+    if model.position_on_embedding:
+        x, position = x + position.to(x.dtype), None
+    x = x.detach().requires_grad_()  # as if a block stood before it
+    block(x, position)  # compiles, and makes tables
+    others = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    if position is not None:
+        others.add(position.untyped_storage().data_ptr())
+    found: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in others:
+            found[tensor.untyped_storage().data_ptr()] = tensor  # keeps it: no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        block(x, position)
+    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
+@pytest.mark.parametrize(
+    ("precision", "backend"), [("bf16", None), ("fp32", None), ("bf16", PARTITIONED)]
+)
+@pytest.mark.parametrize(
+    "model",
+    [
+        "position=gpt2 model.bias=true",
+        "position=rope",
+        "position=none model.norm=rmsnorm model.mlp=swiglu model.n_kv_heads=2 model.d_ff=384",
+        "position=none model.mlp=relu2",
+    ],
+)
+def test_a_block_keeps_what_the_formula_says(
+    model: str, precision: str, backend: str | None
+) -> None:
+    config = config_of(f"{TINY} {model} precision={precision}")
+    sizes = sizes_of(config)
+    said = kept(config, sizes, compiled=backend is not None, views=False)
+    assert kept_by_autograd(config, backend) == pytest.approx(said, rel=0.02)
+
+
+def test_recomputing_a_block_keeps_its_input_alone() -> None:
+    config = config_of(f"{TINY} trainer.recompute=full precision=bf16")
+    sizes = sizes_of(config)
+    assert kept(config, sizes) == 3 * 64 * 128 * 2
+    selective = dataclasses.replace(
+        config, trainer=dataclasses.replace(config.trainer, recompute=Recompute.selective)
+    )
+    assert kept(config, sizes) < kept(selective, sizes) < everything(config, sizes)
+
+
+def test_weights_gradients_and_moments_are_sixteen_bytes_a_parameter() -> None:
+    config = config_of(f"{TINY} precision=fp32")
+    count = n_parameters(config.model, config.position, 64)
+    assert 4 * count == pytest.approx(4 * sizes_of(config).held)
+    memory = predict_memory(config_of(f"{TINY} data.micro_batch_size=1"))
+    assert memory.weights + memory.gradients + memory.optimizer == pytest.approx(16 * count)
+
+
+def parts(overrides: str, gpus: int) -> Memory:
+    return predict_memory(config_of(f"{LLAMA} {overrides}", gpus))
+
+
+def test_each_stage_of_sharding_cuts_what_it_names() -> None:
+    one, two, three = (parts(f"parallel=fsdp parallel.zero={zero}", 8) for zero in (1, 2, 3))
+    assert one.weights == two.weights == three.weights
+    assert one.optimizer == three.optimizer
+    assert one.gradients == pytest.approx(8 * two.gradients, rel=0.01)  # whole, and a part
+    assert two.gradients == three.gradients
+    assert two.buffers > three.buffers + 10e9  # 7 billion gathered weights in bf16
+
+
+def test_tensor_ranks_share_weights_and_all_that_is_wide() -> None:
+    two, four = (parts(f"parallel=tensor{n}", n) for n in (2, 4))
+    assert two.weights == pytest.approx(2 * four.weights, rel=0.01)
+    assert two.activations == pytest.approx(2 * four.activations, rel=0.05)
+    off = parts("parallel=tensor4 parallel.overlap=off", 4)
+    assert off.activations > four.activations  # gathered inputs are kept
+
+
+def test_a_pipeline_rank_holds_as_many_micro_batches_as_there_are_stages() -> None:
+    whole = parts("parallel=data", 1)
+    first = parts("parallel=data parallel.pipeline=4", 4)
+    assert first.weights < 0.4 * whole.weights
+    assert first.activations == pytest.approx(whole.activations, rel=0.02)
+
+
+def test_context_ranks_share_tokens_but_not_gathered_keys() -> None:
+    long = "data.sequence_length=65536 parallel=fsdp"
+    alone = parts(long, 4)
+    ring = parts(f"{long} parallel.shard=1 parallel.context=4 parallel.context_kind=ring", 4)
+    gather = parts(f"{long} parallel.shard=1 parallel.context=4", 4)
+    assert ring.activations == pytest.approx(alone.activations / 4, rel=0.05)
+    assert ring.activations < gather.activations < alone.activations
+
+
+def test_moments_in_bf16_take_half() -> None:
+    full = parts("parallel=data", 1)
+    half = parts("parallel=data optimizer.moments=bf16", 1)
+    assert half.optimizer == full.optimizer / 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("parallel=zero1 engine=deepspeed", "engine=deepspeed is not predicted"),
+        ("parallel=fsdp trainer.mlp_chunks=2", "trainer.mlp_chunks=2"),
+    ],
+)
+def test_what_is_not_predicted_is_refused(overrides: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        parts(overrides, 8)

@@ -1,0 +1,172 @@
+"""Claims about a run's folder: what lies there however it was saved, and whatever went wrong."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashtrain import checkpoint, door
+from flashtrain.checkpoint import CheckpointError
+from flashtrain.compose import load
+from flashtrain.config import ConfigError
+from flashtrain.engine.native import NativeEngine
+from flashtrain.hooks import Evaluate
+from flashtrain.run import Run
+from flashtrain.train import train
+from flashtrain.trainer import Step
+
+TINY = [
+    "experiment=null", "data=random", "model.vocabulary=32", "model.d_model=16", "model.n_heads=2",
+    "model.n_layers=1", "data.sequence_length=8", "data.batch_size=4", "precision=fp32",
+    "attention=reference", "tracking=quiet", "tracking.wandb.mode=disabled",
+    "trainer.evaluate_sequences=4", "trainer.log_every=1", "trainer.compile=false",
+]  # fmt: skip
+
+
+def run(folder: Path, *overrides: str, steps: int = 9, every: int = 3) -> Path:
+    """Train, at most `steps` steps, and return the folder of the checkpoints."""
+    config = load(
+        [
+            *TINY,
+            f"trainer.steps={steps}",
+            f"checkpoint.every={every}",
+            f"trainer.evaluate_every={every}",
+            f"run_dir={folder}",
+            *overrides,
+        ]
+    )
+    train(config, torch.device("cpu"))
+    return folder / "checkpoints"
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.iterdir())
+
+
+def logged(folder: Path, key: str) -> list[float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row[key] for row in lines if key in row]
+
+
+def tensors(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.glob("*.safetensors")}
+
+
+def test_asynchronous_and_synchronous_runs_leave_the_same_checkpoints(tmp_path: Path) -> None:
+    one = run(tmp_path / "one", "checkpoint.asynchronous=true", "checkpoint.keep=9")
+    two = run(tmp_path / "two", "checkpoint.asynchronous=false", "checkpoint.keep=9")
+    assert steps(one) == steps(two) == [3, 6, 9]
+    for path in one.iterdir():
+        assert len(tensors(path)) == 1
+        assert tensors(path) == tensors(two / path.name)
+        generators = [(folder / path.name / "rng.json").read_bytes() for folder in (one, two)]
+        assert generators[0] == generators[1]
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        assert len(logged(folder, "checkpoint/stall_s")) == 3
+        assert len(logged(folder, "checkpoint/write_s")) == 3
+
+
+def test_a_run_goes_on_from_what_was_saved_beside_it(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", "trainer.stop_at=4")
+    parts = run(tmp_path / "parts")
+    assert steps(parts) == [6, 9]
+    assert tensors(parts / "step-00000009") == tensors(whole / "step-00000009")
+
+
+def test_newest_every_nth_and_best_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([4.0, 3.0, 5.0, 2.5, 6.0, 7.0, 8.0, float("nan")])
+    monkeypatch.setattr(NativeEngine, "evaluate", lambda *_: torch.tensor(next(losses)))
+    folder = run(
+        tmp_path, "checkpoint.keep=1", "checkpoint.keep_best=1", "checkpoint.keep_every=9",
+        steps=24,
+    )  # fmt: skip
+    assert steps(folder) == [9, 12, 18, 24]
+    found = {step: checkpoint.read_meta(folder / f"step-{step:08d}") for step in steps(folder)}
+    assert [found[step][checkpoint.EVALUATION] for step in (9, 12, 18, 24)] == [5.0, 2.5, 7.0, None]
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
+    tmp_path: Path,
+    asynchronous: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fail_at(monkeypatch, 6)
+    folder = run(tmp_path, f"checkpoint.asynchronous={asynchronous}", "checkpoint.keep=9")
+    assert steps(folder) == [3, 9]
+    (record,) = [r for r in caplog.records if "cannot write" in r.getMessage()]
+    assert "step-00000006" in record.getMessage()
+    assert "No space left on device" in record.getMessage()
+    assert "training goes on" in record.getMessage()
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_last_step_that_cannot_be_saved_is_an_error(
+    tmp_path: Path, asynchronous: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(monkeypatch, 9)
+    with pytest.raises(CheckpointError, match=r"step-00000009.*No space left"):
+        run(tmp_path, f"checkpoint.asynchronous={asynchronous}")
+    assert steps(tmp_path / "checkpoints") == [3, 6]
+    assert not (tmp_path / "ended.json").exists()
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    write = checkpoint.store.write_tensors
+
+    def full(path: Path, *arguments: object) -> object:
+        if path.parent.name == f"step-{step:08d}.tmp":
+            raise OSError(28, "No space left on device", str(path))
+        return write(path, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint.store, "write_tensors", full)
+
+
+def test_an_error_does_not_cost_the_checkpoint_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = Evaluate.after_step
+
+    def break_down(hook: Evaluate, step: Step) -> None:
+        if step.number == 4:
+            raise RuntimeError("a cable was pulled")
+        evaluate(hook, step)
+
+    monkeypatch.setattr(Evaluate, "after_step", break_down)
+    with pytest.raises(RuntimeError, match="cable"):
+        run(tmp_path)
+    assert steps(tmp_path / "checkpoints") == [3]
+
+
+def test_going_back_waits_for_the_checkpoint_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after bad steps: `resume` finds what `save` began."""
+    found: list[int] = []
+    save = Run.save
+
+    def save_and_go_back(self: Run, step: int, wait: bool = True) -> Path:
+        path = save(self, step, wait)
+        if step == 3:
+            found.append(self.resume())
+        return path
+
+    monkeypatch.setattr(Run, "save", save_and_go_back)
+    run(tmp_path)
+    assert found == [3]
+
+
+def test_copies_larger_than_the_machine_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = [*TINY, "trainer.steps=1", "model.d_model=512", "model.n_layers=4"]  # 12.6 M parameters
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 100 << 8}  # 100 MiB of memory
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    with pytest.raises(ConfigError, match=r"copies 0\.1 GiB.*set checkpoint\.asynchronous=false"):
+        door._check_copy(load(line), 1)
+    door._check_copy(load([*line, "checkpoint.asynchronous=false"]), 1)
+    door._check_copy(load([*line, "parallel.shard=4", "data.batch_size=16"], 4), 2)  # half of it
+    sizes["SC_PHYS_PAGES"] = 200 << 8
+    door._check_copy(load(line), 1)

@@ -1,0 +1,134 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashtrain.config import ConfigError
+from flashtrain.tracking.charts import Curve, line_chart
+from flashtrain.tracking.compare import (
+    as_text,
+    best_first,
+    comparison,
+    differences,
+    overlaid,
+    read_record,
+)
+from flashtrain.tracking.report import write_report
+
+
+def made(folder: Path, name: str, losses: list[float], **config: Any) -> Path:
+    path = folder / name
+    path.mkdir()
+    tree = {"name": name, "run_dir": str(path), "seed": 1, "trainer": {"steps": 3}, **config}
+    (path / "config.json").write_text(json.dumps(tree))
+    rows = [
+        {"step": n, "train/loss": loss, "perf/tokens_per_s": 1000.0 * n, "perf/memory_gib": None}
+        for n, loss in enumerate(losses, 1)
+    ]
+    rows.append({"step": len(losses), "validation/loss": losses[-1] + 0.5})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_table_shows_what_differs_and_how_runs_ended(tmp_path: Path) -> None:
+    runs = [
+        made(tmp_path, "a", [4.0, 3.0, 2.0], optimizer={"lr": 0.1, "eps": 1}, model={"on": ["q"]}),
+        made(tmp_path, "b", [4.0, 1.0], optimizer={"lr": 0.2, "eps": 1}, model={"on": ["q", "k"]}),
+    ]
+    records = best_first([read_record(run) for run in runs])
+    assert differences(records) == ["optimizer.lr", "model.on"]
+    assert comparison(records) == [
+        ["run", "lr", "on", "steps", "loss", "validation", "tokens/s"],
+        ["b", "0.2", "[q,k]", "2 of 3", "1.0000", "1.5000", "1,500"],
+        ["a", "0.1", "[q]", "3", "2.0000", "2.5000", "2,000"],
+    ]
+
+
+def test_keys_of_one_last_word_are_told_apart(tmp_path: Path) -> None:
+    runs = [
+        made(tmp_path, name, [1.0, 2.0], a={"kind": name}, b={"kind": name, "steps": name})
+        for name in ("x", "y")
+    ]
+    header, *_ = comparison([read_record(run) for run in runs])
+    assert header[:5] == ["run", "a.kind", "b.kind", "b.steps", "steps"]
+
+
+def test_text_is_aligned_and_markdown_is_a_table(tmp_path: Path) -> None:
+    table = [["run", "loss"], ["a", "2.0000"], ["longer", "10.0000"]]
+    assert as_text(table) == "run        loss\na        2.0000\nlonger  10.0000"
+    assert as_text(table, markdown=True).splitlines()[1] == "| --- | --- |"
+
+
+def test_the_picture_holds_every_run_once(tmp_path: Path) -> None:
+    runs = [made(tmp_path, name, [4.0, 3.0, 2.0]) for name in ("a", "b<c")]
+    svg = overlaid([read_record(run) for run in runs])
+    assert svg.count("<polyline") == 2
+    assert len(re.findall(r">(?:a|b&lt;c)</text>", svg)) == 2
+    assert "<script" not in svg
+    with pytest.raises(ConfigError, match=r"train/nothing.*logged are .*train/loss"):
+        overlaid([read_record(run) for run in runs], "train/nothing")
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no config\.json"):
+        read_record(tmp_path)
+
+
+def test_a_row_that_is_being_written_is_left_out(tmp_path: Path) -> None:
+    run = made(tmp_path, "a", [4.0, 3.0])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "train/lo')
+    assert read_record(run).step == 2
+
+
+def test_points_lie_where_their_values_are() -> None:
+    svg = line_chart([Curve([(0, 1.0), (5, 2.0), (10, 3.0)], "a", 0)], x="step", y="loss")
+    (path,) = re.findall(r'points="([^"]+)"', svg)
+    places = [tuple(map(float, pair.split(","))) for pair in path.split()]
+    (x0, y0), (x1, y1), (x2, y2) = places
+    assert x0 < x1 < x2
+    assert y0 > y1 > y2  # up is less
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
+    assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
+
+
+def test_on_logarithmic_axes_equal_ratios_are_equal_distances() -> None:
+    points = [(64, 1.0), (128, 10.0), (256, 100.0), (512, 0.0)]
+    svg = line_chart([Curve(points, "a", 0)], x="width", y="y", log_x=True, log_y=True)
+    (path,) = re.findall(r'points="([^"]+)"', svg)
+    (x0, y0), (x1, y1), (x2, y2) = (tuple(map(float, p.split(","))) for p in path.split())
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
+    assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
+
+
+@pytest.mark.parametrize("points", [[], [(1, 2.0)]])
+def test_a_line_needs_two_points(points: list[tuple[float, float]]) -> None:
+    assert line_chart([Curve(points, "a", 0)], x="step", y="y") == ""
+
+
+@pytest.mark.parametrize("values", [[5.0, 5.0], [0.0, 0.0], [-3.0, -3.0], [1e-9, 2e-9], [0, 1e12]])
+def test_any_range_of_values_can_be_drawn(values: list[float]) -> None:
+    svg = line_chart([Curve(list(enumerate(values)), "a", 0)], x="step", y="y")
+    assert "nan" not in svg
+    assert "inf" not in svg.replace("infinite", "")
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path) -> None:
+    run = made(tmp_path, "a&b", [4.0, 3.0, 2.0])
+    (run / "samples.jsonl").write_text('{"step": 3, "name": "sample", "text": "<b>To be"}\n')
+    (run / "environment.json").write_text('{"torch": "2.13.0", "cuda": null}')
+    (run / "profile").mkdir()
+    (run / "profile" / "steps-2-3.txt").write_text("aten::mm  50%")
+    (run / "evaluations.jsonl").write_text(
+        '{"step": 3, "time": 1.0, "text": "x.txt", "loss": 2.25, "perplexity": 9.4877}\n'
+    )
+    page = write_report(run).read_text()
+    for shown in ("a&amp;b", "&lt;b&gt;To be", "2.13.0", "aten::mm  50%", "loss 2.25", "3 of 3"):
+        assert shown in page, shown
+    assert page.count("<svg") == 2  # loss, tokens per second: the rest was not logged
+    outside = re.findall(r"(?:src|href)=|@import|url\(", page)
+    assert not outside
+    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):
+        write_report(tmp_path)

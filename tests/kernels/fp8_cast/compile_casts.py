@@ -1,0 +1,86 @@
+"""Compile the cast kernels for a GPU that need not be there, and say what ptxas made of them.
+
+Run as a script, in its own process, because the tests around it import the same kernels for the
+interpreter: `python compile_casts.py 89 90` prints one JSON line per capability and kernel.
+"""
+
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.fp8_cast import kernel
+from kernels.fp8_cast.tiles import choose, row_warps
+from tests.kernels.attention.compile_kernels import resources
+
+TILES = choose(torch.device("cuda"))
+TOPS = {"fp8e4nv": 448.0, "fp8e5": 57344.0}
+
+
+def compile_for(capability: int, name: str, x: str, fp8: str) -> dict[str, object]:
+    top = {"TOP": TOPS[fp8]}
+    signature, constants, warps = {
+        "maximum": (
+            {"x_ptr": f"*{x}", "bits_ptr": "*i32", "n": "i32"},
+            {"BLOCK": TILES.maximum},
+            8,
+        ),
+        "tensorwise": (
+            {
+                "x_ptr": f"*{x}", "maximum_ptr": "*fp32", "q_ptr": f"*{fp8}", "qt_ptr": f"*{fp8}",
+                "scale_ptr": "*fp32", "M": "i32", "K": "i32",
+            },
+            {
+                **top, "ROWS": True, "COLUMNS": True,
+                "BM": TILES.tensorwise.rows, "BK": TILES.tensorwise.columns,
+            },
+            TILES.tensorwise.warps,
+        ),
+        "rowwise": (
+            {"x_ptr": f"*{x}", "q_ptr": f"*{fp8}", "scale_ptr": "*fp32", "K": "i32"},
+            {**top, "BLOCK": 16384},
+            row_warps(16384),
+        ),
+        "columnwise": (
+            {"x_ptr": f"*{x}", "qt_ptr": f"*{fp8}", "scale_ptr": "*fp32", "M": "i32", "K": "i32"},
+            {**top, "BM": TILES.columnwise.rows, "BK": TILES.columnwise.columns},
+            TILES.columnwise.warps,
+        ),
+    }[name]  # fmt: skip
+    signature |= dict.fromkeys(constants, "constexpr")
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (argument, kind) in enumerate(signature.items())
+        if kind != "constexpr" and argument not in ("scale_ptr", "maximum_ptr", "bits_ptr")
+    }
+    source = ASTSource(getattr(kernel, f"{name}_kernel"), signature, constants, aligned)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    ptx = compiled.asm["ptx"]
+    widest = {
+        way: max(
+            (int(n) for n in re.findall(rf"{way}\.global\S*\.v(\d)\.b32", ptx)),
+            default=1,
+        )
+        for way in ("ld", "st")
+    }
+    registers, spilled = resources(compiled.asm["cubin"])
+    return {
+        "capability": capability, "kernel": name, "x": x, "fp8": fp8, "registers": registers,
+        "spilled": spilled, "words a load": widest["ld"], "words a store": widest["st"],
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    names = ("maximum", "tensorwise", "rowwise", "columnwise")
+    for case in itertools.product(map(int, sys.argv[1:]), names, ("bf16", "fp32"), TOPS):
+        if case[1] != "maximum" or case[3] == "fp8e4nv":
+            sys.stdout.write(json.dumps(compile_for(*case)) + "\n")

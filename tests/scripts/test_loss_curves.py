@@ -1,0 +1,102 @@
+"""scripts/loss_curves.py on run folders made by hand: what is read, meant and told."""
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "loss_curves.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("loss_curves", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write(folder: Path, rows: list[dict[str, Any]], why: str | None = "finished") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if why is not None:
+        (folder / "ended.json").write_text(json.dumps({"why": why}))
+    return folder
+
+
+def test_a_step_trained_twice_counts_once(script: ModuleType, tmp_path: Path) -> None:
+    rows = [
+        {"step": 1, "train/loss": 4.0},
+        {"step": 2, "train/loss": 3.0, "perf/tokens_per_s": 10.0},
+        {"step": 2, "validation/loss": 3.5},
+        {"step": 2, "train/loss": 2.5, "perf/tokens_per_s": 30.0},
+        {"step": 3, "train/loss": None},  # not finite
+    ]
+    read = script.read(write(tmp_path / "run", rows))
+    assert read == {
+        "loss": [(1, 4.0), (2, 2.5)],
+        "validation": [(2, 3.5)],
+        "tokens_per_s": 20,
+    }
+
+
+def test_only_a_run_that_reached_its_end_is_finished(script: ModuleType, tmp_path: Path) -> None:
+    assert script.is_finished(write(tmp_path / "a", []))
+    assert not script.is_finished(write(tmp_path / "b", [], "time limit"))
+    assert not script.is_finished(write(tmp_path / "c", [], None))
+
+
+def run_of(name: str, seed: int, level: float) -> dict[str, Any]:
+    curve = [[step, level + 100 * (step <= 90)] for step in range(1, 101)]
+    return {"name": name, "seed": seed, "loss": curve, "validation": [[50, 9.0], [100, level]],
+            "tokens_per_s": 1000}  # fmt: skip
+
+
+def test_the_table_means_the_last_tenth_over_the_seeds(script: ModuleType) -> None:
+    runs = [run_of("bf16", 1, 2.0), run_of("fp8", 1, 2.0), run_of("bf16", 2, 4.0),
+            run_of("fp8", 2, 4.3)]  # fmt: skip
+    _, bf16, fp8 = script.table(runs)
+    expected = "bf16 2 100 3.0000 ± 1.0000 +0.00% 3.0000 ± 1.0000 1,000"
+    assert " ".join(bf16.split()) == expected
+    assert fp8.split()[3:7] == ["3.1500", "±", "1.1500", "+5.00%"]
+
+
+def test_finished_runs_are_read_and_a_spent_budget_trains_nothing(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    trained: list[list[str]] = []
+
+    def train(overrides: list[str], folder: Path, deadline: float) -> str:
+        assert deadline > time.monotonic()
+        trained.append(overrides)
+        write(folder, [{"step": 1, "train/loss": 1.0}])
+        return "finished"
+
+    monkeypatch.setattr(script, "train", train)
+    write(tmp_path / "a-1", [{"step": 1, "train/loss": 2.0}])
+    arguments = ["loss_curves", "--common", "x=1 y=2", "--run", "a", "precision=bf16",
+                 "--run", "b", "optimizer=muon", "--seeds", "1", "--folder", str(tmp_path),
+                 "--json", str(tmp_path / "curves.json")]  # fmt: skip
+    monkeypatch.setattr("sys.argv", [*arguments, "--minutes", "0"])
+    assert script.main() == 0
+    assert not trained
+    assert "b seed 1: no time left" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", arguments)
+    assert script.main() == 0
+    ((*given, name, folder, quiet),) = trained
+    assert given == ["x=1", "y=2", "optimizer=muon", "seed=1"]
+    assert (name, folder, quiet) == ("name=b-1", f"run_dir={tmp_path / 'b-1'}", "tracking=quiet")
+    curves = json.loads((tmp_path / "curves.json").read_text())
+    assert [(run["name"], run["loss"]) for run in curves["runs"]] == [
+        ("a", [[1, 2.0]]),
+        ("b", [[1, 1.0]]),
+    ]
+
+
+def test_moving_means_start_short(script: ModuleType) -> None:
+    assert script.smoothed([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
