@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from flashtrain.parallel import loss as loss_module
+from flashtrain.parallel.collectives import slice_sequence
 from flashtrain.parallel.loss import cross_entropy_sum, linear_cross_entropy_sum
 from flashtrain.parallel.mesh import SINGLE, build_mesh
 from tests.harness import run_ranks
@@ -112,7 +113,7 @@ def test_shards_of_the_head_equal_torch(ranks: int, tmp_path: Path) -> None:
 
 
 def check_shards_of_the_head() -> None:
-    """Hidden states split along the sequence, the head along the vocabulary, logits nowhere."""
+    """Hidden states split along the tokens, the head along the vocabulary, logits nowhere."""
     axis = build_mesh(torch.distributed.get_world_size()).tensor
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 8, 6, generator=draw, dtype=torch.float64).requires_grad_()
@@ -125,11 +126,11 @@ def check_shards_of_the_head() -> None:
     assert hidden.grad is not None and weight.grad is not None
 
     own_hidden, own_weight = (
-        x.detach().chunk(axis.size, dim)[axis.rank].clone().requires_grad_()
-        for x, dim in ((hidden, 1), (weight, 0))
+        part.detach().clone().requires_grad_()
+        for part in (slice_sequence(hidden, axis), weight.chunk(axis.size)[axis.rank])
     )
     loss = linear_cross_entropy_sum(own_hidden, own_weight, labels, axis, softcap=2.0)
     (loss * 0.125).backward()
     assert_close(loss, expected, rtol=1e-12, atol=0)
-    assert_close(own_hidden.grad, hidden.grad.chunk(axis.size, 1)[axis.rank])
-    assert_close(own_weight.grad, weight.grad.chunk(axis.size, 0)[axis.rank])
+    assert_close(own_hidden.grad, slice_sequence(hidden.grad, axis))
+    assert_close(own_weight.grad, weight.grad.chunk(axis.size)[axis.rank])

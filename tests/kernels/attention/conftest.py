@@ -72,7 +72,7 @@ def _entered(device: str, dtype: torch.dtype) -> Iterator[Platform]:
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Run the portable kernels in Triton's interpreter, whoever imported Triton before."""
-    with pytest.MonkeyPatch.context() as patch:
+    with _language_as_it_was(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         _interpret_standard_library(patch)
         before = _take_out_kernels()
@@ -83,6 +83,26 @@ def interpreted() -> Iterator[None]:
             sys.modules.update(before)
             if before:
                 importlib.import_module("kernels.attention").portable = before[KERNELS]
+
+
+@contextmanager
+def _language_as_it_was() -> Iterator[None]:
+    """What the interpreter replaces in Triton's language, for good wherever a kernel calls another,
+    is put back: nothing can be compiled with it. Gluon's language is made of the same classes."""
+    import triton.language as tl
+    from triton.language import core, math, random, standard
+
+    classes = (core.tensor, core.dtype, core.tensor_descriptor_base)
+    before = [(place, dict(vars(place))) for place in (tl, core, math, random, standard, *classes)]
+    try:
+        yield
+    finally:
+        for place, members in before:
+            for name, member in dict(vars(place)).items():
+                if name not in members:
+                    delattr(place, name)
+                elif member is not members[name]:
+                    setattr(place, name, members[name])
 
 
 def _interpret_standard_library(patch: pytest.MonkeyPatch) -> None:
