@@ -1,6 +1,7 @@
 """Training speed of any configuration: tokens/s, model TFLOP/s, peak memory, share of the loader.
 
     python scripts/bench_train.py                                  # the three single-GPU rows
+    python scripts/bench_train.py --peer NANOGPT                   # and nanoGPT's, in the same run
     python scripts/bench_train.py --case "experiment=gpt_1.3b data.micro_batch_size=4"
     python scripts/bench_train.py --case "experiment=gpt2_124m data=shards data.path=FOLDER ..."
     torchrun --standalone --nproc-per-node 2 scripts/bench_train.py --case "... parallel=tensor2"
@@ -10,15 +11,20 @@ its batch, while the GPU may have been busy with the step before: so the loader 
 most. `loader tokens/s`: how fast this rank's loader gives batches when nothing else is done.
 Times whole optimizer steps (loader, forward, backward, norm, clip, AdamW) with CUDA events after a
 warm-up and reports medians. FLOPs per token: flashtrain/metrics.py.
+
+--peer: a folder with nanoGPT's model.py. Its step (scripts/training_peer.py) on as many made-up
+tokens is timed after each case, and the ratios are printed: tokens/s, and peak memory.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +35,12 @@ import torch.distributed as dist
 
 from flashtrain.build import build_engine
 from flashtrain.compose import load
-from flashtrain.config import ConfigError
+from flashtrain.config import Config, ConfigError
 from flashtrain.data.loader import DataLoader
 from flashtrain.data.source import open_loader, prepare_source
 from flashtrain.metrics import flops_per_token
 from flashtrain.parallel.mesh import mesh_of
+from scripts.training_peer import peer_step
 
 ONE_GPU = [
     "experiment=gpt2_124m data.sequence_length=1024 data.batch_size=32 data.micro_batch_size=32",
@@ -41,50 +48,52 @@ ONE_GPU = [
     "experiment=gpt_1.3b data.sequence_length=2048 data.batch_size=8 data.micro_batch_size=8",
 ]
 COLUMNS = (
-    "case", "ms/step", "tokens/s", "TFLOP/s/GPU", "peak GB", "loss", "data ms", "data share",
-    "loader tokens/s", "start s",
+    "case", "ms/step", "tokens/s", "TFLOP/s/GPU", "peak GB", "reserved GB", "loss", "data ms",
+    "data share", "loader tokens/s", "start s", "peer ms/step", "peer tokens/s", "peer peak GB",
+    "peer loss", "speed ratio", "memory ratio",
 )  # fmt: skip
 LOADER_SECONDS = 2.0
+
+
+def read_case(case: str, steps: int) -> Config:
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    overrides = [*case.split(), "data=random"] if "data=" not in case else case.split()
+    return prepare_source(load([*overrides, f"trainer.steps={steps}"], world), world)
 
 
 def measure(case: str, steps: int, warmup: int, device: torch.device) -> dict[str, Any]:
     """Medians of one configuration. Collective over the ranks."""
     began = time.perf_counter()
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    overrides = [*case.split(), "data=random"] if "data=" not in case else case.split()
-    config = load([*overrides, f"trainer.steps={steps + warmup}"], world)
-    config = prepare_source(config, world)
+    config = read_case(case, steps + warmup)
     mesh = mesh_of(config.parallel)
-    torch.cuda.reset_peak_memory_stats()
+    forget(device)
     engine = build_engine(config, mesh, device)
     loader = open_loader(config, mesh.data.rank, mesh.data.size, device)
-    times = []
-    for step in range(warmup + steps):
-        if step == warmup:
-            torch.cuda.synchronize()
-            started = time.perf_counter() - began
-            waited = loader.data_time
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        loss = engine.forward_backward(loader.step(step))
+    marks = []
+
+    def one(number: int) -> Any:
+        if number == warmup:
+            _wait(device)
+            marks.extend([time.perf_counter() - began, loader.data_time])
+        loss = engine.forward_backward(loader.step(number))
         engine.step(config.optimizer.lr * 0.1)
-        end.record()
-        if step >= warmup:
-            times.append((begin, end))
-    torch.cuda.synchronize()
+        return loss
+
+    median, loss = time_steps(one, steps, warmup, device)
+    started, waited = marks
     waited = (loader.data_time - waited) / steps * 1e3
     alone = loader_rate(loader, warmup + steps)
     loader.close()
-    median = statistics.median(begin.elapsed_time(end) for begin, end in times)
     tokens = config.data.batch_size * config.data.sequence_length
     flops = flops_per_token(config.model, config.data.sequence_length)
+    world = mesh.world_size
     return {
         "case": case,
         "ms/step": round(median, 2),
         "tokens/s": round(tokens / median * 1e3),
         "TFLOP/s/GPU": round(tokens / median * 1e3 * flops.full / world / 1e12, 1),
         "TFLOP/s/GPU causal once": round(tokens / median * 1e3 * flops.causal / world / 1e12, 1),
-        "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        **memory(device),
         "loss": round(float(loss), 4),
         "data ms": round(waited, 3),
         "data share": f"{waited / median:.2%}",
@@ -92,6 +101,80 @@ def measure(case: str, steps: int, warmup: int, device: torch.device) -> dict[st
         "start s": round(started, 1),
         "world": world,
     }
+
+
+def time_steps(
+    one: Callable[[int], Any], steps: int, warmup: int, device: torch.device
+) -> tuple[float, Any]:
+    """(median ms, what the last step returned) of `steps` steps after `warmup` others."""
+    times, on_gpu = [], device.type == "cuda"
+    result = None
+    for number in range(warmup + steps):
+        if on_gpu:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            result = one(number)
+            end.record()
+            times.append((begin, end))
+        else:
+            at = time.perf_counter()
+            result = one(number)
+            times.append(time.perf_counter() - at)
+    _wait(device)
+    timed = (
+        [begin.elapsed_time(end) for begin, end in times] if on_gpu else [1e3 * t for t in times]
+    )
+    return statistics.median(timed[warmup:]), result
+
+
+def race(case: str, folder: Path, steps: int, warmup: int, device: torch.device) -> dict[str, Any]:
+    """nanoGPT's figures for the same sizes."""
+    config = read_case(case, steps + warmup)
+    if dist.is_initialized():
+        raise ConfigError(f"--peer {folder}: nanoGPT is raced on one GPU, without torchrun")
+    forget(device)
+    step = peer_step(folder, config, device)
+    loader = open_loader(config, 0, 1, device)
+    with loader:
+        median, loss = time_steps(lambda n: step(loader.step(n)), steps, warmup, device)
+    tokens = config.data.batch_size * config.data.sequence_length
+    return {
+        "peer ms/step": round(median, 2),
+        "peer tokens/s": round(tokens / median * 1e3),
+        **{f"peer {key}": value for key, value in memory(device).items()},
+        "peer loss": round(float(loss), 4),
+    }
+
+
+def with_ratios(row: dict[str, Any]) -> dict[str, Any]:
+    row["speed ratio"] = round(row["peer ms/step"] / row["ms/step"], 3)
+    if row.get("peer peak GB"):
+        row["memory ratio"] = round(row["peak GB"] / row["peer peak GB"], 3)
+    return row
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Peaks since `forget`. `reserved` holds what the allocator and CUDA graphs keep, too."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "reserved GB": round(torch.cuda.max_memory_reserved() / 1e9, 2),
+    }
+
+
+def forget(device: torch.device) -> None:
+    """What ran before leaves nothing in memory, and no compiled code."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def loader_rate(loader: DataLoader, step: int) -> float:
@@ -104,30 +187,36 @@ def loader_rate(loader: DataLoader, step: int) -> float:
     return tokens / spent
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--case", action="append", help="Hydra overrides of one configuration")
     parser.add_argument("--steps", type=int, default=20, help="timed steps (default 20)")
     parser.add_argument("--warmup", type=int, default=6, help="untimed steps first (default 6)")
+    parser.add_argument("--peer", type=Path, help="folder with nanoGPT's model.py, to race with")
+    parser.add_argument("--cpu", action="store_true", help="for tests of this script")
     parser.add_argument("--json", type=Path, help="write the rows and the environment here")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available() and not options.cpu:
         print("bench_train: needs a CUDA GPU, none is visible", file=sys.stderr)
         return 2
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
+    device = torch.device("cpu")
+    if not options.cpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl", device_id=device)
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     rank = int(os.environ.get("RANK", 0))
     rows = []
     for case in options.case or ONE_GPU:
         try:
             row = measure(case, options.steps, options.warmup, device)
+            if options.peer is not None:
+                its = race(case, options.peer, options.steps, options.warmup, device)
+                row = with_ratios(row | its)
         except (ConfigError, torch.OutOfMemoryError) as error:
             row = {"case": case, "error": str(error).splitlines()[0]}
         rows.append(row)
-        torch.cuda.empty_cache()
-        torch._dynamo.reset()
         if rank == 0:
             print(
                 "  ".join(f"{key} {row[key]}" for key in COLUMNS if key in row) or row, flush=True
@@ -135,7 +224,7 @@ def main() -> int:
             if "error" in row:
                 print(f"  {row['error']}", flush=True)
     environment = {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
