@@ -8,7 +8,7 @@ not taken from torch's own allocator of pinned memory, which rounds every size u
 import logging
 from collections import defaultdict
 from dataclasses import replace
-from mmap import PAGESIZE
+from mmap import PAGESIZE, mmap
 
 import torch
 from torch import Tensor
@@ -130,10 +130,12 @@ def _blocks(layout: Layout) -> list[list[str]]:
 
 
 def _whole_pages(size: int) -> Tensor:
-    """At least `size` bytes that share no page with anything: CUDA registers pages, each once."""
-    memory = torch.empty(size + 2 * PAGESIZE, dtype=torch.uint8)
-    first = -memory.data_ptr() % PAGESIZE
-    return memory[first : first + -(-size // PAGESIZE) * PAGESIZE]
+    """At least `size` bytes that share no page with anything: CUDA registers pages, each once.
+
+    Mapped, so that a page begins where the storage does: `is_pinned` looks nowhere else.
+    """
+    pages = max(1, -(-size // PAGESIZE))
+    return torch.frombuffer(mmap(-1, pages * PAGESIZE), dtype=torch.uint8)
 
 
 def _bytes(shape: torch.Size, dtype: torch.dtype) -> int:
