@@ -91,6 +91,7 @@ def _language_as_it_was() -> Iterator[None]:
     is put back: nothing can be compiled with it. Gluon's language is made of the same classes."""
     import triton.language as tl
     from triton.language import core, math, random, standard
+    from triton.runtime.interpreter import InterpretedFunction
 
     classes = (core.tensor, core.dtype, core.tensor_descriptor_base)
     before = [(place, dict(vars(place))) for place in (tl, core, math, random, standard, *classes)]
@@ -103,6 +104,7 @@ def _language_as_it_was() -> Iterator[None]:
                     delattr(place, name)
                 elif member is not members[name]:
                     setattr(place, name, members[name])
+        InterpretedFunction.rewritten_fn.clear()  # they use names put into those modules
 
 
 def _interpret_standard_library(patch: pytest.MonkeyPatch) -> None:

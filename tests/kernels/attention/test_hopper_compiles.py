@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.attention import attention
 from kernels.attention.hopper.tiles import BACKWARD
 from tests.kernels.attention.cases import Case, inputs_of
 from tests.kernels.attention.compile_gluon import Built, compile_launch
+from tests.kernels.attention.conftest import interpreted
 from tests.kernels.attention.hopper_calls import passes_of
 
 SHARED_LIMIT = 232_448  # bytes a program may use on sm_90
@@ -33,6 +35,14 @@ CALLS = {  # at 1152 queries three consumers of 64 rows are taken, where they ar
         "documents": True,
     },
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def after_the_interpreter() -> None:
+    """As other tests of the same process run it before: it must leave nothing behind."""
+    with interpreted():
+        q = torch.randn(1, 16, 2, 16)
+        attention(q, q, q, causal=True, backend="triton")
 
 
 def built(number: int, D: int, call: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Built, int]:
@@ -69,7 +79,7 @@ def few(cases: list[tuple[Any, ...]], slow: list[tuple[Any, ...]]) -> list[Any]:
 )
 def test_forward_keeps_all_in_registers(D: int, call: str, spills: int) -> None:
     kernel, consumers = built(FORWARD_PASS, D, call)
-    assert consumers == (3 if D == 64 and call != "everything" else 2)
+    assert consumers == (3 if D == 64 and call not in ("everything", "documents") else 2)
     check(kernel, consumers)
     assert kernel.spilled <= spills
 
