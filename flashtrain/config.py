@@ -39,6 +39,7 @@ ContextKind = Enum("ContextKind", ["gather", "ring", "ulysses"])
 PipelineSchedule = Enum("PipelineSchedule", ["1f1b", "interleaved", "zero_bubble", "zbv"])
 Overlap = Enum("Overlap", ["auto", "on", "off", "fused"])
 Recompute = Enum("Recompute", ["none", "selective", "full"])
+CudaGraph = Enum("CudaGraph", ["auto", "on", "off"])
 WandbMode = Enum("WandbMode", ["auto", "online", "offline", "disabled"])
 OnBadSteps = Enum("OnBadSteps", ["stop", "rollback"])
 OnSpike = Enum("OnSpike", ["ignore", "warn", "stop", "rollback"])
@@ -315,6 +316,8 @@ class TrainerConfig:
 @dataclass
 class Config:
     name: str = "run"
+    # steps as CUDA graphs, which leave the host nothing to launch; auto: on one GPU, where they can
+    cuda_graph: CudaGraph = CudaGraph.auto
     seed: int = 1337
     # null: runs/<name>-<fingerprint of everything that changes the numbers>, so that the same
     # command finds its own run again

@@ -23,11 +23,12 @@ from flashtrain.data.loader import Batch
 from flashtrain.engine.compile import compile_blocks
 from flashtrain.engine.decoder import Decoder
 from flashtrain.engine.evaluation import mean_loss, sum_over
+from flashtrain.engine.graph import Graphs, uses_graphs
 from flashtrain.engine.offload import offload_inputs
 from flashtrain.engine.recompute import chunk_mlps, recompute_blocks
-from flashtrain.engine.update import update
+from flashtrain.engine.update import set_rates, update
 from flashtrain.model.gpt import GPT
-from flashtrain.optim import build_optimizer
+from flashtrain.optim import build_optimizer, on_device
 from flashtrain.parallel.context import own_batch
 from flashtrain.parallel.fsdp import give_back, held_parameters, set_pass, take_gradients
 from flashtrain.parallel.gradients import average_gradients
@@ -104,9 +105,19 @@ class NativeEngine:
                 gradient_as_bucket_view=True,
                 init_sync=False,  # weights are a function of the seed alone: equal already
             )
+        self.graphs: Graphs | None = None
+        if uses_graphs(config, device):
+            whole = self._update if on_device(self.optimizer) else None
+            self.graphs = Graphs(self._passes, whole, self.parameters.values())
 
     def forward_backward(self, batches: list[Batch]) -> Tensor:
         batches = [own_batch(batch, self.mesh.context) for batch in batches]
+        run = self._passes if self.graphs is None else self.graphs.passes
+        # of the global batch, a mean; of this rank's tokens, a sum
+        loss, self.own_loss = run(batches)
+        return loss
+
+    def _passes(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
         valid = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
         sum_over(self.mesh.tokens, valid)
         # DDP and FSDP divide by the number of their ranks; the loss is a sum over them
@@ -120,15 +131,19 @@ class NativeEngine:
                 (loss * share).backward()
             total += loss.detach()
         take_gradients(self.model, self.parameters)
-        self.own_loss = total.clone()  # of this rank's tokens, a sum
+        own = total.clone()
         sum_over(self.mesh.tokens, total)
-        return total / valid.clamp(min=1)
+        return total / valid.clamp(min=1), own
 
     def step(self, learning_rate: float) -> Tensor:
+        set_rates(self.optimizer, learning_rate)
+        if self.graphs is None or self.graphs.run_update is None:
+            return self._update()
+        return self.graphs.update()
+
+    def _update(self) -> Tensor:
         average_gradients(self.unsharded, self.mesh.tokens)
-        norm = update(
-            self.parameters.values(), self.optimizer, self.mesh, learning_rate, self.clip_norm
-        )
+        norm = update(self.parameters.values(), self.optimizer, self.mesh, None, self.clip_norm)
         self.model.zero_grad(set_to_none=True)
         return norm
 

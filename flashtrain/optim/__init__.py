@@ -10,19 +10,34 @@ from flashtrain.config import Config, OptimizerKind
 from flashtrain.model.dtypes import DTYPES
 from flashtrain.optim.adamw import build_adamw
 from flashtrain.optim.muon import Muon
+from flashtrain.parallel.gradients import clip_by_norm_
 from flashtrain.parallel.mesh import Mesh
 
 
-def step_unless_bad(optimizer: Optimizer, norm: Tensor) -> None:
+def on_device(optimizer: Optimizer) -> bool:
+    """Whether a step asks the host for nothing: the fused AdamW, and ours with moments in bf16."""
+    return isinstance(optimizer, AdamW) and bool(optimizer.defaults["fused"])
+
+
+def step_unless_bad(optimizer: Optimizer, norm: Tensor, clip_norm: float | None = None) -> None:
     """One step, or none where the norm of the whole gradient is not finite.
 
     Then parameters, moments and step counts stay as they are, to the last bit. The fused AdamW
     looks at the norm on the device; for other optimizers the host waits for it.
+
+    clip_norm: the gradient counts times min(1, clip_norm / (norm + 1e-6)), as in
+        `torch.nn.utils.clip_grad_norm_`; for the fused AdamW within its own pass.
     """
-    if isinstance(optimizer, AdamW) and optimizer.defaults["fused"]:
+    if on_device(optimizer):
         optimizer.found_inf = (~norm.isfinite()).to(torch.float32)  # type: ignore[attr-defined]
+        scale = None if clip_norm is None else ((norm + 1e-6) / clip_norm).clamp(min=1.0)
+        optimizer.grad_scale = scale  # type: ignore[attr-defined]
         optimizer.step()
-    elif bool(norm.isfinite()):
+        return
+    if clip_norm is not None:
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        clip_by_norm_(parameters, norm, clip_norm)
+    if bool(norm.isfinite()):
         optimizer.step()
 
 

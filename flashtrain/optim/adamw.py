@@ -27,6 +27,7 @@ def build_adamw(
         decays = parameter.dim() >= 2 and not name.startswith("position.")
         groups.setdefault((decays, rate_ratio(name, model)), []).append(parameter)
     kind = AdamWBf16 if config.moments is Moments.bf16 else AdamW
+    on_gpu = all(p.is_cuda for p in parameters.values())
     optimizer = kind(
         [
             {"params": own, "lr_ratio": ratio, "weight_decay": config.weight_decay / ratio * decays}
@@ -35,8 +36,15 @@ def build_adamw(
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        fused=all(p.is_cuda for p in parameters.values()) or None,
+        fused=on_gpu or None,
+        capturable=on_gpu,
     )
+    if on_gpu:
+        device = next(iter(parameters.values())).device
+        for group in optimizer.param_groups:  # read by the kernels: a CUDA graph sees it change
+            group["lr"] = torch.full((), config.lr * group["lr_ratio"], device=device)
+        # torch warns of steps outside of a graph; the fused kernels are the same there
+        optimizer._warned_capturable_if_run_uncaptured = True
     optimizer.register_step_post_hook(_mark_changed)
     return optimizer
 

@@ -22,12 +22,14 @@ from kernels.adamw import adamw_
 class AdamWBf16(AdamW):
     """torch's AdamW in names, groups and options (no amsgrad, no maximize), with its own step.
 
-    `found_inf`, 0-dim fp32 on the device: the step does nothing where it is not 0.
+    0-dim fp32 on the device, as in torch's fused kernels: `found_inf`, where the step does nothing
+    unless it is 0; `grad_scale`, by which gradients are divided; and a group's "lr".
     """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         skip: Tensor | None = getattr(self, "found_inf", None)
+        scale: Tensor | None = getattr(self, "grad_scale", None)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for parameter in parameters:
@@ -42,7 +44,7 @@ class AdamWBf16(AdamW):
                 adamw_(
                     parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["step"],
                     lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
-                    weight_decay=group["weight_decay"], skip=skip,
+                    weight_decay=group["weight_decay"], skip=skip, scale=scale,
                 )  # fmt: skip
 
     def fresh_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:

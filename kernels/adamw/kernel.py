@@ -17,12 +17,13 @@ def adamw_kernel(
     p_ptr, g_ptr, m_ptr, v_ptr,  # [n]
     step_ptr,  # 0-dim fp32: this step's number
     skip_ptr,  # 0-dim fp32: nothing is touched where it is not 0
-    n, lr, log2_beta1, log2_beta2, rest1, rest2, eps, weight_decay,
-    SKIPS: tl.constexpr, BLOCK: tl.constexpr,
+    scale_ptr,  # 0-dim fp32, divides the gradient
+    lr_ptr,  # 0-dim fp32, in place of lr
+    n, lr, log2_beta1, log2_beta2, rest1, rest2, eps, weight_decay, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """rest: 1 - beta, rounded once."""
+    """rest: 1 - beta, rounded once. The last three pointers may be None."""
     skip = 0.0
-    if SKIPS:
+    if skip_ptr is not None:
         skip = tl.load(skip_ptr)
     if skip == 0.0:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -30,6 +31,10 @@ def adamw_kernel(
         step = tl.load(step_ptr)
         p = tl.load(p_ptr + at, mask=inside, other=0.0)
         g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if scale_ptr is not None:
+            g = tl.div_rn(g, tl.load(scale_ptr))
+        if lr_ptr is not None:
+            lr = tl.load(lr_ptr)
         m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
         m += rest1 * (g - m)
@@ -49,8 +54,9 @@ def launch(
     v: Tensor,
     step: Tensor,
     skip: Tensor | None,
+    scale: Tensor | None,
     *,
-    lr: float,
+    lr: float | Tensor,
     log2_beta1: float,
     log2_beta2: float,
     rest1: float,
@@ -62,9 +68,9 @@ def launch(
     n = parameter.numel()
     with _on_device(parameter):
         adamw_kernel[(triton.cdiv(n, BLOCK),)](
-            parameter, gradient, m, v, step, step if skip is None else skip,
-            n, lr, log2_beta1, log2_beta2, rest1, rest2, eps, weight_decay,
-            SKIPS=skip is not None, BLOCK=BLOCK, num_warps=WARPS,
+            parameter, gradient, m, v, step, skip, scale, lr if isinstance(lr, Tensor) else None,
+            n, 0.0 if isinstance(lr, Tensor) else lr, log2_beta1, log2_beta2, rest1, rest2, eps,
+            weight_decay, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
 
 

@@ -18,12 +18,13 @@ def adamw_(
     v: Tensor,
     step: Tensor,
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
     skip: Tensor | None = None,
+    scale: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """One step in place, in one pass; see reference.py for what it computes.
@@ -33,9 +34,11 @@ def adamw_(
         gradient: of its shape, any float dtype.
         m, v: first and second moment, of its shape, contiguous, fp32 or bf16.
         step: 0-dim, the number of this step, from 1.
-        lr, eps, weight_decay, beta1, beta2: beta in [0, 1).
+        lr: a number, or 0-dim fp32 on the device.
+        eps, weight_decay, beta1, beta2: beta in [0, 1).
         skip: 0-dim fp32; parameter and moments stay as they are where it is not 0. Nobody waits
             for it.
+        scale: 0-dim fp32, by which the gradient is divided.
         backend: auto (triton on CUDA, torch elsewhere), triton or torch.
 
     Raises:
@@ -62,13 +65,13 @@ def adamw_(
         from kernels.adamw.kernel import launch
 
         launch(
-            parameter, gradient.contiguous(), m, v, step, skip,
+            parameter, gradient.contiguous(), m, v, step, skip, scale,
             lr=lr, log2_beta1=_log2(beta1), log2_beta2=_log2(beta2), rest1=1 - beta1,
             rest2=1 - beta2, eps=eps, weight_decay=weight_decay,
         )  # fmt: skip
     elif skip is None or not bool(skip):
         adamw_reference(
-            parameter, gradient, m, v, step,
+            parameter, gradient if scale is None else gradient / scale, m, v, step,
             lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
         )  # fmt: skip
 

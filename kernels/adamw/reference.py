@@ -18,7 +18,7 @@ def adamw_reference(
     v: Tensor,
     step: Tensor,
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,

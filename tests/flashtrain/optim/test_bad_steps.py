@@ -55,3 +55,18 @@ def test_good_steps_are_the_optimizers_own(name: str) -> None:
         parameter.grad = torch.randn(5, 7)
         optimizer.step()
     assert torch.equal(ours, parameter)
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("limit", [0.5, 100.0])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_clipping_is_torchs(name: str, limit: float, device: str) -> None:
+    torch.manual_seed(0)
+    start, gradient = (torch.randn(5, 7, device=device) for _ in "ab")
+    ours, theirs = (nn.Parameter(start.clone()) for _ in "ab")
+    for parameter in (ours, theirs):
+        parameter.grad = gradient.clone()
+    step_unless_bad(MADE[name]([ours]), gradient.norm(), limit)
+    torch.nn.utils.clip_grad_norm_([theirs], limit)
+    MADE[name]([theirs]).step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)

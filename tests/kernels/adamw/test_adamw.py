@@ -99,6 +99,19 @@ def test_a_skipped_step_touches_nothing(backend: str, device: str) -> None:
     assert not torch.equal(p, before[0])
 
 
+@BACKENDS
+def test_rate_and_scale_may_be_numbers_on_the_device(backend: str, device: str) -> None:
+    ours, theirs = (tuple(x.clone() for x in tensors(40, device, torch.bfloat16)) for _ in "ab")
+    for mine, other in zip(ours, theirs, strict=True):
+        other.copy_(mine)
+    given = gradients(40, device)
+    rate, scale = torch.full((), 0.01, device=device), torch.full((), 4.0, device=device)
+    steps(*ours, given, lr=rate, scale=scale, backend=backend)
+    steps(*theirs, [gradient / 4 for gradient in given], backend=backend)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "backend": ({"backend": "cuda"}, "backend='cuda' is not one of"),
     "shape": ({"m": torch.zeros(5)}, r"must share a shape, got \[4\], \[4\], \[5\], \[4\]"),
