@@ -165,6 +165,8 @@ def resolve(config: Config, world_size: int) -> Config:
         "trainer.evaluate_sequences": config.trainer.evaluate_sequences,
         "trainer.sample_every": config.trainer.sample_every,
         "trainer.sample_tokens": config.trainer.sample_tokens,
+        "trainer.benchmark.every": config.trainer.benchmark.every,
+        "trainer.benchmark.limit": config.trainer.benchmark.limit,
         "position.rope_theta": config.position.rope_theta,
         "position.scaling.factor": config.position.scaling.factor,
         "tracking.peak_tflops": config.tracking.peak_tflops,

@@ -276,6 +276,19 @@ class SpikeConfig:
 
 
 @dataclass
+class BenchmarkConfig:
+    """What is measured at intervals besides the held-out loss; scripts/evaluate.py does it later.
+    Troubles on the way, such as a data set out of reach, cost a warning and not the run."""
+
+    texts: list[str] = field(default_factory=list)  # UTF-8 files: perplexity, bits per byte
+    tasks: list[str] = field(default_factory=list)  # of lm-eval; needs the package lm-eval
+    task_folder: str | None = None  # task files of your own
+    shots: int | None = None  # examples before each question; null: as the task says
+    limit: int | None = None  # questions of each task; null: all
+    every: int = 1000  # steps
+
+
+@dataclass
 class TrainerConfig:
     steps: int = MISSING
     stop_at: int | None = None  # end after this step; the same command without it goes on
@@ -299,6 +312,7 @@ class TrainerConfig:
     sample_every: int = 500
     sample_prompt: str = "\n"
     sample_tokens: int = 128
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     compile: bool | None = None  # torch.compile each block; null: on CUDA
     recompute: Recompute = Recompute.none  # activation checkpointing
     # parts of its tokens that each MLP runs one after the other; its inside is recomputed part by

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flashtrain.benchmark import check_benchmark
 from flashtrain.config import (
     Config,
     ConfigError,
@@ -23,7 +24,7 @@ from flashtrain.config import (
     PositionKind,
     to_dict,
 )
-from flashtrain.data.source import prepare_source
+from flashtrain.data.source import open_tokenizer, prepare_source
 from flashtrain.model.dtypes import DTYPES
 from flashtrain.model.gpt import n_parameters
 from flashtrain.precision import is_fp8
@@ -48,6 +49,7 @@ def admit(config: Config, world_size: int, local_processes: int) -> Config:
     _check_files(config)
     _check_fp8(config)
     config = prepare_source(config, world_size)
+    _check_benchmark(config)
     _check_memory(config, local_processes)
     _check_copy(config, local_processes)
     describe_attention(config)
@@ -108,6 +110,16 @@ def _check_files(config: Config) -> None:
         raise ConfigError(
             f"checkpoint.resume={resume} is not a checkpoint (it has no manifest.json): name a "
             "folder like runs/NAME/checkpoints/step-00000100, or auto, or never"
+        )
+
+
+def _check_benchmark(config: Config) -> None:
+    benchmark = config.trainer.benchmark
+    check_benchmark(benchmark)
+    if (benchmark.texts or benchmark.tasks) and open_tokenizer(config) is None:
+        raise ConfigError(
+            "trainer.benchmark: the data has no tokenizer, so nothing turns text into its ids: "
+            "name one in data.tokenizer_path"
         )
 
 

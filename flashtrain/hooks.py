@@ -5,12 +5,15 @@ import math
 
 from torch import Tensor
 
+from flashtrain import checkpoint
+from flashtrain.benchmark import Row, as_metrics, on_tasks, on_texts
 from flashtrain.config import OnBadSteps
 from flashtrain.data.loader import DataLoader
+from flashtrain.examinee import Examinee
 from flashtrain.model.generate import complete
 from flashtrain.model.sampling import Sampling
 from flashtrain.run import Run
-from flashtrain.trainer import BadNumbersError, Step, TrainingError
+from flashtrain.trainer import BadNumbersError, Progress, Step, TrainingError
 
 log = logging.getLogger("flashtrain.hooks")
 
@@ -92,6 +95,49 @@ class Evaluate:
             step.number,
             {"validation/loss": loss, "validation/perplexity": math.exp(min(loss, 700.0))},
         )
+
+
+class Benchmark:
+    """Perplexity of texts and lm-eval's tasks, as `trainer.benchmark` names them."""
+
+    def __init__(self, run: Run, progress: Progress) -> None:
+        """progress: told of every batch, for a benchmark may take long."""
+        self.run, self.progress = run, progress
+        self.config = run.config.trainer.benchmark
+        self.number = 0  # of the step
+
+    def after_step(self, step: Step) -> None:
+        wanted = self.config.texts or self.config.tasks
+        if not wanted or step.interrupted or not _due(step, self.config.every):
+            return
+        assert self.run.tokenizer is not None  # see door.py
+        self.number = step.number
+        generators = checkpoint.rng_state()  # lm-eval seeds them all
+        with self.run.speed.pause():
+            examinee = Examinee(
+                self.run.engine.decoder(),
+                self.run.tokenizer,
+                self.run.config.data.sequence_length,
+                peers=self.run.peers,
+                moved=self._moved,
+            )
+            rows = examinee.examine(lambda: self._measure(examinee))
+        checkpoint.set_rng_state(generators)
+        if rows:
+            self.run.trackers.log(step.number, as_metrics(rows))
+
+    def _measure(self, examinee: Examinee) -> list[Row]:
+        try:
+            return [*on_texts(examinee, self.config.texts), *on_tasks(examinee, self.config)]
+        except RuntimeError:  # of the model: other ranks may wait for this one
+            raise
+        except Exception as error:  # of data sets, of the network, of a task's own code
+            what = f"{type(error).__name__}: {error}"
+            log.warning("the benchmark after step %d failed: %s", self.number, what)
+            return []
+
+    def _moved(self) -> None:
+        self.progress.at(f"the benchmark after step {self.number}", stepping=False)
 
 
 class Sample:

@@ -1,19 +1,19 @@
-"""How likely a model finds a text: log-probabilities of given tokens, perplexity. One process.
+"""How likely a model finds a text: log-probabilities of given tokens, perplexity.
 
-Dims: B rows, T tokens, D width, V vocabulary.
+Dims: B rows, T tokens.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from flashtrain.data.tokenizer import Tokenizer
-from flashtrain.model.gpt import GPT
+from flashtrain.engine.decoder import Decoder
 
-LOGITS = 2**28  # bytes of fp32 logits that are in memory at a time
+Request = tuple[Sequence[int], Sequence[int]]  # context, continuation
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,31 @@ class Perplexity:
         return self.loss * self.tokens / math.log(2) / max(1, self.bytes)
 
 
-class Scorer:
-    def __init__(self, model: GPT, max_length: int, batch_size: int = 8) -> None:
-        """max_length: tokens the model may see at a time, the length it was trained on."""
-        self.model, self.max_length, self.batch_size = model, max_length, batch_size
+class Scores(Protocol):
+    """Who scores: a Scorer, or an Examinee (examinee.py)."""
 
-    @torch.no_grad()
-    def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
-        """For each (context, continuation): the continuation's score after the context.
+    max_length: int
+
+    def score(self, requests: Sequence[Request]) -> list[Score]: ...
+
+
+class Scorer:
+    """See `Scores`. Collective over the ranks that share the model, and alike on all of them."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        max_length: int,
+        batch_size: int = 8,
+        moved: Callable[[], object] = lambda: None,
+    ) -> None:
+        """max_length: tokens the model may see at a time, the length it was trained on. moved:
+        called before every batch."""
+        self.decoder, self.max_length = decoder, max_length
+        self.batch_size, self.moved = batch_size, moved
+
+    def score(self, requests: Sequence[Request]) -> list[Score]:
+        """For each request the continuation's score after the context.
 
         A context that does not fit loses its beginning. Raises ValueError for a context or
         continuation without tokens, and for a continuation above max_length.
@@ -63,40 +80,40 @@ class Scorer:
             rows.append((ids, len(continuation)))
         # rows of about one length go together, the longest first: memory runs out at once or never
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
-        scores: list[Score | None] = [None] * len(rows)
+        scores: dict[int, Score] = {}
         for first in range(0, len(order), self.batch_size):
+            self.moved()
             batch = order[first : first + self.batch_size]
-            for row, score in zip(batch, self._batch([rows[row] for row in batch]), strict=True):
-                scores[row] = score
-        return [score for score in scores if score is not None]
+            scores |= zip(batch, self._batch([rows[row] for row in batch]), strict=True)
+        return [scores[row] for row in range(len(rows))]
 
-    def _batch(self, rows: list[tuple[list[int], int]]) -> Iterator[Score]:
-        device = self.model.embedding.weight.device
-        length = max(len(ids) for ids, _ in rows) - 1
+    def _batch(self, rows: list[tuple[list[int], int]]) -> list[Score]:
+        """rows: tokens, and how many of the last ones count."""
+        multiple, device = self.decoder.multiple, self.decoder.device
+        length = -(-max(len(ids) - 1 for ids, _ in rows) // multiple) * multiple
         # what stands after a row's end is not seen by what stands before it
-        padded = [ids[:-1] + [0] * (length + 1 - len(ids)) for ids, _ in rows]
-        hidden: Tensor = self.model(torch.tensor(padded, device=device))  # [B, T, D]
-        for own, (ids, n_scored) in zip(hidden, rows, strict=True):
-            end = len(ids) - 1
-            yield self._row(own[end - n_scored : end], torch.tensor(ids[-n_scored:], device=device))
+        tokens = [ids[:-1] + [0] * (length + 1 - len(ids)) for ids, _ in rows]
+        places = [
+            place
+            for row, (ids, n) in enumerate(rows)
+            for place in range(row * length + len(ids) - 1 - n, row * length + len(ids) - 1)
+        ]
+        targets = [token for ids, n in rows for token in ids[-n:]]
+        own, best = self.decoder.scores(
+            *(torch.tensor(numbers, device=device) for numbers in (tokens, places, targets))
+        )
+        counts = [n for _, n in rows]
+        return [
+            Score(float(sums), bool(greedy))
+            for sums, greedy in zip(
+                [part.sum() for part in own.double().cpu().split(counts)],
+                [part.all() for part in best.cpu().split(counts)],
+                strict=True,
+            )
+        ]
 
-    def _row(self, hidden: Tensor, targets: Tensor) -> Score:
-        """hidden [n, D], targets [n] int64."""
-        assert self.model.config.vocabulary is not None
-        at_once = max(1, LOGITS // (4 * self.model.config.vocabulary))
-        total = torch.zeros((), device=hidden.device, dtype=torch.float64)
-        greedy = torch.ones((), device=hidden.device, dtype=torch.bool)
-        for part, wanted in zip(hidden.split(at_once), targets.split(at_once), strict=True):
-            logits = self.model.logits(part[None])[0].float()  # [n, V]
-            own = logits.gather(1, wanted[:, None])[:, 0]
-            total += (own - logits.logsumexp(1)).double().sum()
-            greedy &= (logits.argmax(1) == wanted).all()
-        return Score(float(total), bool(greedy))
 
-
-def windows(
-    ids: Sequence[int], length: int, stride: int
-) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+def windows(ids: Sequence[int], length: int, stride: int) -> Iterator[Request]:
     """(context, continuation) pairs that score every id but the first, each exactly once.
 
     Pairs advance by `stride` ids; each sees as many of the `length` before its end as there are,
@@ -115,7 +132,7 @@ def windows(
         done = end
 
 
-def perplexity(scorer: Scorer, tokenizer: Tokenizer, text: str, stride: int) -> Perplexity:
+def perplexity(scorer: Scores, tokenizer: Tokenizer, text: str, stride: int) -> Perplexity:
     """Of a whole text that begins after an end-of-text token; see `windows` for the stride."""
     ids = [tokenizer.end_of_text, *tokenizer.encode(text)]
     if len(ids) < 2:

@@ -20,7 +20,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,17 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed as dist
 
-from flashtrain import checkpoint
-from flashtrain.config import Config, ConfigError
-from flashtrain.data.tokenizer import Tokenizer
+from flashtrain.checkpoint import CheckpointError
+from flashtrain.config import ConfigError
 from flashtrain.data.unfinished import Reader, cut, stops_at
 from flashtrain.engine.decoder import Decoder
 from flashtrain.launch import REFUSED, STOPPED
 from flashtrain.model.cache import cache_bytes_per_token
 from flashtrain.model.generate import generate
 from flashtrain.model.sampling import Sampling
-from flashtrain.parallel.mesh import build_mesh
-from flashtrain.trained import open_trained
+from flashtrain.trained import join, open_trained
 
 SINGLE_VALUES = {
     "run": "", "tokens": "200", "temperature": "0.8", "top_k": "", "top_p": "", "min_p": "",
@@ -56,9 +53,9 @@ def main(arguments: list[str]) -> int:
     rank = int(os.environ.get("RANK", 0))
     try:
         options, lists = read(arguments)
-        device = start()
+        device = join()
         write(options, lists["prompt"] or ["\n"], lists["stop"], device, loud=rank == 0)
-    except (ValueError, OSError, checkpoint.CheckpointError) as error:
+    except (ValueError, OSError, CheckpointError) as error:
         if rank == 0:
             print(f"generate: {error}", file=sys.stderr)
         return REFUSED
@@ -98,27 +95,6 @@ def number(options: dict[str, str], key: str, kind: type[Number]) -> Number:
         raise ConfigError(f"{key}={options[key]} is not a {what}") from None
 
 
-def start() -> torch.device:
-    """This process's device; under torchrun, the process group of all of them."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        gpu = device if device.type == "cuda" else None
-        backend = "nccl" if gpu else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=gpu)
-    return device
-
-
-def load(run: Path, device: torch.device) -> tuple[Config, Tokenizer, Decoder]:
-    """The newest model of a run, over all processes, ready to draw from."""
-    mesh = build_mesh(dist.get_world_size() if dist.is_initialized() else 1)
-    peers = checkpoint.Peers(dist.group.WORLD if mesh.world_size > 1 else None)
-    trained = open_trained(run, device, mesh.tensor, peers)
-    return trained.config, trained.tokenizer, Decoder(trained.model, mesh.tensor)
-
-
 def write(
     options: dict[str, str],
     prompts: Sequence[str],
@@ -135,14 +111,15 @@ def write(
         min_p=number(options, "min_p", float) if options["min_p"] else None,
         seed=number(options, "seed", int),
     )
-    config, tokenizer, decoder = load(Path(options["run"]), device)
+    trained = open_trained(Path(options["run"]), device)
+    tokenizer, decoder = trained.tokenizer, trained.decoder
     stop = stops_at(tokenizer, strings)
     prompt_ids = [tokenizer.encode(prompt) or [tokenizer.end_of_text] for prompt in prompts]
     rounds = generate(
         decoder,
         prompt_ids,
         number(options, "tokens", int),
-        max_length=config.data.sequence_length,
+        max_length=trained.config.data.sequence_length,
         sampling=sampling,
         n_ids=tokenizer.size,
         end=tokenizer.end_of_text if options["end"] == "true" else None,

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,10 +15,15 @@ from flashtrain.parallel.collectives import all_gather, gather_sequence, slice_s
 from flashtrain.parallel.context import whole_sequences
 from flashtrain.parallel.mesh import SINGLE, Axis
 
+LOGITS = 2**28  # bytes of fp32 logits that `scores` has in memory at a time
+
 
 class Decoder:
-    """What `flashtrain.model.generate` draws from. Every call is collective over the tensor ranks
-    (and, where weights are sharded, over those that hold them)."""
+    """What `flashtrain.model.generate` draws from, and `flashtrain.scoring` asks. Every call is
+    collective over the tensor ranks (and, where weights are sharded, over those that hold them).
+
+    Dims: B sequences, T tokens, N places of them, D width, V vocabulary, n tensor ranks.
+    """
 
     def __init__(
         self, model: GPT, tensor: Axis = SINGLE, after: Callable[[], object] = lambda: None
@@ -58,17 +63,42 @@ class Decoder:
         Whole sequences, with a cache to fill or without one: tokens [B, T] int64 and last [B]
         int64, where each ends. With a filled cache: tokens [1, B], one new token of each.
         """
+        with self._whole():
+            logits = self._logits(tokens, last, cache)
+        self.after()
+        return logits
+
+    @torch.no_grad()
+    def scores(self, tokens: Tensor, places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """How likely the model finds given tokens; whole on every rank.
+
+        Args:
+            tokens: whole sequences [B, T] int64, T a multiple of `multiple`.
+            places: [N] int64, b T + t for token t of sequence b.
+            targets: [N] int64, the token that follows each.
+
+        Returns:
+            Its natural log-probability [N] fp32, and whether no other is likelier [N] bool.
+        """
+        with self._whole():
+            own, best = self._scores(tokens, places, targets)
+        self.after()
+        return own, best > 0
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
         # a training step compiled the blocks for its own shapes; nobody waits for more of that
         eager: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if "torch._dynamo" in sys.modules:
             eager = torch.compiler.set_stance("force_eager")
         with eager, whole_sequences(self.model):
-            logits = self._logits(tokens, last, cache)
-        self.after()
-        return logits
+            yield
 
     def _logits(self, tokens: Tensor, last: Tensor | None, cache: KVCache | None) -> Tensor:
         return self._project(self.model(tokens, cache=cache), self.model, last)
+
+    def _scores(self, tokens: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+        return self._judge(self.model(tokens), self.model, places, targets)
 
     def _project(self, hidden: Tensor, model: GPT, last: Tensor | None) -> Tensor:
         """Logits [B, V] of hidden states [B, T/n, D], each at its `last`, or of [1, B/n, D]."""
@@ -76,14 +106,38 @@ class Decoder:
         if last is not None:
             rows = len(last)
             whole = gather_sequence(hidden, self.tensor)
-            ends = whole[torch.arange(rows, device=last.device), last]
-            ends = F.pad(ends, (0, 0, 0, -rows % self.multiple)).unsqueeze(0)
-            hidden = slice_sequence(ends, self.tensor)
+            hidden = self._part(whole[torch.arange(rows, device=last.device), last])
         logits = model.logits(hidden)[0, :rows].float()  # [B, V / n]
         if self.tensor.group is not None:
             parts = all_gather(logits, self.tensor.size, self.tensor.name)
             logits = parts.transpose(0, 1).flatten(1)
         return logits
+
+    def _judge(self, hidden: Tensor, model: GPT, places: Tensor, targets: Tensor) -> Tensor:
+        """[2, N] fp32, as `scores` returns it, of hidden states [B, T/n, D]."""
+        whole = gather_sequence(hidden, self.tensor).flatten(0, 1)
+        vocabulary = model.config.vocabulary
+        assert vocabulary is not None
+        rows = max(1, LOGITS // (4 * vocabulary)) * self.multiple
+        judged = []
+        for at, wanted in zip(places.split(rows), targets.split(rows), strict=True):
+            logits = model.logits(self._part(whole[at]))[0, : len(at)].float()  # [N, V / n]
+            local = wanted - self.tensor.rank * logits.shape[1]
+            here = (local >= 0) & (local < logits.shape[1])
+            own = logits.gather(1, local.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
+            part = torch.stack([logits.logsumexp(1), own.masked_fill(~here, 0), logits.amax(1)])
+            if self.tensor.group is not None:
+                parts = all_gather(part, self.tensor.size, self.tensor.name)  # [n, 3, N]
+                lses, owns, peaks = parts.unbind(1)
+                part = torch.stack([lses.logsumexp(0), owns.sum(0), peaks.amax(0)])
+            lse, own, peak = part
+            judged.append(torch.stack([own - lse, (own >= peak).float()]))
+        return torch.cat(judged, 1)
+
+    def _part(self, rows: Tensor) -> Tensor:
+        """This rank's part of hidden states [N, D], padded: [1, N/n, D]."""
+        padded = F.pad(rows, (0, 0, 0, -len(rows) % self.multiple)).unsqueeze(0)
+        return slice_sequence(padded, self.tensor)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ for those that are kept at a time.
 """
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from flashtrain.engine.recompute import recompute_blocks
 from flashtrain.engine.update import update
 from flashtrain.model.cache import KVCache
 from flashtrain.model.dtypes import DTYPES
+from flashtrain.model.gpt import GPT
 from flashtrain.optim import build_optimizer
 from flashtrain.parallel.context import own_batch
 from flashtrain.parallel.fsdp import give_back, held_parameters, set_pass, take_gradients
@@ -279,14 +280,33 @@ class PipelineDecoder(Decoder):
         return self.chain.dtype
 
     def _logits(self, tokens: Tensor, last: Tensor | None, cache: KVCache | None) -> Tensor:
-        hidden = self.chain(tokens, cache=cache)
+        rows = tokens.shape[1] if last is None else len(last)
+        vocabulary = self.model.config.vocabulary
+        assert vocabulary is not None
+        return self._from_last(
+            self.chain(tokens, cache=cache),
+            (rows, vocabulary),
+            lambda hidden, model: self._project(hidden, model, last),
+        )
+
+    def _scores(self, tokens: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+        return self._from_last(
+            self.chain(tokens, cache=None),
+            (2, len(places)),
+            lambda hidden, model: self._judge(hidden, model, places, targets),
+        )
+
+    def _from_last(
+        self,
+        hidden: Tensor | None,
+        shape: tuple[int, int],
+        finish: Callable[[Tensor, GPT], Tensor],
+    ) -> Tensor:
+        """What the rank of the last stage makes of its hidden states, on every rank."""
         if hidden is None:
-            rows = tokens.shape[1] if last is None else len(last)
-            vocabulary = self.model.config.vocabulary
-            assert vocabulary is not None
-            logits = torch.empty(rows, vocabulary, device=tokens.device)
+            result = torch.empty(shape, device=self.device)
         else:
             *_, final = self.chain.stages.values()
-            logits = self._project(hidden, final.model, last).contiguous()
-        dist.broadcast(logits, group=self.chain.axis.group, group_src=self.chain.last_rank)
-        return logits
+            result = finish(hidden, final.model).contiguous()
+        dist.broadcast(result, group=self.chain.axis.group, group_src=self.chain.last_rank)
+        return result

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 960, 380
+HALF = (470, 250)  # two beside each other
 LEFT, RIGHT, TOP, BOTTOM = 66, 16, 18, 44
 LETTER = 7.0  # pixels, wide enough for most
 # blue, orange, green, red, violet, cyan, pink, brown, grey, olive
@@ -28,11 +29,20 @@ class Curve:
 
 
 def line_chart(
-    curves: Sequence[Curve], *, x: str, y: str, log_x: bool = False, log_y: bool = False
+    curves: Sequence[Curve],
+    *,
+    x: str,
+    y: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    top: float | None = None,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
 ) -> str:
-    """A standalone <svg>; "" where no curve has two points.
+    """A standalone <svg> of `size` pixels, higher where the legend is; "" where no curve has two
+    points.
 
-    x, y: what the axes say. log_x, log_y: logarithmic; points at 0 and below are left out.
+    x, y: what the axes say; y may be "". log_x, log_y: logarithmic; points at 0 and below are left
+    out. top: lines leave the picture above this value.
     """
     kept = [
         (curve, [p for p in curve.points if (p[0] > 0 or not log_x) and (p[1] > 0 or not log_y)])
@@ -45,21 +55,23 @@ def line_chart(
     legend = 0.0
     if len(named) > 1:
         legend = 40 + LETTER * min(60, max(len(curve.name or "") for curve in named))
-    right = WIDTH - RIGHT - legend
-    height = max(HEIGHT, TOP + BOTTOM + 18 * len(named))
+    width, height = size
+    right = width - RIGHT - legend
+    height = max(height, TOP + BOTTOM + 18 * len(named))
     across = _axis([p[0] for p in points], LEFT, right, log_x, own=log_x)
-    up = _axis([p[1] for p in points], height - BOTTOM, TOP, log_y, pad=0.04)
-    drawn = [f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>']
+    heights = [p[1] if top is None else min(p[1], top) for p in points]
+    up = _axis(heights, height - BOTTOM, TOP, log_y, pad=0.04)
+    drawn = [f'<rect width="{width}" height="{height}" fill="#fff"/>']
     for value, at in up.ticks:
         drawn.append(
             f'<line x1="{LEFT}" x2="{right:.0f}" y1="{at:.1f}" y2="{at:.1f}" stroke="#e5e7eb"/>'
-            f'<text x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{value:.4g}</text>'
+            f'<text x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{_label(value)}</text>'
         )
     for value, at in across.ticks:
         drawn.append(
             f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{height - BOTTOM}" y2="{height - BOTTOM + 5}" '
             f'stroke="#9ca3af"/><text x="{at:.1f}" y="{height - BOTTOM + 18}" '
-            f'text-anchor="middle">{value:.6g}</text>'
+            f'text-anchor="middle">{_label(value)}</text>'
         )
     middle = (TOP + height - BOTTOM) / 2
     drawn.append(
@@ -67,8 +79,14 @@ def line_chart(
         f'{html.escape(x)}</text><text x="14" y="{middle:.0f}" text-anchor="middle" '
         f'transform="rotate(-90 14 {middle:.0f})">{html.escape(y)}</text>'
     )
+    drawn.append(  # dots may stand on its edges
+        f'<svg x="{LEFT - 4}" y="{TOP - 4}" width="{right - LEFT + 8:.0f}" '
+        f'height="{height - BOTTOM - TOP + 8}" '
+        f'viewBox="{LEFT - 4} {TOP - 4} {right - LEFT + 8:.0f} {height - BOTTOM - TOP + 8}">'
+    )
     for curve, own in sorted(kept, key=lambda pair: not pair[0].pale):
         drawn.append(_line(curve, [(across.place(a), up.place(b)) for a, b in own]))
+    drawn.append("</svg>")
     for index, curve in enumerate(named if legend else ()):
         at = TOP + 8 + 18 * index
         name = curve.name or ""
@@ -78,10 +96,14 @@ def line_chart(
             f'{_stroke(curve)}/><text x="{right + 38:.0f}" y="{at + 4}">{html.escape(shown)}</text>'
         )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" font-family="system-ui,sans-serif" font-size="12" fill="#374151">'
         f"{''.join(drawn)}</svg>"
     )
+
+
+def _label(value: float) -> str:
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
 def _stroke(curve: Curve) -> str:
@@ -134,8 +156,8 @@ def _axis(
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Four to ten round numbers within the range."""
-    raw = (high - low) / 5
+    """Three to nine round numbers within the range."""
+    raw = (high - low) / 8
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= raw * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -147,3 +169,9 @@ def _log_ticks(low: float, high: float) -> list[float]:
     powers = [10.0**n for n in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     parts = (1,) if len(powers) > 3 else (1, 2, 5)
     return [p * part for p in powers for part in parts if low <= p * part <= high]
+
+
+def after_the_start(curves: Sequence[Curve]) -> float | None:
+    """A `top` for losses: the highest value after the first tenth, which falls from far above."""
+    last = max((x for curve in curves for x, _ in curve.points), default=0.0)
+    return max((y for curve in curves for x, y in curve.points if x >= last / 10), default=None)

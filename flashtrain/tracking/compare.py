@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flashtrain.config import ConfigError
-from flashtrain.tracking.charts import Curve, line_chart
+from flashtrain.tracking.charts import Curve, after_the_start, line_chart
 
 # what names or places a run rather than changing it
 SILENT = ("name", "run_dir", "tracking", "data.path")
@@ -167,7 +167,7 @@ def overlaid(records: Sequence[Record], metric: str | None = None) -> str:
     y = metric or "training loss (pale), validation loss (dots)"
     if metric is None and not any(curve.dots for curve in curves):
         y = "training loss"
-    chart = line_chart(curves, x="step", y=y)
+    chart = line_chart(curves, x="step", y=y, top=None if metric else after_the_start(curves))
     if not chart:
         seen = sorted({key for record in records for row in record.rows for key in row})
         raise ConfigError(

@@ -5,7 +5,6 @@ the `flashtrain` loggers say comes through here too, so that it does not tear th
 """
 
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,9 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from flashtrain.config import Config, LinearKind, PrecisionConfig, Source
-from flashtrain.layout import describe_layout
-from flashtrain.model.gpt import n_parameters
+from flashtrain.config import Config
+from flashtrain.tracking.card import card, count
 
 LOG = logging.getLogger("flashtrain")
 UNPRINTABLE = dict.fromkeys((*range(32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}")
@@ -56,7 +54,10 @@ class Console:
 
     def start(self, config: dict[str, Any], resumed_id: str | None) -> None:
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-        for label, text in start_card(self.config, self.folder, self.notes):
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        lines = [*card(self.config, world), ("run folder", str(self.folder))]
+        lines += zip(("start", *[""] * len(self.notes)), self.notes, strict=False)
+        for label, text in lines:
             table.add_row(Text(label, style="bold"), Text(text))
         self._print(Panel(table, title=Text(self.config.name), title_align="left"))
         if self.rich.is_terminal:
@@ -141,51 +142,6 @@ class _Lines(logging.Handler):
         self.console.note(record.getMessage(), record.levelno >= logging.WARNING)
 
 
-def start_card(config: Config, folder: Path, notes: Sequence[str]) -> list[tuple[str, str]]:
-    """Label and text of each line of the card."""
-    model, data, trainer = config.model, config.data, config.trainer
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    parallel = config.parallel
-    sharing = (parallel.tensor or 1) * parallel.context * parallel.pipeline  # of one data rank
-    per_step = data.batch_size * data.sequence_length
-    parameters = n_parameters(model, config.position, data.sequence_length)
-    micro_batch = data.micro_batch_size or data.batch_size * sharing // world
-    accumulation = data.batch_size // (micro_batch * (world // sharing))
-    targets = ",".join(target.name for target in config.position.applies_to)
-    mixture = ", ".join(f"{source.weight:g} {name}" for name, source in data.sources.items())
-    made = "made-up tokens" if data.source is Source.random else "embedded"
-    return [
-        (
-            "model",
-            f"{model.n_layers} layers, {model.n_heads} heads of {model.head_size} "
-            f"({model.n_kv_heads} key/value), width {model.d_model}, {model.mlp.name} "
-            f"{model.d_ff}, vocabulary {model.vocabulary}",
-        ),
-        ("parameters", f"{count(parameters)} ({parameters:,})"),
-        ("positions", f"{config.position.kind.name} on {targets}"),
-        ("data", mixture or data.path or made),
-        (
-            "step",
-            f"{per_step:,} tokens: {data.batch_size} sequences of {data.sequence_length}, "
-            f"micro-batches of {micro_batch}, {accumulation} per rank and step",
-        ),
-        ("training", f"{trainer.steps} steps, {count(trainer.steps * per_step)} tokens"),
-        (
-            "layout",
-            f"{describe_layout(config.parallel, world)}, {describe_precision(config.precision)}",
-        ),
-        ("run folder", str(folder)),
-        *(("", note) if index else ("start", note) for index, note in enumerate(notes)),
-    ]
-
-
-def describe_precision(precision: PrecisionConfig) -> str:
-    """As in `bf16, linear layers fp8_rowwise`."""
-    if precision.linear is LinearKind.compute:
-        return precision.compute.name
-    return f"{precision.compute.name}, linear layers {precision.linear.name}"
-
-
 def format_metrics(metrics: dict[str, float]) -> list[str]:
     """Known metrics first, in a fixed order, then the rest under their names. Takes NaN and inf."""
     known: dict[str, Callable[[float], str]] = {
@@ -204,16 +160,6 @@ def format_metrics(metrics: dict[str, float]) -> list[str]:
     first = [show(metrics[key]) for key, show in known.items() if key in metrics]
     rest = [f"{k} {v:.4g}" for k, v in metrics.items() if k not in known and k not in quiet]
     return first + rest
-
-
-def count(value: float) -> str:
-    """1234567 -> '1.23M'."""
-    if not math.isfinite(value):
-        return str(value)
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size * 0.9995:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:

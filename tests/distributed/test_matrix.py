@@ -191,11 +191,18 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
 
 
 def look(engine: Engine, mesh: Mesh) -> tuple[float, torch.Tensor]:
-    """A held-out loss, and logits after one position: forwards without a backward."""
+    """A held-out loss; logits after one position and scores of a few tokens, in one row: forwards
+    without a backward."""
     tokens = batches(7, ALONE, 1)[5].tokens
-    return float(engine.evaluate(batches(6, mesh, 1))), engine.decoder().logits(
-        tokens, torch.tensor([4])
-    )[0]
+    logits = engine.decoder().logits(tokens, torch.tensor([4]))[0]
+    both, places = tokens.repeat(2, 1), torch.tensor([0, 2, 7, 8, 15])
+    # the last of them is the likeliest
+    targets = torch.tensor(
+        [5, 47, 0, 24, int(engine.decoder().logits(both, torch.tensor([7, 7]))[1].argmax())]
+    )
+    own, best = engine.decoder().scores(both, places, targets)
+    assert bool(best[-1])
+    return float(engine.evaluate(batches(6, mesh, 1))), torch.cat([logits, own, best.float()])
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from flashtrain.model.linear import Linear
 from flashtrain.parallel.layers import ColumnLinear, RowLinear
 from flashtrain.parallel.mesh import Axis
 from flashtrain.precision import layer_sizes
-from flashtrain.tracking.console import describe_precision
+from flashtrain.tracking.card import describe_precision
 
 FP8 = "experiment=null data=random model.vocabulary=64 precision=fp8_tensorwise"
 BF16_MOMENTS = "experiment=null optimizer.moments=bf16"

@@ -6,6 +6,7 @@ import torch
 from flashtrain.build import build_model
 from flashtrain.compose import load
 from flashtrain.data.tokenizer import train_bpe
+from flashtrain.engine.decoder import Decoder
 from flashtrain.model.gpt import GPT
 from flashtrain.parallel.mesh import SINGLE
 from flashtrain.scoring import Score, Scorer, perplexity, windows
@@ -37,13 +38,13 @@ def plainly(model: GPT, context: list[int], continuation: list[int]) -> Score:
 def test_scores_are_sums_of_log_probabilities_in_the_order_asked(
     model: GPT, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flashtrain.scoring.LOGITS", 384 * 4 * 3)  # three rows at a time
+    monkeypatch.setattr("flashtrain.engine.decoder.LOGITS", 384 * 4 * 3)  # three rows at a time
     draw = torch.Generator().manual_seed(1)
     requests = []
     for context, continuation in ((1, 1), (5, 3), (9, 8), (1, 16), (12, 2), (3, 7)):
         ids = torch.randint(384, (context + continuation,), generator=draw).tolist()
         requests.append((ids[:context], ids[context:]))
-    scores = Scorer(model, LENGTH, batch_size).score(requests)
+    scores = Scorer(Decoder(model), LENGTH, batch_size).score(requests)
     for score, (context, continuation) in zip(scores, requests, strict=True):
         expected = plainly(model, context, continuation)
         assert score.log_probability == pytest.approx(expected.log_probability, rel=1e-5)
@@ -53,17 +54,17 @@ def test_scores_are_sums_of_log_probabilities_in_the_order_asked(
 def test_what_the_model_would_say_itself_is_greedy(model: GPT) -> None:
     with torch.no_grad():
         best = int(model.logits(model(torch.tensor([[5, 6]])))[0, -1].argmax())
-    scores = Scorer(model, LENGTH).score([([5, 6], [best]), ([5, 6], [(best + 1) % 384])])
+    scores = Scorer(Decoder(model), LENGTH).score([([5, 6], [best]), ([5, 6], [(best + 1) % 384])])
     assert [score.greedy for score in scores] == [True, False]
 
 
 def test_a_long_context_loses_its_beginning(model: GPT) -> None:
     ids = list(range(40))
-    scores = Scorer(model, LENGTH).score([(ids[:37], ids[37:]), (ids[23:37], ids[37:])])
+    scores = Scorer(Decoder(model), LENGTH).score([(ids[:37], ids[37:]), (ids[23:37], ids[37:])])
     assert scores[0] == scores[1]
     for context, continuation in (([], [1]), ([1], []), ([1], list(range(LENGTH + 1)))):
         with pytest.raises(ValueError, match="at most 16"):
-            Scorer(model, LENGTH).score([(context, continuation)])
+            Scorer(Decoder(model), LENGTH).score([(context, continuation)])
 
 
 @pytest.mark.parametrize("stride", [1, 5, 16])
@@ -83,7 +84,7 @@ def test_windows_score_every_token_once_with_the_promised_context(n: int, stride
 
 def test_perplexity_is_that_of_the_mean_over_all_tokens(model: GPT) -> None:
     tokenizer = train_bpe([TEXT] * 20, 290)
-    found = perplexity(Scorer(model, LENGTH), tokenizer, TEXT * 4, stride=LENGTH)
+    found = perplexity(Scorer(Decoder(model), LENGTH), tokenizer, TEXT * 4, stride=LENGTH)
     ids = [tokenizer.end_of_text, *tokenizer.encode(TEXT * 4)]
     pairs = list(windows(ids, LENGTH, LENGTH))
     total = sum(plainly(model, list(c), list(p)).log_probability for c, p in pairs)

@@ -81,7 +81,7 @@ def test_a_run_is_followed_to_its_end(run: Path, monkeypatch: pytest.MonkeyPatch
     ("arguments", "sentence"),
     [
         ([], "nothing to evaluate on"),
-        (["--text", "nowhere.txt"], "nowhere.txt is not a file"),
+        (["--text", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["--text", "a.txt", "--stride", "17"], "stride of 17 must lie between 1 and 16"),
     ],
 )

@@ -14,6 +14,7 @@ from flashtrain.build import build_model
 from flashtrain.compose import load
 from flashtrain.config import to_dict
 from flashtrain.data.tokenizer import train_bpe
+from flashtrain.examinee import Examinee
 from flashtrain.parallel.mesh import SINGLE
 from flashtrain.scoring import Scorer, windows
 from flashtrain.trained import open_trained
@@ -66,28 +67,29 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks")
+def write_tasks(folder: Path) -> None:
+    """Task files and the data they name."""
     rows = [{"question": TEXT * n + "the quick brown", "answer": n % 2} for n in (1, 2, 5)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, rest in TASKS.items():
         head = COMMON.format(name=name, data=folder / "rows.jsonl", kind=KINDS[name])
         (folder / f"{name}.yaml").write_text(head + rest)
-    return folder
 
 
 def test_lm_eval_finds_what_the_model_says(
-    run: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from flashtrain.integrations.lm_eval import evaluate
+    from flashtrain.integrations.lm_eval import evaluate, unknown_tasks
 
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    found: dict[str, Any] = evaluate(run, list(TASKS), task_folder=tasks)
-
+    write_tasks(tmp_path)
+    assert unknown_tasks(["choices", "arc_easy", "arc_esay"], tmp_path) == ["arc_esay"]
     trained = open_trained(run, torch.device("cpu"))
-    scorer, tokenizer = Scorer(trained.model, 32), trained.tokenizer
+    asked = Examinee(trained.decoder, trained.tokenizer, 32, batch_size=2)
+    found: dict[str, Any] = evaluate(asked, list(TASKS), folder=tmp_path)
+
+    scorer, tokenizer = Scorer(trained.decoder, 32), trained.tokenizer
     texts = [TEXT * n + "the quick brown" for n in (1, 2, 5)]
     right, nats, size = 0, 0.0, 0
     for text, answer in zip(texts, (1, 0, 1), strict=True):
@@ -101,15 +103,3 @@ def test_lm_eval_finds_what_the_model_says(
     assert found["choices"]["acc,none"] == pytest.approx(right / 3)
     assert found["rolling"]["bits_per_byte,none"] == pytest.approx(nats / size / math.log(2))
     assert 0 <= found["answers"]["exact_match,none"] <= 1
-
-
-def test_an_answer_ends_before_its_stop_string(run: Path) -> None:
-    from flashtrain.integrations.lm_eval import FlashtrainLM
-
-    device = torch.device("cpu")
-    model = FlashtrainLM(open_trained(run, device), device)
-    whole = model._answer("the quick", {"until": [], "max_gen_toks": 12})
-    assert whole
-    middle = whole[len(whole) // 2]
-    stopped = model._answer("the quick", {"until": middle, "max_gen_toks": 12})
-    assert stopped == whole[: whole.index(middle)]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from flashtrain.config import ConfigError
-from flashtrain.tracking.charts import Curve, line_chart
+from flashtrain.tracking.charts import Curve, after_the_start, line_chart
 from flashtrain.tracking.compare import (
     as_text,
     best_first,
@@ -103,6 +103,19 @@ def test_on_logarithmic_axes_equal_ratios_are_equal_distances() -> None:
     assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
 
 
+def test_losses_are_drawn_from_where_the_first_tenth_ends() -> None:
+    losses = [(step, 10.0 if step < 10 else 3.0 - step / 100) for step in range(1, 101)]
+    curves = [Curve(losses, "a", 0)]
+    assert after_the_start(curves) == pytest.approx(2.9)
+    svg = line_chart(curves, x="step", y="loss", top=after_the_start(curves))
+    (path,) = re.findall(r'points="([^"]+)"', svg)
+    heights = [float(pair.split(",")[1]) for pair in path.split()]
+    assert heights[0] < 0  # above the picture
+    assert heights[9] == pytest.approx(18, abs=20)  # at its upper edge
+    assert heights[-1] == pytest.approx(336, abs=20)  # at its lower one
+    assert after_the_start([]) is None
+
+
 @pytest.mark.parametrize("points", [[], [(1, 2.0)]])
 def test_a_line_needs_two_points(points: list[tuple[float, float]]) -> None:
     assert line_chart([Curve(points, "a", 0)], x="step", y="y") == ""
@@ -124,10 +137,24 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path) -> None:
     (run / "evaluations.jsonl").write_text(
         '{"step": 3, "time": 1.0, "text": "x.txt", "loss": 2.25, "perplexity": 9.4877}\n'
     )
+    with (run / "metrics.jsonl").open("a") as file:
+        for step, value in ((2, 30.0), (3, 20.0)):
+            for name in ("arc", "fox.txt"):
+                row = {"step": step, f"benchmark/{name}/acc": value}
+                file.write(json.dumps(row) + "\n")
     page = write_report(run).read_text()
-    for shown in ("a&amp;b", "&lt;b&gt;To be", "2.13.0", "aten::mm  50%", "loss 2.25", "3 of 3"):
+    for shown in (
+        "a&amp;b",
+        "&lt;b&gt;To be",
+        "2.13.0",
+        "aten::mm  50%",
+        "loss 2.25",
+        "3 of 3",
+        ">fox.txt<",
+    ):
         assert shown in page, shown
-    assert page.count("<svg") == 2  # loss, tokens per second: the rest was not logged
+    # loss, tokens per second, accuracy of both benchmarks: the rest was not logged
+    assert page.count("<svg xmlns") == 3
     outside = re.findall(r"(?:src|href)=|@import|url\(", page)
     assert not outside
     with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from flashtrain.config import ConfigError, WandbMode
+from flashtrain.config import ConfigError, PositionConfig, PositionKind, Target, WandbMode
 from flashtrain.tracking import Trackers
-from flashtrain.tracking.console import Console, count, duration, format_metrics
+from flashtrain.tracking.card import count, describe_position
+from flashtrain.tracking.console import Console, duration, format_metrics
 from tests.flashtrain.tracking.sample_config import small_config
 
 METRICS = {
@@ -54,10 +55,22 @@ def test_the_start_card_tells_what_runs_where(out: io.StringIO) -> None:
         "256 tokens: 8 sequences of 32, micro-batches of 2, 4 per rank",
         "100 steps, 25.6k tokens",
         "1 processes: tensor 1 x data 1, bf16",
+        "512 bytes of keys and values for each token",  # 2 x 2 layers x 64 x bf16
         "/runs",
         "resumes from step-00000020",
     ):
         assert part in card.replace("\n", " "), part
+
+
+def test_positions_are_said_with_what_they_touch() -> None:
+    kinds = {
+        "rope on q,k": PositionConfig(PositionKind.rope),
+        "learned on embedding": PositionConfig(PositionKind.learned, [Target.embedding]),
+        "alibi": PositionConfig(PositionKind.alibi),
+        "none": PositionConfig(PositionKind.none),
+    }
+    for said, position in kinds.items():
+        assert describe_position(position) == said
 
 
 def test_a_log_is_one_plain_line_without_a_terminal(console: Console, out: io.StringIO) -> None:
