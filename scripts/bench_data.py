@@ -4,9 +4,9 @@
     taskset -c 0,1 python scripts/bench_data.py --megabytes 1000 --repeats 3 --json data.json
 
 prepare: JSON lines to shards with a BPE of 32768 ids, beside Hugging Face `datasets` + `tokenizers`
-(where installed) doing the same: the same tokenizer file, one map over all cores, ids to one array
-on disk. Their ids are compared with ours, all of them. With --workers 1 seconds of cores stand
-beside those of the clock, for machines whose cores are shared.
+(where installed) doing the same: the same tokenizer file, one map, in one process and in as many as
+there are cores, ids to one array on disk. Their ids are compared with ours, all of them. With
+--workers 1 seconds of cores stand beside those of the clock, for machines whose cores are shared.
 
 loader: batches out of the page cache, and resident memory meanwhile. cold: one epoch at most after
 the shards were dropped from the page cache (a virtual disk may still have them in its host's), with
@@ -14,8 +14,7 @@ nothing announced, rows announced, whole shards read ahead, and out of a file://
 data.cache_dir; each as fast as it goes, and the share of the time it is waited for where 5 M
 tokens/s are asked for.
 
-The text: words drawn as the embedded plays draw theirs (each by the two before it), so that
-sentences differ, and new spellings appear as in real text.
+The text: documentation and sources of what is installed here, each file once (machine_text.py).
 """
 
 import argparse
@@ -23,21 +22,22 @@ import gc
 import json
 import os
 import platform
-import random
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import machine_text
 import numpy as np
 
 from flashtrain.config import DataConfig
-from flashtrain.data import corpus
 from flashtrain.data.loader import DataLoader
 from flashtrain.data.prepare import Recipe, prepare
 from flashtrain.data.samples import Blocks, Samples, Shuffled
@@ -48,9 +48,9 @@ from flashtrain.data.windows import WindowShuffled
 
 SHARD_TOKENS = 1 << 23  # small, so that a small corpus has many
 WINDOW = 2  # shards read at a time where whole shards are read ahead
+LEARNED = 5000  # documents that the tokenizer is trained on
 ASKED = 5e6  # tokens/s, what the data of a node have to keep up with
 Note = Callable[[dict[str, Any], str], None]  # keeps a row and prints a line
-LETTERS = "etaoinshrdlucmfwyp"
 
 
 def arguments() -> argparse.Namespace:
@@ -72,39 +72,15 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def made_documents(size: int, seed: int = 1) -> Iterator[str]:
-    """About `size` characters of documents of 200 to 20,000, a word in 500 a new one."""
-    draw = random.Random(seed)
-    words = [word for _, text in corpus.documents() for word in text.split(" ")]
-    after: dict[tuple[str, str], list[int]] = {}
-    for i in range(len(words) - 2):
-        after.setdefault((words[i], words[i + 1]), []).append(i + 2)
-    made = 0
-    while made < size:
-        target, at = int(200 * 100 ** draw.random()), draw.randrange(len(words) - 2)
-        parts, length = [words[at], words[at + 1]], 0
-        while length < target:
-            places = after.get((parts[-2], parts[-1]))
-            at = draw.choice(places) if places else draw.randrange(len(words))
-            word = words[at]
-            parts.append(word)
-            if draw.random() < 0.002:
-                word = "".join(draw.choices(LETTERS, k=draw.randint(3, 9)))
-                parts += [word, words[at]]
-            length += len(word) + 1
-        text = " ".join(parts)
-        made += len(text)
-        yield text
-
-
 def write_text(folder: Path, megabytes: int) -> Path:
-    file = folder / f"made-{megabytes}.jsonl"
+    """JSON lines that stay in `folder`."""
+    file = folder / f"text-{megabytes}.jsonl"
     if not file.exists():
-        partial = file.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as stream:
-            for text in made_documents(megabytes * 10**6):
-                stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-        partial.rename(file)
+        begun = file.with_suffix(".partial")
+        written = machine_text.write(begun, megabytes * 10**6) / 1e6
+        if written < megabytes:
+            print(f"this machine holds {written:.0f} MB of text, which is all there is to prepare")
+        begun.rename(file)
     return file
 
 
@@ -264,24 +240,27 @@ def bench_loader(folder: Path, options: argparse.Namespace, note: Note) -> None:
 
 def bench_prepare(folder: Path, options: argparse.Namespace, note: Note) -> None:
     text = write_text(folder, options.megabytes)
-    size = text.stat().st_size / 1e6
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.exists():
-        train_bpe((work for _, work in corpus.documents()), 32768).save(tokenizer)
+        with text.open(encoding="utf-8") as lines:
+            sample = (json.loads(line)["text"] for line in islice(lines, LEARNED))
+            train_bpe(sample, 32768).save(tokenizer)
     ours, theirs = folder / "ours", folder / "theirs"
 
     def took(name: str, make: Callable[[], None]) -> None:
         began, spent = time.perf_counter(), sum(os.times()[:4])  # with children that have ended
         make()
         seconds, spent = time.perf_counter() - began, sum(os.times()[:4]) - spent
-        tokens = TokenShards(ours).tokens
+        split = TokenShards(ours).split
+        size, tokens = split.text_bytes / 1e6, split.tokens
         row = {"prepare": name, "seconds": seconds, "mb_s": size / seconds,
-               "tokens_s": tokens / seconds, "tokens": tokens}  # fmt: skip
+               "tokens_s": tokens / seconds, "mb": size, "tokens": tokens,
+               "documents": split.documents}  # fmt: skip
         told = ""
         if options.workers == 1:  # of more, some are children of a server that has not ended
             row["cpu_seconds"] = spent
             told = f" {spent:7.1f} s of cores"
-        note(row, f"{name:<27} {seconds:7.1f} s{told} {size / seconds:8.1f} MB/s "
+        note(row, f"{name:<44} {seconds:7.1f} s{told} {size / seconds:8.1f} MB/s "
                   f"{tokens / seconds / 1e6:6.2f} M tokens/s")  # fmt: skip
 
     took("flashtrain", lambda: prepare_ours(text, tokenizer, ours, options.workers))
@@ -290,12 +269,13 @@ def bench_prepare(folder: Path, options: argparse.Namespace, note: Note) -> None
     except ImportError:
         print("datasets is not installed: its half is left out (`pip install datasets`)")
         return
-    took(
-        f"datasets {datasets.__version__} + tokenizers",
-        lambda: prepare_theirs(text, tokenizer, theirs, options.workers, datasets),
-    )
-    same = compare(ours, theirs)
-    note({"ids": same}, f"ids: {same}")
+    for processes in sorted({1, options.workers}):  # of one, `tokenizers` uses all cores by itself
+        took(
+            f"datasets {datasets.__version__} + tokenizers, {processes} processes",
+            partial(prepare_theirs, text, tokenizer, theirs, processes, datasets),
+        )
+        same = compare(ours, theirs)
+        note({"ids": same}, f"ids: {same}")
 
 
 PARTS = {"prepare": bench_prepare, "loader": bench_loader, "cold": bench_cold}

@@ -13,12 +13,13 @@ goes on from its last save. Bad documents are counted and left out. The split is
 
 import argparse
 import sys
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console
-from rich.markup import escape
 
 from flashtrain.data.bars import Bars
 from flashtrain.data.encode import cores
@@ -82,6 +83,8 @@ def main() -> int:
         longest=options.longest,
     )
     console = Console(stderr=True)
+    refuse = partial(console.print, style="red", soft_wrap=True, highlight=False, markup=False)
+    again = "the same command goes on from its last save"
     try:
         with Bars(console) as bars:
             manifest = prepare(
@@ -94,11 +97,17 @@ def main() -> int:
                 report=bars,
             )
     except KeyboardInterrupt:
-        console.print("interrupted: the same command goes on from its last save")
+        console.print(f"interrupted: {again}")
         return 130
     except DataError as error:
-        console.print(f"[red]{escape(str(error))}[/]", soft_wrap=True, highlight=False)
+        refuse(str(error))
         return 2
+    except BrokenProcessPool:
+        refuse(f"a worker was killed, for want of memory as a rule (see --workers): {again}")
+        return 1
+    except OSError as error:  # a full disk, a file that went away
+        refuse(f"{error}: {again}")
+        return 1
     print("\n".join(summary(options.output, manifest)))
     return 0
 

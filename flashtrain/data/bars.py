@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from flashtrain.data.prepare import Progress
@@ -17,10 +17,13 @@ class Bars:
     """Called with each `Progress`; a context manager that draws meanwhile."""
 
     def __init__(self, console: Console) -> None:
-        columns = ("{task.description}", "{task.percentage:3.0f} %", "{task.fields[rate]}")
-        about, percent, rate = map(TextColumn, columns)
         self.bars = RichProgress(
-            about, BarColumn(), percent, rate, TimeRemainingColumn(), console=console
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),  # nothing where the size is unknown
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
         )
         self.tasks: dict[str, TaskID] = {}
         self.latest = self.began = time.perf_counter()

@@ -3,11 +3,12 @@
 A document goes to validation if its hash falls below the share asked for. So the same text never
 stands on both sides, however often it occurs, and adding or reordering files moves nothing else.
 
-Documents longer than 1/512 of the whole input are first cut into parts at paragraph ends and each
-part is decided by itself. Otherwise 42 plays would give a held-out share of anything from 0 to
-12 %, as whole works are too few to draw 5 % of. Parts that stay neighbours on the same side are
-joined again, so a long training text is broken only where a part of it was taken out. In a corpus
-of many documents none is that long, and all stay whole.
+An exception are small inputs: documents longer than 1/512 of all bytes (as they lie on the disk)
+are first cut into parts at paragraph ends and each part is decided by itself. Otherwise 42 plays
+would give a held-out share of anything from 0 to 12 %, as whole works are too few to draw 5 % of.
+Parts that stay neighbours on the same side are joined again, so a long training text is broken only
+where a part of it was taken out. In a corpus of many documents none is that long, and all stay
+whole.
 """
 
 from collections.abc import Iterator

@@ -1,5 +1,6 @@
 import io
 import json
+import resource
 import subprocess
 import sys
 from itertools import pairwise
@@ -366,13 +367,30 @@ def test_the_script_prepares_and_refuses(tmp_path: Path) -> None:
 
 
 def test_bars_are_drawn_of_known_and_unknown_sizes() -> None:
-    text = io.StringIO()
     for size in (1000, None):
+        text = io.StringIO()
         with Bars(Console(file=text, force_terminal=True, width=120)) as bars:
             for done in (0, 10, 20):
                 bars(Progress("tokens", done, 1000 * done, 50 * done, size))
-    assert "writing tokens" in text.getvalue() and "20 documents" in text.getvalue()
-    assert "100 %" in text.getvalue() and "M tokens/s" in text.getvalue()
+        drawn = text.getvalue()
+        assert "writing tokens" in drawn and "20 documents" in drawn and "M tokens/s" in drawn
+        assert ("100%" in drawn) == ("%" in drawn) == (size is not None)
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [text * 100 for text in TEXTS])
+    command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), str(source), "--workers"]
+    command += ["1", "--tokenizer", "bytes", "--output", str(tmp_path / "out")]
+    limit = (200_000, 200_000)  # bytes of a file: writing more fails as on a full disk
+    full = subprocess.run(
+        command, capture_output=True, text=True, timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )  # fmt: skip
+    assert full.returncode == 1 and "Traceback" not in full.stderr
+    assert "File too large: the same command goes on" in full.stderr
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    TokenShards(tmp_path / "out").verify()
 
 
 def test_a_tokenizer_trained_apart_is_the_one_prepare_trains(tmp_path: Path) -> None:
