@@ -5,20 +5,25 @@
         --layout "1 parallel=data" --layout "8 parallel=fsdp" --layout "8 parallel=tensor8"
     python scripts/bench_scaling.py --gpus 4 --config "experiment=gpt_1.3b" --steps 100 --losses
 
-Each layout is a torchrun of its own on this machine: an optional number of processes, then Hydra
-overrides. Without --layout: the usual ones on --gpus GPUs, one GPU first. A rank that sees its own
-samples gets --micro-batches of data.micro_batch_size sequences a step (a pipeline four a stage),
-unless a layout names data.batch_size; with --losses all get the same global batch. Random tokens.
-Without a GPU the same over gloo on the CPU, where speeds mean nothing.
+A layout is an optional number of processes on this machine, then Hydra overrides; neighbours on as
+many processes are measured by one torchrun. Without --layout: the usual ones on --gpus GPUs, one
+GPU first. A rank that sees its own samples gets --micro-batches of data.micro_batch_size sequences
+a step (a pipeline four a stage), unless a layout names data.batch_size; with --losses all get the
+same global batch. Random tokens. Without a GPU the same over gloo on the CPU, where speeds mean
+nothing.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +39,9 @@ from flashtrain.planning.gpus import build_cluster, one_host
 from flashtrain.planning.layouts import predict
 
 COLUMNS = {
-    "layout": "layout", "gpus": "GPUs", "tokens/s/GPU": "tokens/s/GPU", "share": "of one GPU",
-    "predicted tokens/s/GPU": "predicted", "speed error": "error", "peak GB": "peak GB",
-    "predicted GB": "predicted", "memory error": "error",
+    "layout": "layout", "gpus": "GPUs", "ms/step": "ms/step", "tokens/s/GPU": "tokens/s/GPU",
+    "share": "of one GPU", "predicted tokens/s/GPU": "predicted", "speed error": "error",
+    "peak GB": "peak GB", "predicted GB": "predicted", "memory error": "error",
 }  # fmt: skip
 
 
@@ -94,29 +99,71 @@ def case_of(
     return [*words, f"data.batch_size={batch}", f"trainer.evaluate_sequences={held_out}"]
 
 
-def run_layout(words: list[str], processes: int, options: argparse.Namespace) -> dict[str, Any]:
-    """What scaling_worker.py measured; a row with `error` where it failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "row.json"
+def run_cases(
+    cases: list[list[str]], processes: int, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """What scaling_worker.py measured of each case, as soon as it has; `error` where it failed.
+
+    One torchrun does them all, since it takes longer to start than to time; the case after one
+    that failed starts another.
+    """
+    done = 0
+    while done < len(cases):
+        for row in run_until_failure(cases[done:], processes, options):
+            yield row
+            done += 1
+
+
+def run_until_failure(
+    cases: list[list[str]], processes: int, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as name, Path(name, "stderr").open("w+") as errors:
+        given, rows = Path(name, "cases.json"), Path(name, "rows.jsonl")
+        given.write_text(json.dumps(cases))
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", str(processes), str(ROOT / "scripts" / "scaling_worker.py")),
+            *("--cases", str(given), "--rows", str(rows)),
             *("--steps", str(options.steps), "--warmup", str(options.warmup)),
-            *("--json", str(result), *words),
         ]
         threads = max(1, (os.cpu_count() or 1) // processes)
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        run = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
         try:
-            run = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=options.limit
-            )
-        except subprocess.TimeoutExpired:
-            return {"error": f"took longer than {options.limit} s"}
-        if result.exists():
-            row: dict[str, Any] = json.loads(result.read_text())
-            return row
-        lines = [line for line in run.stderr.splitlines() if "Error" in line] or [run.stderr[-200:]]
-        return {"error": lines[0].strip()}
+            for at in range(len(cases)):
+                line = next_line(rows, at, run, time.monotonic() + options.limit)
+                if line is not None:
+                    yield json.loads(line)
+                    continue
+                if run.poll() is None:
+                    yield {"error": f"took longer than {options.limit} s"}
+                else:
+                    yield {"error": reason(Path(errors.name).read_text())}
+                return
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.wait(60)
+        finally:
+            run.terminate()  # torchrun ends its ranks, and kills them after 30 s
+            run.wait()
+
+
+def next_line(rows: Path, at: int, run: subprocess.Popen[bytes], deadline: float) -> str | None:
+    """Line `at` of a file, once it is there; None when its writer ended without or the time is
+    over."""
+    while True:
+        ended = run.poll() is not None  # before the look: what it wrote last counts
+        lines = rows.read_text().splitlines(keepends=True) if rows.exists() else []
+        if len(lines) > at and lines[at].endswith("\n"):
+            return lines[at]
+        if ended or time.monotonic() > deadline:
+            return None
+        time.sleep(0.1)
+
+
+def reason(said: str) -> str:
+    """The line of the first traceback that says why."""
+    found = re.search(r"^(?:\[rank\d+\]:\s*)?([\w.]*(?:Error|Exception): .*)", said, re.MULTILINE)
+    return found[1] if found else said[-200:].strip()
 
 
 def predicted(words: list[str], processes: int, gpu: str) -> dict[str, Any]:
@@ -153,18 +200,53 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print("|" + "---|" * len(COLUMNS))
     for row in rows:
         if "error" in row:
-            print(f"| {row['layout']} | {row['gpus']} | {row['error']} |" + " |" * 6)
+            print(f"| {row['layout']} | {row['gpus']} | {row['error']} |" + " |" * 7)
         else:
             print("| " + " | ".join(str(row.get(key, "")) for key in COLUMNS) + " |")
 
 
 def compare_losses(rows: list[dict[str, Any]]) -> None:
     """Largest relative difference of each layout's losses from the first one's."""
-    measured = [row for row in rows if "losses" in row]
-    for row in measured[1:]:
-        pairs = zip(measured[0]["losses"], row["losses"], strict=True)
+    found = [row for row in rows if "losses" in row]
+    for row in found[1:]:
+        pairs = zip(found[0]["losses"], row["losses"], strict=True)
         worst = max(abs(a - b) / abs(a) for a, b in pairs)
-        print(f"{row['layout']}: losses differ by at most {worst:.1e} from {measured[0]['layout']}")
+        print(f"{row['layout']}: losses differ by at most {worst:.1e} from {found[0]['layout']}")
+
+
+def row_of(
+    text: str, config: list[str], same: int | None, options: argparse.Namespace
+) -> dict[str, Any]:
+    """A layout before it is measured; with `error` where it is refused, which is here, before
+    torchrun."""
+    processes, layout = split_layout(text, options.gpus)
+    row: dict[str, Any] = {"layout": " ".join(layout), "gpus": processes}
+    try:
+        words = case_of(config, layout, processes, options.micro_batches, same)
+        load([*words, "trainer.steps=1"], processes)
+        row["case"] = " ".join(words)
+    except ConfigError as error:
+        row["error"] = str(error)
+    return row
+
+
+def measured(
+    rows: list[dict[str, Any]], options: argparse.Namespace
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each row with what was found of it. Neighbours on as many processes share a torchrun;
+    DeepSpeed, which keeps things for as long as its process lives, has one for each case."""
+
+    def shared(row: dict[str, Any]) -> object:
+        alone = "engine=deepspeed" in row.get("case", "") or "error" in row
+        return id(row) if alone else row["gpus"]
+
+    for _, group in itertools.groupby(rows, shared):
+        own = list(group)
+        if "error" in own[0]:
+            yield own[0], {}
+            continue
+        cases = [row["case"].split() for row in own]
+        yield from zip(own, run_cases(cases, own[0]["gpus"], options), strict=True)
 
 
 def main() -> int:
@@ -181,7 +263,6 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, help="draw measured beside predicted here (PNG)")
     options = parser.parse_args()
     config = options.config.split()
-    rows: list[dict[str, Any]] = []
     environment: dict[str, str] = {"date": time.strftime("%Y-%m-%d")}
     try:
         if options.plot:
@@ -192,20 +273,17 @@ def main() -> int:
     except ValueError as error:
         print(f"bench_scaling: {error}", file=sys.stderr)
         return 2
-    for text in options.layout or usual_layouts(options.gpus):
-        processes, layout = split_layout(text, options.gpus)
-        row: dict[str, Any] = {"layout": " ".join(layout), "gpus": processes}
-        try:
-            words = case_of(config, layout, processes, options.micro_batches, same)
-            load([*words, "trainer.steps=1"], processes)  # refused here, before torchrun
-            row |= {"case": " ".join(words), **run_layout(words, processes, options)}
-        except ConfigError as error:
-            row["error"] = str(error)
+    layouts = options.layout or usual_layouts(options.gpus)
+    rows = [row_of(text, config, same, options) for text in layouts]
+    for row, found in measured(rows, options):
+        row |= found
         if "gpu" in row:
             environment |= {key: row.pop(key) for key in ("gpu", "torch", "python")}
-            row |= predicted(words, processes, environment["gpu"])
-        rows.append(row)
-        print(f"{processes} {row['layout']}: {row.get('error') or row['tokens/s/GPU']}", flush=True)
+            row |= predicted(row["case"].split(), row["gpus"], environment["gpu"])
+        said = (
+            row.get("error") or f"{row['tokens/s/GPU']} tokens/s/GPU, {row['start s']} s to start"
+        )
+        print(f"{row['gpus']} {row['layout']}: {said}", flush=True)
         if options.json:  # after each one: what was measured is not lost with what follows
             finish(rows)
             report = {"environment": environment, "rows": rows}
@@ -214,10 +292,10 @@ def main() -> int:
     print_table(rows)
     if options.losses:
         compare_losses(rows)
-    measured = [row for row in rows if "tokens/s/GPU" in row]
-    if options.plot and measured:
-        draw_bars(measured, f"{options.config}, {environment.get('gpu')}", options.plot)
-    return 0 if measured else 1
+    done = [row for row in rows if "tokens/s/GPU" in row]
+    if options.plot and done:
+        draw_bars(done, f"{options.config}, {environment.get('gpu')}", options.plot)
+    return 0 if done else 1
 
 
 if __name__ == "__main__":

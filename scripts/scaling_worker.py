@@ -1,12 +1,15 @@
-"""One rank of a measurement by bench_scaling.py: times optimizer steps of one config.
+"""One rank of a measurement by bench_scaling.py: times optimizer steps of one case after the other.
 
-    torchrun ... scripts/scaling_worker.py --json ROW key=value ...
+    torchrun ... scripts/scaling_worker.py --cases CASES --rows ROWS --steps 10 --warmup 5
 
-Rank 0 writes the row. Steps are whole (loader, forward, backward, norm, clip, update); the median
-is of CUDA events on GPUs and of the host's clock without. Peak memory is the fullest rank's.
+CASES is JSON, a list of lists of Hydra overrides; rank 0 appends a line of JSON to ROWS after each.
+What a case leaves (memory, groups, compiled code) is given back before the next. Steps are whole
+(loader, forward, backward, norm, clip, update); the median is of CUDA events on GPUs and of the
+host's clock without. Peak memory is the fullest rank's.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -24,7 +27,8 @@ import torch.distributed as dist
 from flashtrain.build import build_engine
 from flashtrain.compose import load
 from flashtrain.data.source import open_loader, prepare_source
-from flashtrain.parallel.mesh import mesh_of
+from flashtrain.parallel.mesh import Mesh, mesh_of
+from flashtrain.parallel.transport import forget_transports
 
 
 class Clock:
@@ -52,7 +56,7 @@ class Clock:
 
 def measure(overrides: list[str], steps: int, warmup: int, device: torch.device) -> dict[str, Any]:
     """Collective over the ranks."""
-    world = dist.get_world_size()
+    began, world = time.perf_counter(), dist.get_world_size()
     config = load([*overrides, f"trainer.steps={warmup + steps}"], world)
     config = prepare_source(config, world)
     mesh = mesh_of(config.parallel)
@@ -62,6 +66,9 @@ def measure(overrides: list[str], steps: int, warmup: int, device: torch.device)
     loader = open_loader(config, mesh.data.rank, mesh.data.size, device)
     clock, losses = Clock(device), []
     for step in range(warmup + steps):
+        if step == warmup:
+            float(losses[-1])  # waits for what is under way
+            started = time.perf_counter() - began
         if step >= warmup:
             clock.mark()
         losses.append(engine.forward_backward(loader.step(step)).detach())
@@ -74,12 +81,15 @@ def measure(overrides: list[str], steps: int, warmup: int, device: torch.device)
         dtype=torch.float64, device=device,
     )  # fmt: skip
     dist.all_reduce(peak, dist.ReduceOp.MAX)
+    del engine
+    forget(mesh, device)
     rate = config.data.batch_size * config.data.sequence_length / median * 1e3
     return {
         "ms/step": round(median, 2),
         "tokens/s": round(rate),
         "tokens/s/GPU": round(rate / world),
         "peak GB": round(float(peak) / 1e9, 2),
+        "start s": round(started, 1),
         "losses": [float(loss) for loss in losses],
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
@@ -87,12 +97,27 @@ def measure(overrides: list[str], steps: int, warmup: int, device: torch.device)
     }
 
 
+def forget(mesh: Mesh, device: torch.device) -> None:
+    """Give back what a case took; only the group of all ranks stays. Collective."""
+    forget_transports()
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    groups = {id(g): g for g in (getattr(axis, "group", None) for axis in vars(mesh).values()) if g}
+    groups.pop(id(dist.group.WORLD), None)
+    dist.barrier()
+    for group in groups.values():
+        dist.destroy_process_group(group)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", type=Path, required=True)
+    parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--warmup", type=int, required=True)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--warmup", type=int, required=True, help="1 or more")
     options = parser.parse_args()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -100,9 +125,11 @@ def main() -> int:
         torch.cuda.set_device(device)
     gpu = device.type == "cuda"
     dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
-    row = measure(options.overrides, options.steps, options.warmup, device)
-    if dist.get_rank() == 0:
-        options.json.write_text(json.dumps(row))
+    for overrides in json.loads(options.cases.read_text()):
+        row = measure(overrides, options.steps, options.warmup, device)
+        if dist.get_rank() == 0:
+            with options.rows.open("a") as rows:
+                rows.write(json.dumps(row) + "\n")
     dist.destroy_process_group()
     return 0
 

@@ -163,6 +163,11 @@ def use_transport(name: str, transport: Transport) -> None:
     _transports[name] = transport
 
 
+def forget_transports() -> None:
+    """Let go of all of them and their memory, before their groups are destroyed."""
+    _transports.clear()
+
+
 def transport_of(name: str) -> Transport:
     """Raises ValueError for a group without one."""
     if name not in _transports:

@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -22,9 +23,12 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("bench_scaling")
 
 
-def test_layouts_run_side_by_side_and_have_one_loss(tmp_path: Path) -> None:
+def test_layouts_run_one_after_the_other_and_have_one_loss(tmp_path: Path) -> None:
     path = tmp_path / "scaling.json"
-    layouts = ["1 parallel=data", "parallel=tensor2", "3 parallel=tensor2"]
+    layouts = [
+        "1 parallel=data", "parallel=tensor2 parallel.overlap=on", "parallel=fsdp",
+        "parallel=data attention=hopper", "3 parallel=tensor2",
+    ]  # fmt: skip
     run = subprocess.run(
         [
             *(sys.executable, str(SCRIPTS / "bench_scaling.py"), "--gpus", "2", "--config", TINY),
@@ -36,15 +40,33 @@ def test_layouts_run_side_by_side_and_have_one_loss(tmp_path: Path) -> None:
         timeout=300,
     )
     assert run.returncode == 0, run.stderr
-    one, two, refused = json.loads(path.read_text())["rows"]
-    assert (one["gpus"], two["gpus"]) == (1, 2)
-    assert len(one["losses"]) == 2
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    one, *two, failed, refused = json.loads(path.read_text())["rows"]
     assert one["share"] == "100.0%"
     assert "CPU is not known" in one["not predicted"]
+    for row in two:
+        assert row["gpus"] == 2
+        assert len(row["losses"]) == 2
+        assert row["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert "hopper" in failed["error"]  # the ranks' own words
     assert "does not divide the 3 processes" in refused["error"]
     assert "losses differ by at most" in run.stdout
-    assert "| parallel=tensor2 | 2 |" in run.stdout
+    assert "| parallel=fsdp | 2 |" in run.stdout
+
+
+def test_what_fails_costs_no_other_case(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = []
+
+    def until_failure(cases: list[list[str]], processes: int, _: object) -> Iterator[object]:
+        starts.append(len(cases))
+        for case in cases:
+            yield {"case": case} if case else {"error": "no memory"}
+            if not case:
+                return
+
+    monkeypatch.setattr(bench, "run_until_failure", until_failure)
+    rows = list(bench.run_cases([["a"], [], ["b"], ["c"]], 2, None))
+    assert rows == [{"case": ["a"]}, {"error": "no memory"}, {"case": ["b"]}, {"case": ["c"]}]
+    assert starts == [4, 2]
 
 
 def test_batches_follow_the_ranks_that_see_their_own_samples(bench: ModuleType) -> None:
