@@ -161,6 +161,7 @@ def resolve(config: Config, world_size: int) -> Config:
         "trainer.spike.window": config.trainer.spike.window,
         "trainer.check_determinism": config.trainer.check_determinism,
         "trainer.hang_timeout": config.trainer.hang_timeout,
+        "trainer.node_timeout": config.trainer.node_timeout,
         "trainer.evaluate_every": config.trainer.evaluate_every,
         "trainer.evaluate_sequences": config.trainer.evaluate_sequences,
         "trainer.sample_every": config.trainer.sample_every,

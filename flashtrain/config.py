@@ -307,6 +307,8 @@ class TrainerConfig:
     # minutes without a finished step, evaluation or save after which a run counts as hung: every
     # rank writes where it stands to hangs/ of the run folder and ends
     hang_timeout: float = 10.0
+    # seconds without a sign of life of a node and without a step after which it counts as lost
+    node_timeout: float = 5.0
     evaluate_every: int = 250
     evaluate_sequences: int = 128  # held-out sequences of one evaluation
     sample_every: int = 500
@@ -314,6 +316,8 @@ class TrainerConfig:
     sample_tokens: int = 128
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     compile: bool | None = None  # torch.compile each block; null: on CUDA
+    # steps as CUDA graphs, which leave the host nothing to launch; auto: on one GPU, where they can
+    cuda_graph: CudaGraph = CudaGraph.auto
     recompute: Recompute = Recompute.none  # activation checkpointing
     # parts of its tokens that each MLP runs one after the other; its inside is recomputed part by
     # part, so that it never exists whole
@@ -330,8 +334,6 @@ class TrainerConfig:
 @dataclass
 class Config:
     name: str = "run"
-    # steps as CUDA graphs, which leave the host nothing to launch; auto: on one GPU, where they can
-    cuda_graph: CudaGraph = CudaGraph.auto
     seed: int = 1337
     # null: runs/<name>-<fingerprint of everything that changes the numbers>, so that the same
     # command finds its own run again

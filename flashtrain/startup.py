@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from flashtrain.claim import claim
@@ -28,11 +28,12 @@ from flashtrain.watch import HANGS
 TIMEOUT = timedelta(minutes=10)  # for ranks to meet, and for rank 0 to look at config and data
 
 
-def start(arguments: list[str]) -> tuple[Config, torch.device]:
+def start(arguments: list[str]) -> tuple[Config, torch.device, Store | None]:
     """Agree on the configuration, join the process group, pick this rank's device.
 
     arguments: Hydra overrides, or `--config PATH` of a resolved configuration. Exits with status 2
-    on every rank when rank 0 refuses it.
+    on every rank when rank 0 refuses it. The store is one that only the ranks of this start know;
+    None for one process.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -66,7 +67,7 @@ def start(arguments: list[str]) -> tuple[Config, torch.device]:
             device_id=device if device.type == "cuda" else None,
         )
         dist.barrier()
-    return config, device
+    return config, device, store
 
 
 def collective_timeout(config: Config) -> timedelta:

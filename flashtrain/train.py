@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from flashtrain.build import build_engine
 from flashtrain.checkpoint import CheckpointError
@@ -30,7 +31,7 @@ from flashtrain.trainer import Hook, Trainer, TrainingError
 from flashtrain.watch import HANGS, Watch
 
 
-def train(config: Config, device: torch.device) -> None:
+def train(config: Config, device: torch.device, store: Store | None = None) -> None:
     """One run from its newest checkpoint, or from its seed, to its end. Collective."""
     mesh = mesh_of(config.parallel, collective_timeout(config))
     engine = build_engine(config, mesh, device)
@@ -43,7 +44,7 @@ def train(config: Config, device: torch.device) -> None:
     )
     interruption = Interruption(config.trainer.time_limit)
     run = Run(config, engine, mesh, device)
-    watch = Watch(run.folder / HANGS, mesh.rank, config.trainer.hang_timeout, interruption)
+    watch = Watch(run.folder / HANGS, mesh.rank, config.trainer, interruption, store)
     with interruption, loader, run, watch:
         first = run.resume()
         hooks: list[Hook] = [Profile(run, loader), Log(run, loader), Spikes(config.trainer)]
@@ -55,9 +56,9 @@ def train(config: Config, device: torch.device) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    config, device = start(arguments)
+    config, device, store = start(arguments)
     try:
-        train(config, device)
+        train(config, device, store)
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:  # on all ranks alike
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"flashtrain: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ start the run again, when
 
 - the launcher is gone: nobody would end this process any more;
 - a process of the same node is gone, and with it all collectives, and nothing has moved since;
+- another node has fallen silent (pulse.py);
 - the run was told to stop and does not come to the end of a step that could be saved;
 - nothing has moved for `trainer.hang_timeout` minutes.
 
@@ -22,24 +23,37 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+from flashtrain.config import TrainerConfig
 from flashtrain.hang_report import Report, end_silent_neighbours, say, write
 from flashtrain.interruption import Interruption
 from flashtrain.launch import HUNG
+from flashtrain.pulse import Pulse
 
 HANGS = "hangs"  # folder of reports, in the run folder
 LOOK_S = 1.0
 ALONE_S = 20.0  # after the end of a neighbour: longer than an error takes to come by itself
 STOPPING_S = 45.0  # for the step that a run told to stop is at; longer where steps are
-ALL_REPORTED_S = 3.0  # until every rank that hangs for the same reason has said so
+ALL_REPORTED_S = 2.0  # until every rank that hangs for the same reason has said so
 LEAVING_S = 50.0  # to leave after an error: what is left to write, process groups, trackers
 
 
 class Watch:
     """Use it in a `with` block around training. `at` is called by the thread that trains."""
 
-    def __init__(self, folder: Path, rank: int, minutes: float, stop: Interruption) -> None:
-        """folder: where reports go. minutes: `trainer.hang_timeout`."""
-        self.folder, self.rank, self.limit, self.stop = folder, rank, 60 * minutes, stop
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        config: TrainerConfig,
+        stop: Interruption,
+        store: Store | None = None,
+    ) -> None:
+        """folder: where reports go. store: of this start, where there are several processes."""
+        self.folder, self.rank, self.stop = folder, rank, stop
+        self.limit = 60 * config.hang_timeout
+        self.pulse = Pulse.of_this_process(store, rank, config.node_timeout)
         self.what = "the start"
         self.moved = self.began = time.monotonic()
         self.stepping = True  # what is saved comes before or after this
@@ -62,19 +76,14 @@ class Watch:
     def verdict(self, now: float) -> str | None:
         """Why this process must end now, if it must."""
         idle = now - self.moved
-        if self.launcher is not None:
-            if os.getppid() != self.launcher:
-                return "the launcher is gone"
-            if not self.last and self.leaving is None:
-                if len(children(self.launcher)) >= self.neighbours:
-                    self.alone = None
-                elif self.alone is None:
-                    self.alone = now
-                elif min(idle, now - self.alone) > ALONE_S:
-                    return "a process of this node is gone"
+        if self.launcher is not None and os.getppid() != self.launcher:
+            return "the launcher is gone"
         if self.leaving is not None:
             slow = now - self.leaving > LEAVING_S
             return f"an error did not end this process in {LEAVING_S:.0f} s" if slow else None
+        why = None if self.last else self._left_alone(now, idle)
+        if why is not None:
+            return why
         waited = min(idle, now - self.stop.asked_at)
         if self.stop.asked_at and self.stepping and waited > max(STOPPING_S, 5 * self.longest):
             return "told to stop, and the step does not end"
@@ -82,9 +91,24 @@ class Watch:
             return f"nothing has moved for {self.limit / 60:g} min (trainer.hang_timeout)"
         return None
 
+    def _left_alone(self, now: float, idle: float) -> str | None:
+        """By which process or node, if training stands still since then."""
+        if self.launcher is not None:
+            if len(children(self.launcher)) >= self.neighbours:
+                self.alone = None
+            elif self.alone is None:
+                self.alone = now
+            elif min(idle, now - self.alone) > ALONE_S:
+                return "a process of this node is gone"
+        if self.pulse is not None and self.pulse.lost and idle > self.pulse.limit:
+            return self.pulse.lost
+        return None
+
     def __enter__(self) -> Self:
         Report.path(self.folder, self.rank).unlink(missing_ok=True)  # of an earlier start
         self._thread.start()
+        if self.pulse is not None:
+            self.pulse.__enter__()
         return self
 
     def __exit__(
@@ -93,6 +117,8 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self.pulse is not None:
+            self.pulse.__exit__(kind, error, trace)
         if error is None or self.launcher is None:
             self._done.set()
             self._thread.join()

@@ -41,7 +41,7 @@ from fault_kinds import (
     kill_a_rank,
     kill_a_rank_and_look_on,
 )
-from fault_node import lose_node
+from fault_node import WAYS, lose_node
 
 from flashtrain.checkpoint.shelf import checkpoints
 from flashtrain.data.prepare import Recipe, prepare
@@ -269,7 +269,7 @@ def main() -> int:
     )
     parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
     parser.add_argument("--corruptions", type=int, default=0, help="rounds on copies, no processes")
-    parser.add_argument("--node-losses", type=int, default=0, help="in network namespaces")
+    parser.add_argument("--node-losses", type=int, default=0, help="rounds, in network namespaces")
     parser.add_argument("--mtbf", type=float, help="seconds between failures, for the goodput")
     parser.add_argument("--minutes", type=float, default=10.0, help="of --mtbf")
     parser.add_argument("--seed", type=int, default=0)
@@ -302,19 +302,21 @@ def main() -> int:
         with small_disk(False) as folder:
             undisturbed_run(folder, 20, 20)
             lost = [
-                lose_node(folder / str(number), folder / "tokens")
+                lose_node(folder / f"{way}-{number}", folder / "tokens", way)
                 for number in range(arguments.node_losses)
+                for way in WAYS
             ]
         for one in lost:
             print(
-                f"node lost: {one.skipped}, so not tried"
+                f"node {one.way}: {one.skipped}, so not tried"
                 if one.skipped
-                else f"node lost: trained on {one.recovery_s:.3g} s later"
-                if one.recovery_s
-                else "node lost: never trained again"
+                else f"node {one.way}: the spare was started {one.started_s:.3g} s later, "
+                f"and a step done after {one.trained_s:.3g} s"
+                if one.started_s and one.trained_s
+                else f"node {one.way}: never trained again"
             )
         results["node_losses"] = [asdict(one) for one in lost]
-        good = good and all(one.skipped or one.recovery_s for one in lost)
+        good = good and all(one.skipped or one.trained_s for one in lost)
     if arguments.mtbf:
         with small_disk(False) as folder:
             kept = goodput(

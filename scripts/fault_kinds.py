@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from flashtrain.checkpoint.shelf import checkpoints
+from flashtrain.watch import children
 
 LIMIT = 180  # seconds for anything a run does by itself; longer is a hang
 AGAIN = "flashtrain: restart "  # what the launcher says
@@ -81,15 +82,7 @@ class Run:
 
     def workers(self) -> list[int]:
         assert self.process is not None
-        found = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                state, parent = path.read_text().rpartition(")")[2].split()[:2]
-            except OSError:
-                continue  # it has ended meanwhile
-            if int(parent) == self.process.pid and state != "Z":
-                found.append(int(path.parent.name))
-        return found
+        return children(self.process.pid)
 
     def kill_all(self) -> None:
         """Everything at once, as when a machine loses power."""

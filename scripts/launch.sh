@@ -4,7 +4,9 @@
 # Torchrun starts one process per GPU; the machines meet at HEAD. The run folder (run_dir, default
 # runs/...) must lie on a file system that all of them share. The same command goes on where a run
 # stopped.
-#   NODES     machines (default 1)              HEAD     name or address of one of them
+#   NODES     machines (default 1), or 2:4: as many as there are, at least two; one that is lost is
+#             left out or replaced, one that comes is taken in
+#   HEAD      name or address of one of them, which must last: the machines find each other there
 #   GPUS      processes of this machine (default: its GPUs; a number where there are none)
 #   PORT      of HEAD (default 29500)           RUN_ID   another where two runs share HEAD and PORT
 #   RESTARTS  starts after a process died (default 3)
@@ -14,16 +16,21 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 nodes=${NODES:-1} head=${HEAD:-}
-[[ $nodes =~ ^[1-9][0-9]*$ ]] || { echo "launch: NODES=$nodes must be a whole number, 1 or more" >&2; exit 2; }
+[[ $nodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] ||
+  { echo "launch: NODES=$nodes must be a whole number, 1 or more, or two of them like 2:4" >&2; exit 2; }
 if [ -z "$head" ]; then
   [ "$nodes" = 1 ] || { echo "launch: NODES=$nodes need HEAD, the name of one of them" >&2; exit 2; }
   head=localhost
 fi
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}  # seconds to save in
+# torchrun 2.13 tells a machine that comes later nothing of the store it shares with the workers, and
+# both wait until they give up; without sharing it does
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 exec "${FLASHTRAIN_VENV:-$root/.venv}/bin/torchrun" \
   --nnodes "$nodes" --nproc-per-node "${GPUS:-gpu}" --max-restarts "${RESTARTS:-3}" \
   --rdzv-backend c10d --rdzv-endpoint "$head:${PORT:-29500}" --rdzv-id "${RUN_ID:-flashtrain}" \
+  --rdzv-conf keep_alive_interval=1,keep_alive_max_attempt=5,last_call_timeout=5 \
   ${ADDRESS:+--local-addr "$ADDRESS"} \
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
   -m flashtrain.train "$@"

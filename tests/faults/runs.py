@@ -52,12 +52,12 @@ def settings(tokens: Path, run: Path, **changes: object) -> list[str]:
 class Process:
     """A launcher and its workers. Use it in a `with` block: nothing of it is left afterwards."""
 
-    def __init__(self, command: Sequence[str], run: Path, log: Path) -> None:
+    def __init__(self, command: Sequence[str], run: Path, log: Path, **environment: str) -> None:
         self.run, self.log = run, log
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=output, start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             )  # fmt: skip
         self.seen: set[int] = set()  # every worker there ever was
 

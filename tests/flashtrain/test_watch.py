@@ -5,10 +5,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from flashtrain import hang_report, watch
+from flashtrain.config import TrainerConfig
 from flashtrain.hang_report import Report, pending, summary
 from flashtrain.interruption import Interruption
 from flashtrain.watch import ALONE_S, LEAVING_S, STOPPING_S, Watch
@@ -27,7 +29,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def made(folder: Path, minutes: float = 10) -> tuple[Watch, Interruption]:
     stop = Interruption()
-    return Watch(folder, 0, minutes, stop), stop
+    return Watch(folder, 0, TrainerConfig(hang_timeout=minutes), stop), stop
 
 
 def train(guard: Watch, clock: Clock, n_steps: int, seconds: float) -> None:
@@ -89,6 +91,21 @@ def test_a_neighbour_that_is_gone_is_noticed_but_not_at_the_end(
         late = guard.verdict(clock.now + ALONE_S + 1)
         assert late == (None if last else "a process of this node is gone")
         there[:] = [1, 2]
+
+
+def test_another_node_that_is_lost_ends_this_process_but_not_at_the_end(
+    tmp_path: Path, clock: Clock
+) -> None:
+    guard, _ = made(tmp_path)
+    train(guard, clock, 3, 1)
+    lost = "nothing is heard of node 1"
+    guard.pulse = SimpleNamespace(lost=None, limit=5.0)  # type: ignore[assignment]
+    assert guard.verdict(clock.now + 6) is None
+    guard.pulse = SimpleNamespace(lost=lost, limit=5.0)  # type: ignore[assignment]
+    assert guard.verdict(clock.now + 4) is None  # training goes on all the same
+    assert guard.verdict(clock.now + 6) == lost
+    guard.at("what follows step 3", stepping=False, last=True)
+    assert guard.verdict(clock.now + 6) is None
 
 
 def test_an_error_has_a_limit_to_leave(

@@ -57,12 +57,23 @@ def test_every_machine_starts_torchrun_and_meets_at_the_head(tmp_path: Path) -> 
 def test_one_machine_needs_no_head_and_an_address_is_passed_on(tmp_path: Path) -> None:
     _, _, call = launch(tmp_path, ADDRESS="10.0.0.3", PORT="29511", RUN_ID="other")
     assert "--nnodes 1 --nproc-per-node gpu" in call
-    assert "--rdzv-endpoint localhost:29511 --rdzv-id other --local-addr 10.0.0.3" in call
+    assert "--rdzv-endpoint localhost:29511 --rdzv-id other" in call
+    assert "--local-addr 10.0.0.3" in call
+
+
+def test_the_number_of_machines_may_be_a_range(tmp_path: Path) -> None:
+    _, _, call = launch(tmp_path, NODES="2:4", HEAD="node-a")
+    assert "--nnodes 2:4 " in call
 
 
 @pytest.mark.parametrize(
     ("environment", "said"),
-    [({"NODES": "2"}, "need HEAD"), ({"NODES": "two", "HEAD": "a"}, "NODES=two")],
+    [
+        ({"NODES": "2"}, "need HEAD"),
+        ({"NODES": "1:2"}, "need HEAD"),
+        ({"NODES": "two", "HEAD": "a"}, "NODES=two"),
+        ({"NODES": "2:", "HEAD": "a"}, "NODES=2:"),
+    ],
 )
 def test_machines_that_cannot_meet_are_refused(
     tmp_path: Path, environment: dict[str, str], said: str
