@@ -63,6 +63,8 @@ def open_case(case: str, steps: int, device: torch.device) -> tuple[Config, Any,
     """(config, engine, loader) of some overrides. Collective over the ranks."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     overrides = case.split() if "data=" in case else [*case.split(), "data=random"]
+    if "trainer.cuda_graph" not in case:
+        overrides.append("trainer.cuda_graph=off")  # whose kernels have no operators around them
     config = prepare_source(load([*overrides, f"trainer.steps={steps}"], world), world)
     if config.engine.name is not EngineKind.native:
         raise ConfigError(f"engine={config.engine.name.name}: profile_step looks into native only")

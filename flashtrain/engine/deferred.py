@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from flashtrain.model.gpt import GPT
 from flashtrain.model.linear import Linear
+from kernels.linear import parameter_gradients
 
 Work = list[tuple[nn.Parameter, nn.Parameter | None, Tensor, Tensor]]  # weight, bias, x, dy
 
@@ -67,14 +68,12 @@ class _Product(torch.autograd.Function):
 def _finish(work: Work) -> None:
     while work:
         weight, bias, x, grad = work.pop()
-        rows = grad.flatten(0, -2)
-        _accumulate(weight, rows.T @ x.flatten(0, -2))
-        if bias is not None:
-            _accumulate(bias, rows.sum(0))
-
-
-def _accumulate(parameter: nn.Parameter, term: Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = term.to(parameter.dtype)
-    else:
-        parameter.grad += term
+        of_bias = None if bias is None else bias.dtype
+        terms = parameter_gradients(grad.flatten(0, -2), x.flatten(0, -2), weight.dtype, of_bias)
+        for parameter, term in zip((weight, bias), terms, strict=True):
+            if parameter is None or term is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = term
+            else:
+                parameter.grad += term

@@ -8,6 +8,7 @@ number on the device. Micro-batches of another shape or number (data.ramp) get g
 The first steps of a shape run as they are: they compile, choose tiles, and make what is made once.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from flashtrain.config import Config, ConfigError, CudaGraph, EngineKind
 from flashtrain.data.loader import Batch
+
+log = logging.getLogger("flashtrain.engine.graph")
 
 WARMUP = 2  # steps of each shape that are not recorded
 
@@ -108,6 +111,8 @@ class Graphs:
         there = [_copy(batch) for batch in batches]
         # what is made once for each version of a weight is to be made in every replay
         torch.autograd.graph.increment_version(self.parameters)
+        shapes = ", ".join(" x ".join(map(str, batch.tokens.shape)) for batch in there)
+        log.info("recorded as CUDA graphs from here on: steps of %s tokens", shapes)
         graph, losses = self.record(lambda: self.run_passes(there))
         gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
         for parameter, _ in gradients:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from kernels.linear import linear
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -14,7 +15,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     What a layer multiplies with; `flashtrain/model/float8.py` puts another in its place.
     """
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return linear(x, weight, bias)
 
 
 class Linear(nn.Module):

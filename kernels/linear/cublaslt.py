@@ -1,0 +1,192 @@
+"""Products of cuBLASLt with epilogues that PyTorch does not offer, through the library it brings.
+
+An epilogue is what a product does with its result before it leaves the registers: add a bias, take
+its GELU and keep what went in, multiply by GELU's derivative, add up a gradient for the bias.
+
+cuBLASLt counts matrices by columns. A row-major [N, F] is a column-major [F, N] with leading
+dimension F, so D = Z^T is what is computed: its rows are features, its columns tokens.
+
+    Z = X W^T       D [F, N] = W [F, K] X^T [K, N]        aux Z, out gelu(Z)
+    dZ = dY W       D [F, N] = W^T [F, E] dY^T [E, N]     times gelu'(aux); sums over columns
+    dW = dY^T X     D [K, F] = X^T [K, N] dY [N, F]       sums of dY over the tokens
+"""
+
+import ctypes
+import threading
+from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WORKSPACE = 32 << 20  # bytes; what PyTorch gives cuBLAS on Hopper
+COMPUTE_FP32 = 68
+KINDS = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
+
+
+class Epilogue(IntEnum):
+    none = 1
+    bgradb = 512
+    gelu_aux = 160
+    gelu_aux_bias = 164
+    dgelu = 192
+    dgelu_bgrad = 208
+
+
+class _Of(IntEnum):
+    """Attributes of a product's description."""
+
+    transpose_a, transpose_b, epilogue, bias, aux, aux_ld = 3, 4, 7, 8, 11, 12
+
+
+class _Wish(IntEnum):
+    """Attributes of a preference."""
+
+    workspace, align_a, align_b, align_c, align_d = 1, 5, 6, 7, 8
+
+
+class _Heuristic(ctypes.Structure):
+    _fields_ = (
+        ("algorithm", c_uint64 * 8),
+        ("workspace", c_size_t),
+        ("state", c_int),
+        ("waves", c_float),
+        ("reserved", c_int * 4),
+    )
+
+
+class UnsupportedError(RuntimeError):
+    """The library has no way to compute a product."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Column-major, as it lies in memory; `transposed`: used as its transpose."""
+
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    transposed: bool = False
+
+
+def row_major(x: Tensor, transposed: bool = False) -> Matrix:
+    """A contiguous [n, m]. In column-major terms it is x^T; transposed: x."""
+    return Matrix(x.shape[1], x.shape[0], x.dtype, transposed)
+
+
+class Plan:
+    """D = op(A) op(B) with an epilogue, for matrices of these sizes; see the module's text.
+
+    choice: which of the library's ranked ways to take.
+    """
+
+    def __init__(
+        self, a: Matrix, b: Matrix, d: Matrix, epilogue: Epilogue, alignment: int, choice: int = 0
+    ) -> None:
+        """Raises UnsupportedError where the library has no such way."""
+        self.lock = threading.Lock()  # addresses are a part of the description
+        self.handle, self.description = _handle(torch.cuda.current_device()), c_void_p()
+        _check("MatmulDescCreate", byref(self.description), COMPUTE_FP32, KINDS[torch.float32])
+        self._set(_Of.transpose_a, c_int32(int(a.transposed)))
+        self._set(_Of.transpose_b, c_int32(int(b.transposed)))
+        self._set(_Of.epilogue, c_uint32(epilogue))
+        if epilogue not in (Epilogue.none, Epilogue.bgradb):
+            self._set(_Of.aux_ld, c_int64(d.rows))
+            self._set(_Of.aux, c_void_p(256))  # any address of that alignment
+        if epilogue in (Epilogue.bgradb, Epilogue.gelu_aux_bias, Epilogue.dgelu_bgrad):
+            self._set(_Of.bias, c_void_p(256))
+        self.a, self.b, self.d = (_layout(matrix) for matrix in (a, b, d))
+        found = self._ways(alignment, choice + 1)
+        if len(found) <= choice:
+            raise UnsupportedError(f"cuBLASLt has no way {choice} for {epilogue.name}: {a} {b} {d}")
+        self.way = found[choice]
+        self.one, self.zero = c_float(1.0), c_float(0.0)
+
+    def run(
+        self, a: Tensor, b: Tensor, d: Tensor, aux: Tensor | None = None, bias: Tensor | None = None
+    ) -> None:
+        """On the current stream. `bias` is read or written, as the epilogue says."""
+        size = self.way.workspace
+        workspace = torch.empty(size, dtype=torch.uint8, device=d.device) if size else None
+        stream = torch.cuda.current_stream(d.device).cuda_stream
+        with self.lock:
+            if aux is not None:
+                self._set(_Of.aux, c_void_p(aux.data_ptr()))
+            if bias is not None:
+                self._set(_Of.bias, c_void_p(bias.data_ptr()))
+            _check(
+                "Matmul",
+                self.handle, self.description, byref(self.one), c_void_p(a.data_ptr()), self.a,
+                c_void_p(b.data_ptr()), self.b, byref(self.zero), c_void_p(d.data_ptr()), self.d,
+                c_void_p(d.data_ptr()), self.d, byref(self.way),
+                c_void_p(0 if workspace is None else workspace.data_ptr()), c_size_t(size),
+                c_void_p(stream),
+            )  # fmt: skip
+
+    def _set(self, attribute: int, value: Any) -> None:
+        _check(
+            "MatmulDescSetAttribute",
+            self.description, c_int(attribute), byref(value), c_size_t(ctypes.sizeof(value)),
+        )  # fmt: skip
+
+    def _ways(self, alignment: int, count: int) -> list[_Heuristic]:
+        preference = c_void_p()
+        _check("MatmulPreferenceCreate", byref(preference))
+        for wish in _Wish:
+            is_room = wish is _Wish.workspace
+            value: Any = c_uint64(WORKSPACE) if is_room else c_uint32(alignment)
+            _check(
+                "MatmulPreferenceSetAttribute",
+                preference, c_int(wish), byref(value), c_size_t(ctypes.sizeof(value)),
+            )  # fmt: skip
+        results, returned = (_Heuristic * count)(), c_int(0)
+        status = _library().cublasLtMatmulAlgoGetHeuristic(
+            self.handle, self.description, self.a, self.b, self.d, self.d, preference, c_int(count),
+            results, byref(returned),
+        )  # fmt: skip
+        _check("MatmulPreferenceDestroy", preference)
+        if status:
+            return []
+        return [way for way in results[: returned.value] if way.state == 0]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """The one that PyTorch has loaded, found by its name. OSError where there is none."""
+    major = (torch.version.cuda or "0").partition(".")[0]
+    return ctypes.CDLL(f"libcublasLt.so.{major}")
+
+
+def available() -> bool:
+    try:
+        _library()
+    except OSError:
+        return False
+    return True
+
+
+@cache
+def _handle(device: int) -> c_void_p:
+    handle = c_void_p()
+    with torch.cuda.device(device):
+        _check("Create", byref(handle))
+    return handle
+
+
+def _layout(matrix: Matrix) -> c_void_p:
+    layout = c_void_p()
+    _check(
+        "MatrixLayoutCreate",
+        byref(layout), c_int(KINDS[matrix.dtype]), c_uint64(matrix.rows), c_uint64(matrix.columns),
+        c_int64(matrix.rows),
+    )  # fmt: skip
+    return layout
+
+
+def _check(function: str, *arguments: Any) -> None:
+    status = getattr(_library(), f"cublasLt{function}")(*arguments)
+    if status:
+        raise RuntimeError(f"cublasLt{function} gave status {status}")

@@ -1,0 +1,34 @@
+"""The products in plain PyTorch: what they mean, and what runs where cuBLASLt is not used.
+
+Dims: N tokens, K input features, F output features (of an MLP: hidden), E features after it.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def gelu_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """z = x W^T + b and a = gelu(z) in its tanh form. x [N, K], W [F, K], b [F]; [N, F] both."""
+    z = F.linear(x, weight, bias)
+    return z, F.gelu(z, approximate="tanh")
+
+
+def gelu_backward(dy: Tensor, weight: Tensor, z: Tensor) -> Tensor:
+    """dz = (dy W) gelu'(z). dy [N, E], W [E, F], z [N, F]; [N, F]."""
+    dz: Tensor = torch.ops.aten.gelu_backward(dy @ weight, z, approximate="tanh")
+    return dz
+
+
+def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """dW = dy^T x [F, K] in dtype. dy [N, F], x [N, K]."""
+    if dtype == dy.dtype:
+        return dy.t() @ x
+    if dy.is_cuda and dtype == torch.float32:
+        return torch.mm(dy.t(), x, out_dtype=dtype)  # summed in fp32 and never rounded
+    return dy.t().to(dtype) @ x.to(dtype)
+
+
+def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over tokens [F] in dtype."""
+    return dy.sum(0, dtype=dtype)
