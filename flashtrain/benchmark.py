@@ -83,5 +83,5 @@ def as_metrics(rows: Sequence[Row]) -> dict[str, float]:
         for row in rows
         for name in [row.get("task") or Path(row["text"]).name]
         for key, value in row.items()
-        if key not in ("text", "task", "tokens", "bytes") and math.isfinite(value)
+        if key not in ("text", "task", "tokens", "bytes", "loss") and math.isfinite(value)
     }

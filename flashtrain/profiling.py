@@ -3,6 +3,7 @@
 scripts/profile_step.py measures a configuration on its own; this is for the run that is under way.
 """
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable
@@ -12,10 +13,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from flashtrain.config import Config, ConfigError, Recompute
-from flashtrain.door import bytes_per_parameter
+from flashtrain.config import Config, ConfigError, Moments, OptimizerKind, Recompute
 from flashtrain.metrics import GIB
-from flashtrain.model.gpt import n_parameters
+from flashtrain.planning.memory import predict_memory
 from flashtrain.run import Run
 from flashtrain.trainer import Step
 
@@ -114,27 +114,53 @@ def out_of_memory(config: Config, error: torch.OutOfMemoryError) -> str:
 
 
 def advice(config: Config, total: int) -> str:
-    """What is large, and the keys that make it smaller. total: bytes of one GPU, 0 if unknown."""
-    data, parallel = config.data, config.parallel
-    parameters = n_parameters(config.model, config.position, data.sequence_length)
-    state = parameters * bytes_per_parameter(config) / (parallel.tensor or 1)
-    micro = data.micro_batch_size or 1
-    held = (
-        f"Weights, gradients and optimizer state are about {state / GIB:,.1f} GiB"
-        + (f" of {total / GIB:,.1f}" if total else "")
-        + f", the rest mostly activations of {micro} x {data.sequence_length} tokens"
+    """What the plan (planning/memory.py) says is large, and which keys make it smaller by how much.
+
+    total: bytes of one GPU, 0 if unknown.
+    """
+    try:
+        now = predict_memory(config)
+    except ValueError:  # an engine or a schedule that is not predicted
+        return "Try a smaller data.micro_batch_size, trainer.recompute=full, more parallel.shard"
+    parts = ", ".join(
+        f"{name} {size / GIB:.1f}" for name, size in vars(now).items() if size >= GIB / 20
     )
+    of = f" of {total / GIB:,.1f}" if total else ""
     ways = []
-    if total and state > total / 2:
-        ways.append("parallel=fsdp (or more of parallel.shard, parallel.tensor)")
-    if micro > 1:
-        ways.append(f"data.micro_batch_size={micro // 2}")
-    if config.trainer.recompute is not Recompute.full:
-        none = config.trainer.recompute is Recompute.none
-        ways.append(f"trainer.recompute={'selective' if none else 'full'}")
-    if micro == 1:
-        ways.append("parallel=context2")
-    return f"{held}: try {', then '.join(ways)}"
+    for override, other in smaller(config):
+        planned = predict_memory(other).total
+        if planned < now.total:
+            ways.append((override, planned))
+    tries = ", ".join(f"{override} ({planned / GIB:,.1f} GiB)" for override, planned in ways)
+    return f"Planned are {now.total / GIB:,.1f} GiB{of}: {parts}. Try {tries or 'more GPUs'}"
+
+
+def smaller(config: Config) -> list[tuple[str, Config]]:
+    """Overrides that may need less memory on as many GPUs, and what they make of the config."""
+    data, parallel, trainer = config.data, config.parallel, config.trainer
+    micro, replicate = data.micro_batch_size or 1, parallel.replicate or 1
+    found = []
+    if micro > 1 and micro % 2 == 0:
+        half = dataclasses.replace(data, micro_batch_size=micro // 2)
+        found.append(
+            (f"data.micro_batch_size={micro // 2}", dataclasses.replace(config, data=half))
+        )
+    for kind in (Recompute.selective, Recompute.full):
+        if trainer.recompute not in (kind, Recompute.full):
+            again = dataclasses.replace(trainer, recompute=kind)
+            found.append(
+                (f"trainer.recompute={kind.name}", dataclasses.replace(config, trainer=again))
+            )
+    if parallel.shard == 1 and replicate > 1:
+        cut = dataclasses.replace(parallel, shard=replicate, replicate=1)
+        found.append(("parallel=fsdp", dataclasses.replace(config, parallel=cut)))
+    if config.optimizer.name is OptimizerKind.adamw and config.optimizer.moments is Moments.fp32:
+        halved = dataclasses.replace(config.optimizer, moments=Moments.bf16)
+        found.append(("optimizer.moments=bf16", dataclasses.replace(config, optimizer=halved)))
+    if not config.loss.fused:
+        fused = dataclasses.replace(config.loss, fused=True)
+        found.append(("loss.fused=true", dataclasses.replace(config, loss=fused)))
+    return found
 
 
 def _first_sentence(error: BaseException) -> str:

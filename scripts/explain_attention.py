@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashtrain.tracking.charts import Curve, line_chart
+from flashtrain.tracking.charts import Curve, line_chart, stacked
 from kernels.attention import attention
 
 MIB = 1 << 20
@@ -94,20 +94,55 @@ def show_trick() -> None:
     print("   matrix of scores is never written to the large and slow one.\n")
 
 
-def show_traffic(lengths: list[int], B: int, H: int, D: int, size: int) -> dict[str, list[float]]:
+class Moved(TorchDispatchMode):
+    """Bytes that the operations run inside read and write: each operand once, views nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and func is not torch.ops.aten._unsafe_view.default:
+            tensors = [x for x in (*args, out) if isinstance(x, Tensor)]
+            self.total += sum(x.numel() * x.element_size() for x in tensors)
+        return out
+
+
+@torch.no_grad()
+def executed_traffic(B: int, T: int, H: int, D: int, dtype: torch.dtype) -> int:
+    """Bytes that the operations of `eager` moved, run on tensors without memory."""
+    with torch.device("meta"):
+        q, k, v = (torch.empty(B, T, H, D, dtype=dtype) for _ in range(3))
+    with Moved() as moved:
+        eager(q, k, v)
+    return moved.total
+
+
+def show_traffic(
+    lengths: list[int], B: int, H: int, D: int, dtype: torch.dtype
+) -> dict[str, list[float]]:
+    size = dtype.itemsize
     print("2. Counted: bytes to and from memory in a forward pass\n")
     print(f"   batch {B}, {H} heads of {D}, {size} bytes a number; tiles of {TILE} queries\n")
-    print(f"   {'length':>8}{'scores':>12}{'eager':>12}{'fused':>12}{'ratio':>8}   MiB")
+    print(f"   {'':>8}{'one matrix':>12}{'eager':>24}{'fused':>12}")
+    print(f"   {'length':>8}{'of scores':>12}{'executed':>12}{'formula':>12}{'formula':>12}   MiB")
     rows: dict[str, list[float]] = {"eager": [], "fused": []}
     for T in lengths:
         slow, fast = (count(B, T, H, D, size) / MIB for count in (eager_traffic, fused_traffic))
         rows["eager"].append(slow)
         rows["fused"].append(fast)
-        matrix = B * H * T * T * size / MIB
-        print(f"   {T:>8,}{matrix:>12,.1f}{slow:>12,.1f}{fast:>12,.1f}{slow / fast:>7.1f}x")
+        matrix, ran = B * H * T * T * size / MIB, executed_traffic(B, T, H, D, dtype) / MIB
+        print(
+            f"   {T:>8,}{matrix:>12,.1f}{ran:>12,.1f}{slow:>12,.1f}{fast:>12,.1f}"
+            f"   {slow / fast:.1f}x less"
+        )
     print(
-        "\n   Eager moves the matrix of scores six times: product 1, mask 2, softmax 2, product 1."
+        "\n   Eager moves the matrix of scores six times: product 1, mask 2, softmax 2, product 1;"
     )
+    print("   executed is what PyTorch's operations read and wrote, with the mask itself.")
     print("   Fused reads keys and values once for every tile of queries, and mostly from a cache,")
     print("   so that its figure is the most it can be. Both do the same products, 4 x T^2 x D x")
     print("   heads operations; fused leaves out the half of them that the causal mask hides.\n")
@@ -228,7 +263,9 @@ def main() -> int:
     parser.add_argument("--heads", type=int, default=8 if cuda else 4, help="heads")
     parser.add_argument("--head-size", type=int, default=64, help="numbers of a head (default 64)")
     parser.add_argument("--repeats", type=int, default=10 if cuda else 3, help="timings, of each")
-    parser.add_argument("--picture", type=Path, help="both memory curves, into this .svg file")
+    parser.add_argument(
+        "--picture", type=Path, help="traffic, memory and time over the length, into this .svg"
+    )
     options = parser.parse_args()
     text = options.lengths or ("512,1024,2048,4096,8192,16384" if cuda else "256,512,1024,2048")
     try:
@@ -239,30 +276,35 @@ def main() -> int:
     device = torch.device("cuda" if cuda else "cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
     shape = (options.batch, options.heads, options.head_size)
+    if options.only == "trick" and options.picture is not None:
+        print("explain_attention: --picture draws what parts 2 and 3 find", file=sys.stderr)
+        return 2
     if options.only in (None, "trick"):
         show_trick()
+    charts: list[tuple[str, str]] = []
     if options.only in (None, "traffic"):
-        show_traffic(lengths, *shape, dtype.itemsize)
+        moved = show_traffic(lengths, *shape, dtype)
+        charts.append(("counted: memory traffic of a forward pass, MiB", draw(lengths, moved)))
     if options.only in (None, "measured"):
         rows = show_measured(lengths, *shape, dtype, device, options.repeats)
-        if options.picture is not None:
-            options.picture.write_text(draw(lengths, rows))
-            print(f"   {options.picture}")
-    elif options.picture is not None:
-        print("explain_attention: --picture draws what part 3 measures", file=sys.stderr)
-        return 2
+        for index, what in enumerate(("peak memory, MiB", "time, ms")):
+            own = {name: [x and x[index] for x in found] for name, found in rows.items()}
+            charts.append((f"measured: {what}, forward and backward", draw(lengths, own)))
+    if options.picture is not None:
+        options.picture.write_text(stacked([chart for chart in charts if chart[1]]))
+        print(f"   {options.picture}")
     return 0
 
 
-def draw(lengths: list[int], rows: dict[str, list[tuple[float, float] | None]]) -> str:
+def draw(lengths: list[int], rows: Mapping[str, Sequence[float | None]]) -> str:
     curves = [
         Curve(
-            [(T, found[0]) for T, found in zip(lengths, measured, strict=True) if found],
+            [(T, value) for T, value in zip(lengths, values, strict=True) if value],
             name, color, dots=True,
         )
-        for color, (name, measured) in enumerate(rows.items())
+        for color, (name, values) in enumerate(rows.items())
     ]  # fmt: skip
-    return line_chart(curves, x="length", y="peak memory, MiB", log_x=True, log_y=True)
+    return line_chart(curves, x="length", y="", log_x=True, log_y=True)
 
 
 if __name__ == "__main__":

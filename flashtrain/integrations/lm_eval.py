@@ -7,6 +7,7 @@ fetches from Hugging Face; a task file of one's own names local ones.
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,5 +104,7 @@ def unknown_tasks(tasks: Sequence[str], folder: Path | None = None) -> list[str]
     return [task for task in tasks if not manager.match_tasks([task])]
 
 
+@cache
 def _manager(folder: Path | None) -> Any:
+    """Reads the heads of thousands of task files, once."""
     return TaskManager(include_path=None if folder is None else str(folder))

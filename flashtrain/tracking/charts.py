@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -102,6 +103,23 @@ def line_chart(
     )
 
 
+def stacked(charts: Sequence[tuple[str, str]]) -> str:
+    """One <svg> of several, each below its title."""
+    drawn, below = [], 0
+    for title, chart in charts:
+        height = int(re.search(r' height="(\d+)"', chart)[1])  # type: ignore[index]
+        drawn.append(
+            f'<text x="{LEFT}" y="{below + 22}" font-size="15">{html.escape(title)}</text>'
+            f'<g transform="translate(0 {below + 30})">{chart}</g>'
+        )
+        below += height + 40
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {below}" width="{WIDTH}" '
+        f'height="{below}" font-family="system-ui,sans-serif" fill="#374151">'
+        f'<rect width="{WIDTH}" height="{below}" fill="#fff"/>{"".join(drawn)}</svg>'
+    )
+
+
 def _label(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
@@ -167,7 +185,7 @@ def _ticks(low: float, high: float) -> list[float]:
 def _log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten within the range, or 1, 2 and 5 of each where there are few."""
     powers = [10.0**n for n in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-    parts = (1,) if len(powers) > 3 else (1, 2, 5)
+    parts = (1,) if sum(low <= power <= high for power in powers) > 3 else (1, 2, 5)
     return [p * part for p in powers for part in parts if low <= p * part <= high]
 
 

@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from flashtrain.compose import load
 from flashtrain.config import ConfigError
+from flashtrain.planning.memory import predict_memory
 from flashtrain.profiling import Profile, advice, out_of_memory
 from flashtrain.trainer import Step
 
@@ -76,24 +78,47 @@ def test_a_window_is_two_steps_in_order(window: str) -> None:
         load([f"trainer.profile={window}"])
 
 
+CASE = [
+    "experiment=gpt_1.3b", "data.path=x", "parallel=data", "model.vocabulary=50304",
+    "data.batch_size=64",
+]  # fmt: skip
+
+
 def test_what_fills_the_gpu_is_said_with_the_keys_that_change_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RANK", "3")
-    case = ["experiment=gpt_1.3b", "data.path=x", "parallel=data"]
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ...")
-    line = out_of_memory(load(case), error)
-    assert line.startswith("rank 3 is out of GPU memory. Tried to allocate 2.50 GiB. Weights")
-    assert "activations of 8 x 2048 tokens: try data.micro_batch_size=4, then" in line
+    line = out_of_memory(load(CASE, 4), error)
+    assert line.startswith("rank 3 is out of GPU memory. Tried to allocate 2.50 GiB. Planned are")
     assert "trainer.memory_history=true leaves a snapshot" in line
     assert "\n" not in line
-    # 1.3 billion parameters with AdamW are 19.6 GiB: more than half of one card, not of another
-    assert "parallel=fsdp" in advice(load(case), 24 * GIB)
-    assert "parallel=fsdp" not in advice(load(case), 80 * GIB)
-    least = [*case, "data.micro_batch_size=1", "trainer.recompute=selective"]
-    assert advice(load(least), 80 * GIB).endswith(
-        "try trainer.recompute=full, then parallel=context2"
+
+
+def test_the_parts_add_up_and_every_way_out_is_planned_as_it_would_run() -> None:
+    said = advice(load(CASE, 4), 80 * GIB)
+    whole, parts = re.fullmatch(r"Planned are ([\d.]+) GiB of 80\.0: (.*)\. Try .*", said).groups()
+    assert sum(float(part.split()[1]) for part in parts.split(", ")) == pytest.approx(
+        float(whole), abs=0.3
     )
+    ways = re.findall(r"(\S+) \(([\d.]+) GiB\)", said)
+    assert [way.partition("=")[0] for way, _ in ways] == [
+        "data.micro_batch_size", "trainer.recompute", "trainer.recompute", "parallel",
+        "optimizer.moments",
+    ]  # fmt: skip
+    for way, planned in ways:
+        there = predict_memory(load([*CASE, way], 4)).total / GIB
+        assert float(planned) == pytest.approx(there, abs=0.06), way
+        assert there < float(whole)
+
+
+def test_ways_out_that_are_taken_already_are_not_named_again() -> None:
+    least = [
+        *CASE, "data.micro_batch_size=1", "trainer.recompute=full", "parallel=fsdp",
+        "optimizer.moments=bf16",
+    ]  # fmt: skip
+    assert advice(load(least, 4), 0).endswith("Try more GPUs")
+    assert "parallel.shard" in advice(load([*CASE, "engine=deepspeed"], 4), 0)  # not predicted
 
 
 def test_nvtx_and_the_history_of_memory_need_a_gpu(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
-from typing import Any
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.runs.test_single_process import script
 
@@ -26,26 +26,14 @@ def test_both_are_the_same_function() -> None:
         torch.testing.assert_close(mine.grad, their.grad, rtol=1e-4, atol=1e-4)
 
 
-class Passes(TorchDispatchMode):
-    """How often a tensor as large as all scores is read or written, views aside."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if "view" not in str(func) and "expand" not in str(func) and "transpose" not in str(func):
-            for tensor in (*args, out):
-                if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                    self.count += tensor.numel() == B * H * T * T
-        return out
-
-
-def test_eager_passes_over_the_scores_as_often_as_counted() -> None:
-    with Passes() as passes, torch.no_grad():
-        explain.eager(*inputs())
-    assert passes.count == 6
+def test_what_eager_executes_moves_as_many_bytes_as_counted() -> None:
     size = explain.eager_traffic(B, T, H, D, 4)
     assert size == 4 * (6 * B * H * T * T + 6 * B * H * T * D)
+    mask = 4 * T * T  # bytes of one made, cut (read, written) and read, for all heads
+    copies = 4 * 6 * B * H * T * D  # PyTorch lays q, k and v of several sequences out as matrices
+    assert explain.executed_traffic(B, T, H, D, torch.float32) == size + mask + copies
+    alone = explain.eager_traffic(1, T, H, D, 4) + mask
+    assert explain.executed_traffic(1, T, H, D, torch.float32) == alone
 
 
 def test_fused_reads_what_it_must_and_keys_once_a_tile() -> None:
@@ -70,3 +58,16 @@ def test_the_trick_ends_with_the_exact_result(capsys: pytest.CaptureFixture[str]
     (line,) = (x for x in capsys.readouterr().out.splitlines() if "all at once" in x)
     ours, exact = line.replace(";", "").split("= ")[1].split(" all at once: ")
     assert ours == exact
+
+
+def test_the_picture_has_what_was_counted_and_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "a.svg"
+    monkeypatch.setattr("sys.argv", ["", "--lengths", "64,128", "--picture", str(picture)])
+    assert explain.main() == 0
+    assert len(re.findall(r">((?:counted|measured): [^<]*)<", picture.read_text())) == 3
+    assert picture.read_text().count("<polyline") == 6
+    assert "executed" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["", "--only", "trick", "--picture", str(picture)])
+    assert explain.main() == 2
