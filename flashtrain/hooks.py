@@ -2,13 +2,14 @@
 
 import logging
 import math
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
 from flashtrain import checkpoint
 from flashtrain.benchmark import Row, as_metrics, on_tasks, on_texts
 from flashtrain.config import OnBadSteps
-from flashtrain.data.loader import DataLoader
+from flashtrain.data.loader import Batch, DataLoader
 from flashtrain.examinee import Examinee
 from flashtrain.model.generate import complete
 from flashtrain.model.sampling import Sampling
@@ -77,41 +78,67 @@ class Log:
         )
 
 
+class Between:
+    """Asked between the batches of an evaluation, which may be long: the watch hears that it goes
+    on, and a run that is told to stop leaves it undone and saves."""
+
+    def __init__(self, progress: Progress, interrupted: Callable[[], str | None]) -> None:
+        """interrupted: as the trainer's; collective."""
+        self.progress, self.interrupted = progress, interrupted
+        self.stopped = False
+
+    def told(self, step: Step, what: str) -> bool:
+        """Whether all ranks stop now; then `step` is the last one."""
+        self.progress.at(f"{what} after step {step.number}", stepping=False)
+        why = self.interrupted()
+        if why is not None:
+            step.interrupted, step.last, self.stopped = why, True, True
+        return self.stopped
+
+
 class Evaluate:
     """Loss and perplexity on the same held-out sequences each time, whatever the layout."""
 
-    def __init__(self, run: Run, loader: DataLoader) -> None:
-        self.run, self.loader = run, loader
+    def __init__(self, run: Run, loader: DataLoader, between: Between) -> None:
+        self.run, self.loader, self.between = run, loader, between
 
     def after_step(self, step: Step) -> None:
         trainer = self.run.config.trainer
         if step.interrupted or not _due(step, trainer.evaluate_every):
             return
         with self.run.speed.pause():
-            batches = self.loader.evaluation(trainer.evaluate_sequences)
-            loss = float(self.run.engine.evaluate(batches))
+            loss = float(self.run.engine.evaluate(self._batches(step, trainer.evaluate_sequences)))
+        if self.between.stopped:
+            return
         self.run.evaluated = (step.number, loss)
         self.run.trackers.log(
             step.number,
             {"validation/loss": loss, "validation/perplexity": math.exp(min(loss, 700.0))},
         )
 
+    def _batches(self, step: Step, n_sequences: int) -> Iterator[Batch]:
+        for batch in self.loader.evaluation(n_sequences):
+            if self.between.told(step, "the evaluation"):
+                return
+            yield batch
+
+
+class _ToldToStop(ValueError):
+    """Of a benchmark's batch, on all ranks; a ValueError is what ranks that answer get over."""
+
 
 class Benchmark:
     """Perplexity of texts and lm-eval's tasks, as `trainer.benchmark` names them."""
 
-    def __init__(self, run: Run, progress: Progress) -> None:
-        """progress: told of every batch, for a benchmark may take long."""
-        self.run, self.progress = run, progress
+    def __init__(self, run: Run, between: Between) -> None:
+        self.run, self.between = run, between
         self.config = run.config.trainer.benchmark
-        self.number = 0  # of the step
 
     def after_step(self, step: Step) -> None:
         wanted = self.config.texts or self.config.tasks
         if not wanted or step.interrupted or not _due(step, self.config.every):
             return
         assert self.run.tokenizer is not None  # see door.py
-        self.number = step.number
         generators = checkpoint.rng_state()  # lm-eval seeds them all
         with self.run.speed.pause():
             examinee = Examinee(
@@ -119,25 +146,27 @@ class Benchmark:
                 self.run.tokenizer,
                 self.run.config.data.sequence_length,
                 peers=self.run.peers,
-                moved=self._moved,
+                moved=lambda: self._ask(step),
             )
-            rows = examinee.examine(lambda: self._measure(examinee))
+            rows = examinee.examine(lambda: self._measure(examinee, step))
         checkpoint.set_rng_state(generators)
-        if rows:
+        if rows and not self.between.stopped:
             self.run.trackers.log(step.number, as_metrics(rows))
 
-    def _measure(self, examinee: Examinee) -> list[Row]:
+    def _measure(self, examinee: Examinee, step: Step) -> list[Row]:
         try:
             return [*on_texts(examinee, self.config.texts), *on_tasks(examinee, self.config)]
         except RuntimeError:  # of the model: other ranks may wait for this one
             raise
         except Exception as error:  # of data sets, of the network, of a task's own code
             what = f"{type(error).__name__}: {error}"
-            log.warning("the benchmark after step %d failed: %s", self.number, what)
+            if not self.between.stopped:
+                log.warning("the benchmark after step %d failed: %s", step.number, what)
             return []
 
-    def _moved(self) -> None:
-        self.progress.at(f"the benchmark after step {self.number}", stepping=False)
+    def _ask(self, step: Step) -> None:
+        if self.between.told(step, "the benchmark"):
+            raise _ToldToStop
 
 
 class Sample:

@@ -19,7 +19,7 @@ from typing import Self
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 BEAT_S = 0.5
-LEFT = b"left"  # what a node says at its orderly end
+LEFT = "left"  # what a node says at its orderly end
 LOST = "pulse/lost"
 
 
@@ -36,7 +36,7 @@ class Pulse:
         self._beats = 0
         self._answered = time.monotonic()  # the store did
         self._unknown = list(range(n_nodes)) if rank == 0 else []  # that have not begun
-        self._heard: dict[int, tuple[bytes, float]] = {}  # by node: its latest word, since when
+        self._heard: dict[int, tuple[str, float]] = {}  # by node: its latest word, since when
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
 
@@ -64,17 +64,17 @@ class Pulse:
         """Names of nodes that have said nothing new within the limit."""
         for node in [node for node in self._unknown if self._store.check([_key(node)])]:
             self._unknown.remove(node)
-            self._heard[node] = (b"", now)
+            self._heard[node] = ("", now)
         words = self._store.multi_get([_key(node) for node in self._heard])
         if now - self._answered > self.limit / 2:  # this one was held up, so it can judge nobody
             self._heard = {node: (word, now) for node, (word, _) in self._heard.items()}
         names = []
-        for node, word in zip(list(self._heard), words, strict=True):
+        for node, word in zip(list(self._heard), map(bytes.decode, words), strict=True):
             before, since = self._heard[node]
             if word != before:
                 self._heard[node] = (word, now)
             elif word != LEFT and now - since > self.limit:
-                names.append(f"node {node} ({word.decode().partition(' ')[2]})")
+                names.append(f"node {node} ({word.partition(' ')[2]})")
         return names
 
     def _run(self) -> None:

@@ -17,7 +17,7 @@ from flashtrain.config import Config, ConfigError
 from flashtrain.data.shards import DataError
 from flashtrain.data.source import open_loader
 from flashtrain.determinism import checked
-from flashtrain.hooks import Benchmark, Evaluate, Log, Sample, Save
+from flashtrain.hooks import Benchmark, Between, Evaluate, Log, Sample, Save
 from flashtrain.interruption import Interruption
 from flashtrain.launch import REFUSED, STOPPED
 from flashtrain.parallel.mesh import mesh_of
@@ -48,7 +48,8 @@ def train(config: Config, device: torch.device, store: Store | None = None) -> N
     with interruption, loader, run, watch:
         first = run.resume()
         hooks: list[Hook] = [Profile(run, loader), Log(run, loader), Spikes(config.trainer)]
-        hooks += [Evaluate(run, loader), Benchmark(run, watch), Sample(run), Save(run)]
+        between = Between(watch, interruption.agreed)
+        hooks += [Evaluate(run, loader, between), Benchmark(run, between), Sample(run), Save(run)]
         trained = checked(engine, config.trainer.check_determinism, run.peers)
         past = Rollback(run, first)
         trainer = Trainer(trained, loader, rates, hooks, interruption.agreed, past, watch)

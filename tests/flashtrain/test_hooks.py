@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashtrain.config import OnBadSteps
-from flashtrain.hooks import Log, Save
+from flashtrain.hooks import Between, Evaluate, Log, Save
 from flashtrain.trainer import Step, Trainer, TrainingError
 
 
@@ -108,3 +108,45 @@ def test_checkpoints_are_written_beside_training_and_the_last_one_is_waited_for(
     calls.clear()
     hook.after_step(replace(step(27, last=True), interrupted="SIGTERM"))
     assert calls == [("save", 27, True), ("SIGTERM", 27, False)]
+
+
+def evaluate(answers: list[str | None], rows: list[int]) -> tuple[Step, int]:
+    """The step and how many batches of its evaluation were seen; `rows`: what was logged."""
+    seen = 0
+
+    def mean(batches: object) -> torch.Tensor:
+        nonlocal seen
+        seen = sum(1 for _ in batches)  # type: ignore[attr-defined]
+        return torch.tensor(2.0)
+
+    moved: list[str] = []
+    given = iter(answers)
+    between = Between(
+        SimpleNamespace(at=lambda what, stepping: moved.append(what)),  # type: ignore[arg-type]
+        lambda: next(given),
+    )
+    run = SimpleNamespace(
+        config=SimpleNamespace(trainer=SimpleNamespace(evaluate_every=5, evaluate_sequences=6)),
+        speed=SimpleNamespace(pause=contextlib.nullcontext),
+        engine=SimpleNamespace(evaluate=mean),
+        trackers=SimpleNamespace(log=lambda number, metrics: rows.append(number)),
+        evaluated=None,
+    )
+    loader = SimpleNamespace(evaluation=lambda n: iter(range(n)))
+    now = step(5)
+    Evaluate(run, loader, between).after_step(now)  # type: ignore[arg-type]
+    assert moved[0] == "the evaluation after step 5"
+    assert (run.evaluated is None) == (not rows)
+    return now, seen
+
+
+def test_an_evaluation_goes_on_batch_by_batch() -> None:
+    rows: list[int] = []
+    now, seen = evaluate([None] * 6, rows)
+    assert (now.interrupted, now.last, seen, rows) == (None, False, 6, [5])
+
+
+def test_told_to_stop_an_evaluation_is_left_undone_and_its_step_is_the_last() -> None:
+    rows: list[int] = []
+    now, seen = evaluate([None, None, "SIGTERM"], rows)
+    assert (now.interrupted, now.last, seen, rows) == ("SIGTERM", True, 2, [])

@@ -15,9 +15,25 @@ from flashtrain.data.prepare import Recipe, prepare
 LIMIT = 120  # seconds until a run that does not stop is a failure
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends_with_success(number: signal.Signals, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 300)
+# what takes nearly all of the time of a run, so that the signal comes meanwhile
+EVALUATION = ["trainer.evaluate_every=1", "trainer.evaluate_sequences=160"]
+SAVING = ["checkpoint.every=1"]
+
+
+@pytest.mark.parametrize(
+    ("number", "meanwhile"),
+    [
+        (signal.SIGTERM, []),
+        (signal.SIGINT, []),
+        (signal.SIGUSR1, EVALUATION),
+        (signal.SIGTERM, SAVING),
+    ],
+)
+def test_a_signal_saves_and_ends_with_success(
+    number: signal.Signals, meanwhile: list[str], tmp_path: Path
+) -> None:
+    text = "\n\n".join(f"the quick brown fox jumps over {n} lazy dogs" for n in range(1500))
+    (tmp_path / "text.txt").write_text(text)
     prepare([tmp_path / "text.txt"], tmp_path / "tokens", Recipe("bytes", validation_share=0.2))
     run = tmp_path / "run"
     command = [
@@ -26,7 +42,7 @@ def test_a_signal_saves_and_ends_with_success(number: signal.Signals, tmp_path: 
         "data.micro_batch_size=2",
         "model.d_model=16", "model.n_heads=2", "model.n_layers=1", "trainer.steps=1000000",
         "trainer.log_every=1", "trainer.evaluate_sequences=2", "trainer.sample_tokens=1",
-        "tracking.wandb.mode=disabled", f"run_dir={run}",
+        "tracking.wandb.mode=disabled", f"run_dir={run}", *meanwhile,
     ]  # fmt: skip
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -43,9 +59,12 @@ def test_a_signal_saves_and_ends_with_success(number: signal.Signals, tmp_path: 
     assert process.returncode == 0, said
     assert "Traceback" not in said
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    (saved,) = (run / "checkpoints").glob("step-*")
-    assert int(saved.name.removeprefix("step-")) == rows[-1]["step"]
-    assert f"{number.name}: saved step {rows[-1]['step']}" in said
+    last = max(row["step"] for row in rows if "train/loss" in row)
+    saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert saved[-1] == f"step-{last:08d}"
+    assert len(saved) == (2 if meanwhile == SAVING else 1)  # and nothing half-written
+    assert not [row for row in rows if row["step"] == last and "validation/loss" in row]
+    assert f"{number.name}: saved step {last}" in said
     assert json.loads((run / "ended.json").read_text()) == {"why": number.name}
 
 
