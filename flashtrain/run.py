@@ -12,7 +12,7 @@
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,7 +24,9 @@ from flashtrain import checkpoint
 from flashtrain.build import start_from_vectors
 from flashtrain.checkpoint.background import NOTICED_S
 from flashtrain.config import Config, to_dict
-from flashtrain.data.source import open_tokenizer
+from flashtrain.data.mapped import DataError
+from flashtrain.data.source import open_tokenizer, sources_now
+from flashtrain.data.unchanged import Unchanged
 from flashtrain.door import describe_attention
 from flashtrain.engine.base import Engine
 from flashtrain.launch import ENDED
@@ -60,6 +62,7 @@ class Run:
         self.skipped: list[list[int]] = []  # global batches left out, see rollback.py
         self.evaluated: tuple[int, float] | None = None  # the latest one: its step, its loss
         self.tokenizer = open_tokenizer(config)
+        self.sources = sources_now(config) if mesh.rank == 0 else None
         self.speed = Speedometer(config, mesh.world_size, device)
         self.trackers = Trackers(config, self.folder) if mesh.rank == 0 else Trackers.silent()
 
@@ -69,6 +72,8 @@ class Run:
         path = self._choose()
         meta: dict[str, Any] = {}
         if path is not None:
+            before = checkpoint.read_meta(path).get("sources", {})
+            self._need(lambda sources: sources.refuse_other(before, path))
             meta = self.restore(path)
         first = int(meta.get("step", 0))
         if self.mesh.rank == 0:
@@ -112,6 +117,18 @@ class Run:
         checkpoint.verify(Path(resume), self.peers)
         return Path(resume)
 
+    def _need(self, check: Callable[[Unchanged], None]) -> None:
+        """`check` by rank 0, whose DataError is raised on all ranks alike; collective."""
+        failure = None
+        if self.sources is not None:
+            try:
+                check(self.sources)
+            except DataError as error:
+                failure = str(error)
+        failure = self.peers.broadcast(failure)
+        if failure is not None:
+            raise DataError(failure)
+
     def prepare_saving(self) -> None:
         """Make the memory that asynchronous saves need, beside training; after the first step."""
         if self.config.checkpoint.asynchronous:
@@ -122,12 +139,15 @@ class Run:
 
         wait: until the checkpoint is on disk. Else, where checkpoint.asynchronous, training may go
         on at once, and one that cannot be written costs a warning.
-        Raises CheckpointError on all ranks alike when one that was waited for cannot be written.
+        Raises CheckpointError on all ranks alike when one that was waited for cannot be written,
+        DataError when the data was changed under the run.
         """
+        self._need(lambda sources: sources.refuse_changed())
         meta: dict[str, Any] = {
             "config": to_dict(self.config),
             "tracking": self.trackers.state(),
             "skipped": self.skipped,
+            "sources": self.sources.contents if self.sources is not None else {},
         }
         if self.evaluated is not None and self.evaluated[0] == step:
             loss = self.evaluated[1]

@@ -90,6 +90,11 @@ def open_foreign(
     return ForeignTokens(f"the {split} split of {path}", kind, pieces, vocabulary)
 
 
+def foreign_files(path: str) -> set[Path]:
+    """Of all splits."""
+    return {file for split in ("train", "validation") for file in _files(path, split) or ()}
+
+
 def is_foreign(path: str) -> bool:
     """Whether tokens of other projects could be meant: by names alone."""
     return _files(path, "train") is not None or _files(path, "validation") is not None

@@ -16,26 +16,22 @@ from flashtrain.config import (
     Source,
     TokenizerKind,
 )
-from flashtrain.data.foreign import is_foreign, open_foreign
+from flashtrain.data.dataset import Part, RandomTokens, ShardedDataset
+from flashtrain.data.foreign import foreign_files, is_foreign, open_foreign
 from flashtrain.data.loader import DataLoader, check_batch
+from flashtrain.data.manifest import MANIFEST, Manifest
+from flashtrain.data.mapped import DataError
 from flashtrain.data.mixture import Mix, phases
 from flashtrain.data.packing import PackedDocuments, open_plan
 from flashtrain.data.prepare import prepare_shakespeare
 from flashtrain.data.published import find_tokenizer
 from flashtrain.data.ramp import Ramp
-from flashtrain.data.remote import is_remote, local_folder
+from flashtrain.data.remote import is_remote
+from flashtrain.data.remote_source import admit_remote, check_room, local_folder, open_remote
 from flashtrain.data.samples import Blocks, Mixture, Samples, Shuffled, source_seed
-from flashtrain.data.shards import (
-    MANIFEST,
-    DataError,
-    Manifest,
-    Part,
-    RandomTokens,
-    ShardedDataset,
-    TokenShards,
-)
-from flashtrain.data.streaming import admit_remote, check_room, open_remote
+from flashtrain.data.shards import TokenShards
 from flashtrain.data.tokenizer import Tokenizer, load_tokenizer
+from flashtrain.data.unchanged import Unchanged
 from flashtrain.data.windows import SectionSamples, WindowShuffled
 from flashtrain.layout import check_layout, check_sequence, data_ranks
 from flashtrain.pipelining import check_micro_batches
@@ -194,6 +190,22 @@ def read_ids(config: Config) -> Ids:
             "one of them again with the tokenizer of the other"
         )
     return next(iter(sizes.values()), Ids(None, None))
+
+
+def sources_now(config: Config) -> Unchanged:
+    """What the run is to read, for comparison with what it finds later."""
+    data, found = config.data, Unchanged()
+    named = [] if data.source is Source.random else list(_sources(config).values())
+    if data.validation_path is not None:
+        named.append(MixSource(data.validation_path))
+    for source in named:
+        if _is_own(source):
+            folder = _folder(source.path, data)
+            local = None if is_remote(source.path) else folder
+            found.add(source.path, Manifest.load(folder), local)
+        else:
+            found.add_foreign(source.path, foreign_files(source.path))
+    return found
 
 
 def _mixed(config: Config, parts: dict[str, Samples], endless: bool = True) -> Samples:
