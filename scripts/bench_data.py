@@ -40,9 +40,9 @@ import numpy as np
 from flashtrain.config import DataConfig
 from flashtrain.data.loader import DataLoader
 from flashtrain.data.prepare import Recipe, prepare
+from flashtrain.data.remote_source import open_remote
 from flashtrain.data.samples import Blocks, Samples, Shuffled
 from flashtrain.data.shards import TokenShards
-from flashtrain.data.streaming import open_remote
 from flashtrain.data.tokenizer import load_tokenizer, train_bpe
 from flashtrain.data.windows import WindowShuffled
 

@@ -23,8 +23,9 @@ from rich.console import Console
 
 from flashtrain.data.bars import Bars
 from flashtrain.data.encode import cores
+from flashtrain.data.manifest import Manifest
+from flashtrain.data.mapped import DataError
 from flashtrain.data.prepare import Recipe, prepare
-from flashtrain.data.shards import DataError, Manifest
 
 
 def arguments() -> argparse.Namespace:

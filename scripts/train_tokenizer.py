@@ -19,8 +19,8 @@ from rich.markup import escape
 
 from flashtrain.data.bars import Bars
 from flashtrain.data.inputs import open_input
+from flashtrain.data.mapped import DataError
 from flashtrain.data.prepare import BPE_SAMPLE, Recipe, train_texts
-from flashtrain.data.shards import DataError
 from flashtrain.data.split import split_document
 from flashtrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_bpe
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from flashtrain.data.shards import DataError
+from flashtrain.data.mapped import DataError
 
 N_WORKS = 42
 SOURCE = (

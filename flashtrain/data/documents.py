@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import IO, Any
 
-from flashtrain.data.shards import DataError
+from flashtrain.data.mapped import DataError
 
 TEXT = (".txt", ".md")
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")

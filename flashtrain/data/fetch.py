@@ -17,6 +17,8 @@ from typing import IO
 import xxhash
 
 from flashtrain.data.cache import NoRoomError, ShardCache
+from flashtrain.data.manifest import ShardFile
+from flashtrain.data.mapped import DataError
 from flashtrain.data.remote import (
     BLOCK,
     FIRST_PAUSE,
@@ -26,7 +28,6 @@ from flashtrain.data.remote import (
     in_a_line,
     place_of,
 )
-from flashtrain.data.shards import DataError, ShardFile
 
 POLL = 0.1  # seconds between looks at what other processes do
 FULL_POLL = 1.0  # likewise, for room, which takes counting all files

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flashtrain.data.shards import DataError
+from flashtrain.data.mapped import DataError
 
 JOB = "job.json"
 LOCK = "lock"

@@ -9,14 +9,12 @@ None of them says how many ids there are, so `read` holds each one against the v
 """
 
 import glob
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashtrain.data.ahead import ReadAhead
 from flashtrain.data.mapped import DataError, MappedTokens, Piece
 
 NANOGPT, LLMC, MEGATRON = FORMATS = ("nanogpt", "llmc", "megatron")
@@ -33,16 +31,15 @@ MEGATRON_HEADER = 9 + 8 + 1 + 8 + 8  # bytes: magic, version, type, sequences, d
 MEGATRON_TYPES = {1: "<u1", 2: "<u1", 3: "<u2", 4: "<u4", 5: "<u8", 8: "<u2"}
 
 
-class ForeignTokens:
+class ForeignTokens(MappedTokens):
     """A `Dataset` over files of one of FORMATS."""
 
     def __init__(self, name: str, kind: str, pieces: list[Piece], vocabulary: int) -> None:
-        self.name, self.kind, self.vocabulary = name, kind, vocabulary
-        self._line = MappedTokens(name, pieces, ReadAhead([piece.path for piece in pieces]))
-        self.tokens = self._line.tokens
+        super().__init__(name, pieces)
+        self.kind, self.vocabulary = kind, vocabulary
 
     def read(self, start: int, length: int) -> NDArray[Any]:
-        ids = self._line.read(start, length)
+        ids = super().read(start, length)
         if length and int(ids.max()) >= self.vocabulary:
             raise DataError(
                 f"{self.name} holds id {ids.max()} near token {start:,}, and the vocabulary is "
@@ -50,19 +47,6 @@ class ForeignTokens:
                 "they were made with (data.tokenizer_path) and the right data.format"
             )
         return ids
-
-    def advise(self, start: int, length: int) -> None:
-        self._line.advise(start, length)
-
-    @property
-    def sections(self) -> list[tuple[int, int]]:
-        return self._line.sections
-
-    def need(self, now: Sequence[int], soon: Sequence[int]) -> None:
-        self._line.need(now, soon)
-
-    def close(self) -> None:
-        self._line.close()
 
 
 def open_foreign(

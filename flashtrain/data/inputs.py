@@ -18,7 +18,7 @@ from flashtrain.data.documents import (
     optional,
     read_documents,
 )
-from flashtrain.data.shards import DataError
+from flashtrain.data.mapped import DataError
 from flashtrain.data.split import part_size
 
 HUB = "hf:"

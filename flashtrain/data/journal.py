@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from flashtrain.data.documents import Bad, Place
-from flashtrain.data.shards import DataError
+from flashtrain.data.mapped import DataError
 from flashtrain.data.writer import SplitWriter
 
 STATE, HASHES = "state.npz", "hashes.bin"

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from flashtrain.data.ahead import ReadAhead
+
 # an open map holds a file descriptor, of which a process has 1024 by default
 OPEN_MAPS = 256
 
@@ -51,17 +53,19 @@ class _Map(NamedTuple):
 
 
 class MappedTokens:
+    """`dataset.ShardedDataset` but for the vocabulary."""
+
     def __init__(self, name: str, pieces: Sequence[Piece], files: Files | None = None) -> None:
-        """files: says where a piece lies and brings it; None: at its path."""
-        self.name, self.pieces, self.files = name, pieces, files
+        """files: brings pieces; None: they are where their paths say."""
+        self.name, self.pieces = name, pieces
+        self.files = files or ReadAhead([piece.path for piece in pieces])
         self._starts = [0]  # token at which each piece begins
         for piece in pieces:
             self._starts.append(self._starts[-1] + piece.tokens)
         self.tokens = self._starts[-1]
         # thread-safe, and a bound on file descriptors
         self._map = functools.lru_cache(maxsize=OPEN_MAPS)(self._open)
-        if files is not None:
-            files.on_release = self._map.cache_clear
+        self.files.on_release = self._map.cache_clear
 
     @property
     def sections(self) -> list[tuple[int, int]]:
@@ -74,8 +78,7 @@ class MappedTokens:
 
     def _open(self, index: int) -> _Map:
         piece = self.pieces[index]
-        path = piece.path if self.files is None else self.files.path(index)
-        with path.open("rb") as file:
+        with self.files.path(index).open("rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         # np.memmap would do this too, and indexing it is ten times slower
         return _Map(memory, np.frombuffer(memory, piece.dtype, piece.tokens, piece.offset))
@@ -112,13 +115,11 @@ class MappedTokens:
 
     def need(self, now: Sequence[int], soon: Sequence[int]) -> None:
         """Pieces that are read now and after that."""
-        if self.files is not None:
-            self.files.need(now, soon)
+        self.files.need(now, soon)
 
     def close(self) -> None:
         """End what is brought, and a read that waits for it."""
-        if self.files is not None:
-            self.files.close()
+        self.files.close()
 
     def _place(self, start: int) -> tuple[int, int]:
         """Piece of token `start` and where it lies there."""

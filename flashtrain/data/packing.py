@@ -20,9 +20,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from flashtrain.data.dataset import CHUNK, Dataset
 from flashtrain.data.mapped import DataError
 from flashtrain.data.samples import DOCUMENTS, IGNORED, LABELS, TOKENS
-from flashtrain.data.shards import CHUNK, Dataset
 
 LOOKS, LOOK = 16, 1 << 12  # tokens that tell a data set from another one of the same size
 

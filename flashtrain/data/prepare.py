@@ -20,8 +20,9 @@ from flashtrain.data.encode import Split, batches, encode_all
 from flashtrain.data.folders import new_folder, occupied, work_folder
 from flashtrain.data.inputs import Input, open_input
 from flashtrain.data.journal import Journal, Progressed, Seen
+from flashtrain.data.manifest import Manifest
+from flashtrain.data.mapped import DataError
 from flashtrain.data.published import find_tokenizer
-from flashtrain.data.shards import DataError, Manifest
 from flashtrain.data.split import TRAIN, VALIDATION, part_size, split_document
 from flashtrain.data.tokenizer import (
     TOKENIZER_FILE,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flashtrain.data.documents import optional
-from flashtrain.data.shards import DataError
+from flashtrain.data.mapped import DataError
 from flashtrain.data.tokenizer import (
     TOKENIZER_FILE,
     BpeTokenizer,

@@ -1,25 +1,20 @@
 """Folders of token shards in other places: s3://, gs://, https://, file:// and all of fsspec's.
 
-The manifest and the tokenizer are copied to the cache when a run is admitted; shards come as they
-are needed (fetch.py). Credentials and endpoints: fsspec's configuration files and variables, and
-those of the package behind the protocol.
+Credentials and endpoints: fsspec's configuration files and variables, and those of the package
+behind the protocol.
 """
 
-import os
 import re
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from flashtrain.config import ConfigError, DataConfig
 from flashtrain.data.documents import optional
-from flashtrain.data.shards import MANIFEST, PREPARE, DataError
-from flashtrain.data.tokenizer import TOKENIZER_FILE
+from flashtrain.data.manifest import PREPARE
+from flashtrain.data.mapped import DataError
 
 INSTALL = "pip install 'flashtrain[remote]'"
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between tries, each twice the one before
@@ -89,40 +84,6 @@ def place_of(url: str) -> str:
     url = url.rstrip("/")
     name = re.sub(r"[^\w.-]", "_", url.rpartition("/")[2])
     return f"{name}-{xxhash.xxh3_64_hexdigest(url.encode())[:8]}"
-
-
-def cache_folder(url: str, data: DataConfig) -> Path:
-    """data.cache_dir; ConfigError where it is not named or cannot be written."""
-    if data.cache_dir is None:
-        raise ConfigError(
-            f"{url} is remote: name a folder on a disk of this machine that shards are kept in, "
-            "data.cache_dir=FOLDER, and the room they may take there, data.cache_gb"
-        )
-    folder = Path(data.cache_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"data.cache_dir={folder} cannot be made: {in_a_line(error)}") from error
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"data.cache_dir={folder} cannot be written to")
-    return folder
-
-
-def local_folder(url: str, data: DataConfig, *, refresh: bool = False) -> Path:
-    """A folder with the manifest and tokenizer of `url`: what is in the cache, or copied there.
-
-    refresh: copied anew, in case they changed.
-    """
-    folder = cache_folder(url, data) / place_of(url)
-    names = (TOKENIZER_FILE, MANIFEST)  # the manifest last, as it is written last
-    if refresh or not all((folder / name).is_file() for name in names):
-        remote = Remote(url)
-        folder.mkdir(exist_ok=True)
-        for name in names:
-            partial = folder / f".{name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-            partial.write_bytes(remote.read(name))
-            partial.rename(folder / name)
-    return folder
 
 
 def in_a_line(error: BaseException) -> str:

@@ -1,14 +1,23 @@
-"""Remote shards as a config names them: refused at the door where they cannot work, and opened."""
+"""The remote shards a config names: refused at the door where they cannot work, and opened.
 
+The manifest and the tokenizer are copied to the cache when a run is admitted; shards come as they
+are needed (fetch.py).
+"""
+
+import os
 import shutil
+import uuid
 from collections.abc import Iterable, Sequence
 from functools import partial
+from pathlib import Path
 
 from flashtrain.config import Config, ConfigError, DataConfig, DataFormat, MixSource, Packing
 from flashtrain.data.cache import ShardCache
 from flashtrain.data.fetch import Fetcher
-from flashtrain.data.remote import Remote, cache_folder, is_remote, local_folder
-from flashtrain.data.shards import Manifest, ShardFile, TokenShards
+from flashtrain.data.manifest import MANIFEST, Manifest, ShardFile
+from flashtrain.data.remote import Remote, in_a_line, is_remote, place_of
+from flashtrain.data.shards import TokenShards
+from flashtrain.data.tokenizer import TOKENIZER_FILE
 from flashtrain.data.windows import LARGEST_WINDOW
 
 GB = 1e9
@@ -44,6 +53,40 @@ def admit_remote(config: Config, sources: Iterable[MixSource]) -> None:
         paths.add(data.validation_path)
     for path in sorted(paths):
         local_folder(path, data, refresh=True)
+
+
+def cache_folder(url: str, data: DataConfig) -> Path:
+    """data.cache_dir; ConfigError where it is not named or cannot be written."""
+    if data.cache_dir is None:
+        raise ConfigError(
+            f"{url} is remote: name a folder on a disk of this machine that shards are kept in, "
+            "data.cache_dir=FOLDER, and the room they may take there, data.cache_gb"
+        )
+    folder = Path(data.cache_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"data.cache_dir={folder} cannot be made: {in_a_line(error)}") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"data.cache_dir={folder} cannot be written to")
+    return folder
+
+
+def local_folder(url: str, data: DataConfig, *, refresh: bool = False) -> Path:
+    """A folder with the manifest and tokenizer of `url`: what is in the cache, or copied there.
+
+    refresh: copied anew, in case they changed.
+    """
+    folder = cache_folder(url, data) / place_of(url)
+    names = (TOKENIZER_FILE, MANIFEST)  # the manifest last, as it is written last
+    if refresh or not all((folder / name).is_file() for name in names):
+        remote = Remote(url)
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            partial = folder / f".{name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+            partial.write_bytes(remote.read(name))
+            partial.rename(folder / name)
+    return folder
 
 
 def open_remote(url: str, split: str, vocabulary: int, data: DataConfig) -> TokenShards:

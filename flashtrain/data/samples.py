@@ -7,10 +7,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from flashtrain.data.dataset import Dataset
 from flashtrain.data.mapped import DataError
 from flashtrain.data.mixture import Mix
 from flashtrain.data.sampler import sample_index
-from flashtrain.data.shards import Dataset
 
 TOKENS, LABELS, DOCUMENTS = range(3)  # rows of what `fill` fills
 IGNORED = -100  # the label of a token that is not learned from, as in torch and parallel/loss.py

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flashtrain.data.shards import CHUNK, Dataset
+from flashtrain.data.dataset import CHUNK, Dataset
 
 BUCKETS = 48  # documents of 0, 1, 2 - 3, 4 - 7, .. tokens
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from flashtrain.data.shards import DataError
+from flashtrain.data.mapped import DataError
 from flashtrain.data.words import word_encoder
 
 END_OF_TEXT = "<|endoftext|>"

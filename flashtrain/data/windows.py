@@ -14,10 +14,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from flashtrain.data.dataset import ShardedDataset
 from flashtrain.data.mapped import DataError
 from flashtrain.data.sampler import sample_index
 from flashtrain.data.samples import Samples
-from flashtrain.data.shards import ShardedDataset
 
 # a remote shard in reach holds two file descriptors, and a process has 1024 by default
 LARGEST_WINDOW = 64

@@ -9,16 +9,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from flashtrain.data.shards import (
-    CHUNK,
-    DTYPES,
-    MANIFEST,
-    DataError,
-    Manifest,
-    ShardFile,
-    Split,
-    entropy,
-)
+from flashtrain.data.dataset import CHUNK
+from flashtrain.data.manifest import DTYPES, MANIFEST, Manifest, ShardFile, Split
+from flashtrain.data.mapped import DataError
 
 DEFAULT_SHARD_TOKENS = 100_000_000  # 200 MB of uint16
 
@@ -148,3 +141,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     partial.rename(folder / MANIFEST)
+
+
+def entropy(counts: NDArray[np.int64]) -> float:
+    """Shannon entropy in nats of the distribution that `counts` are proportional to."""
+    share = counts[counts > 0] / counts.sum()
+    return float((share * -np.log(share)).sum())

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from flashtrain.data.manifest import FORMAT, Manifest
 from flashtrain.data.prepare import Recipe
-from flashtrain.data.shards import FORMAT, Manifest
 from flashtrain.data.writer import SplitWriter, dtype_for, write_manifest
 
 TEXTS = [

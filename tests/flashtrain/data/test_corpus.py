@@ -3,7 +3,7 @@ import importlib.util
 import pytest
 
 from flashtrain.data import corpus
-from flashtrain.data.shards import DataError
+from flashtrain.data.mapped import DataError
 
 
 @pytest.fixture(scope="module")

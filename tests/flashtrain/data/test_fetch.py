@@ -20,10 +20,12 @@ from flashtrain.config import ConfigError, DataConfig
 from flashtrain.data import fetch, remote
 from flashtrain.data.cache import ShardCache
 from flashtrain.data.fetch import Fetcher
-from flashtrain.data.remote import Remote, is_remote, local_folder, place_of
+from flashtrain.data.manifest import MANIFEST, Manifest
+from flashtrain.data.mapped import DataError
+from flashtrain.data.remote import Remote, is_remote, place_of
+from flashtrain.data.remote_source import local_folder, open_remote
 from flashtrain.data.samples import Blocks
-from flashtrain.data.shards import MANIFEST, DataError, Manifest, TokenShards
-from flashtrain.data.streaming import open_remote
+from flashtrain.data.shards import TokenShards
 from flashtrain.data.windows import WindowShuffled
 from tests.flashtrain.data.made import make_shards
 
@@ -55,7 +57,7 @@ def settings(tmp_path: Path, shards: float = 6, seconds: float = 30.0) -> DataCo
 
 
 def fetcher_of(shards: TokenShards) -> Fetcher:
-    found = shards._line.files
+    found = shards.files
     assert isinstance(found, Fetcher)
     return found
 

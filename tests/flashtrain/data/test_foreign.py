@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flashtrain.data.foreign import ForeignTokens, is_foreign, open_foreign
-from flashtrain.data.shards import DataError
+from flashtrain.data.mapped import DataError
 from tests.flashtrain.data.foreign_writers import write_llmc, write_megatron, write_nanogpt
 
 IDS = [(7 * i) % 50257 for i in range(1000)]

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from flashtrain.data.dataset import RandomTokens
 from flashtrain.data.loader import Batch, DataLoader
+from flashtrain.data.mapped import DataError
 from flashtrain.data.samples import Blocks, Shuffled
-from flashtrain.data.shards import DataError, RandomTokens, TokenShards
+from flashtrain.data.shards import TokenShards
 from tests.flashtrain.data.made import make_shards
 
 T = 7

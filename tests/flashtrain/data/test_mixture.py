@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashtrain.data.mapped import DataError
 from flashtrain.data.mixture import LARGEST_SUM, Mix, Phase, phases, whole_weights
-from flashtrain.data.shards import DataError
 
 WEIGHTS = st.lists(st.sampled_from([0, 0.001, 0.1, 0.25, 1, 1.5, 3, 70]), min_size=1, max_size=9)
 

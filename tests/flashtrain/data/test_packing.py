@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashtrain.data import packing
+from flashtrain.data.mapped import DataError
 from flashtrain.data.packing import PackedDocuments, best_fit, open_plan, pieces_of
 from flashtrain.data.samples import DOCUMENTS, IGNORED, LABELS, TOKENS, Blocks, Samples
-from flashtrain.data.shards import DataError
 
 END = 0
 DOCUMENT_LENGTHS = st.lists(st.integers(0, 23), min_size=1, max_size=40).filter(

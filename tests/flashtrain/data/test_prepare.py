@@ -18,10 +18,14 @@ from flashtrain.data import documents
 from flashtrain.data.bars import Bars
 from flashtrain.data.documents import Bad
 from flashtrain.data.inputs import open_input
+from flashtrain.data.manifest import Manifest
+from flashtrain.data.mapped import DataError
 from flashtrain.data.prepare import Progress, Recipe, prepare, prepare_shakespeare
-from flashtrain.data.shards import DataError, Manifest, TokenShards, unigram_entropy
+from flashtrain.data.shards import TokenShards
 from flashtrain.data.split import held_out
+from flashtrain.data.survey import survey
 from flashtrain.data.tokenizer import load_tokenizer
+from flashtrain.data.writer import entropy
 from tests.flashtrain.data.made import BYTES, TEXTS, contents, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -77,9 +81,8 @@ def test_bpe_gives_back_its_documents(tmp_path: Path) -> None:
     assert (texts_of(tmp_path / "out", "train"), texts_of(tmp_path / "out", "validation")) == (
         expected()
     )
-    assert manifest.splits["train"].unigram_entropy == pytest.approx(
-        unigram_entropy(TokenShards(tmp_path / "out")), abs=1e-6
-    )
+    counts = survey(TokenShards(tmp_path / "out"), None).counts
+    assert manifest.splits["train"].unigram_entropy == pytest.approx(entropy(counts), abs=1e-6)
     # and a tokenizer that exists is used as it is
     again = prepare(
         [tmp_path / "a.jsonl"],

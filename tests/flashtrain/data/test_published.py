@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from flashtrain.data.mapped import DataError
 from flashtrain.data.published import byte_letters, find_tokenizer, from_ranks
-from flashtrain.data.shards import DataError
 from flashtrain.data.tokenizer import END_OF_TEXT, train_bpe
 
 TEXT = [f"the cat number {n} sat on the mat, didn't it? {n * 7919}\n" for n in range(300)]

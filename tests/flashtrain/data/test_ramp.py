@@ -4,10 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashtrain.compose import load
+from flashtrain.data.dataset import RandomTokens
 from flashtrain.data.loader import DataLoader
+from flashtrain.data.mapped import DataError
 from flashtrain.data.ramp import Ramp, Stage
 from flashtrain.data.samples import Blocks, Shuffled
-from flashtrain.data.shards import DataError, RandomTokens
 from flashtrain.data.source import open_loader, prepare_source
 
 EARLY = [(100, 2, 5), (300, 4, None), (800, None, 5)]

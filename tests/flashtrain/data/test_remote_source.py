@@ -12,8 +12,8 @@ from torch import Tensor
 
 from flashtrain.compose import load
 from flashtrain.config import Config, ConfigError
+from flashtrain.data.mapped import DataError
 from flashtrain.data.remote import Remote
-from flashtrain.data.shards import DataError
 from flashtrain.data.source import open_loader, open_tokenizer, prepare_source
 from flashtrain.data.tokenizer import ByteTokenizer
 from tests.flashtrain.data.made import make_shards

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from flashtrain.data import encode
+from flashtrain.data.mapped import DataError
 from flashtrain.data.prepare import Progress, Recipe, prepare
-from flashtrain.data.shards import DataError, TokenShards
+from flashtrain.data.shards import TokenShards
 from tests.flashtrain.data.made import BYTES, TEXTS, contents, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -5,14 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashtrain.data.shards import (
-    MANIFEST,
-    DataError,
-    Manifest,
-    RandomTokens,
-    TokenShards,
-    unigram_entropy,
-)
+from flashtrain.data.dataset import RandomTokens
+from flashtrain.data.manifest import MANIFEST, Manifest
+from flashtrain.data.mapped import DataError
+from flashtrain.data.shards import TokenShards
 from tests.flashtrain.data.made import make_shards
 
 
@@ -83,18 +79,18 @@ BROKEN = {
     "file missing": (lambda f: (f / "train-00001.bin").unlink(), "train-00001.bin is named in"),
     "file empty": (
         lambda f: (f / "train-00001.bin").write_bytes(b""),
-        "00001.bin is empty .0 byte",
+        "00001.bin is truncated: it has 0 bytes",
     ),
     "listed empty": (
         lambda f: edit(f, lambda t: train_file(t).update(tokens=0)),
-        "00001.bin is empty .600 bytes, 0 tokens",
+        "train-00001.bin has 600 bytes and 0 tokens",
     ),
     "truncated": (lambda f: shorten(f / "train-00001.bin", -2), "is truncated: it has 598 bytes"),
     "half a token": (lambda f: shorten(f / "train-00003.bin", -1), "truncated: it has 199 bytes"),
     "too long": (lambda f: shorten(f / "train-00001.bin", 2), "is too long: it has 602 bytes"),
     "wrong size listed": (
         lambda f: edit(f, lambda t: train_file(t).update(bytes=7)),
-        "is listed with 7 bytes",
+        "says that train-00001.bin has 7 bytes and 300 tokens",
     ),
     "id too large": (
         lambda f: edit(f, lambda t: train_file(t).update(max_id=5000)),
@@ -150,11 +146,10 @@ def test_verify_finds_a_false_largest_id(folder: Path) -> None:
 
 
 def test_unigram_entropy_is_that_of_the_counts(folder: Path, tmp_path: Path) -> None:
-    shards = TokenShards(folder)
-    assert unigram_entropy(shards) == pytest.approx(np.log(1000))  # 1000 ids once each
-    assert shards.split.unigram_entropy == pytest.approx(np.log(1000), abs=1e-6)
-    two = make_shards(tmp_path / "two", 999, vocabulary=2)  # ids 0 and 1 in turn
-    assert unigram_entropy(TokenShards(two)) == pytest.approx(np.log(2), abs=1e-5)
+    found = TokenShards(folder).split.unigram_entropy
+    assert found == pytest.approx(np.log(1000), abs=1e-6)  # 1000 ids once each
+    two = make_shards(tmp_path / "two", vocabulary=2)
+    assert TokenShards(two).split.unigram_entropy == pytest.approx(np.log(2), abs=1e-5)
 
 
 def test_random_tokens_do_not_depend_on_how_they_are_read() -> None:

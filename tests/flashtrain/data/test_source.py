@@ -8,7 +8,8 @@ from torch import Tensor
 
 from flashtrain.compose import load
 from flashtrain.config import Config, ConfigError
-from flashtrain.data.shards import DataError, Part, RandomTokens
+from flashtrain.data.dataset import Part, RandomTokens
+from flashtrain.data.mapped import DataError
 from flashtrain.data.source import open_loader, open_tokenizer, prepare_source
 from tests.flashtrain.data.foreign_writers import write_llmc, write_megatron, write_nanogpt
 from tests.flashtrain.data.made import make_shards

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashtrain.data.shards import DataError
+from flashtrain.data.mapped import DataError
 from flashtrain.data.tokenizer import (
     END_OF_TEXT,
     BpeTokenizer,

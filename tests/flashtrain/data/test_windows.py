@@ -9,10 +9,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from flashtrain.data.dataset import Part
 from flashtrain.data.loader import DataLoader
+from flashtrain.data.mapped import DataError
 from flashtrain.data.packing import PackedDocuments, open_plan
 from flashtrain.data.samples import DOCUMENTS, TOKENS, Blocks
-from flashtrain.data.shards import DataError, Part, TokenShards
+from flashtrain.data.shards import TokenShards
 from flashtrain.data.windows import WindowShuffled
 from tests.flashtrain.data.made import make_shards
 
