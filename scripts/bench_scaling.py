@@ -1,29 +1,27 @@
-"""One config in many layouts: tokens/s per GPU, share of one GPU's, memory, the plan's prediction.
+"""Configs in many layouts: tokens/s per GPU, share of one GPU's, memory, the plan's prediction.
 
     python scripts/bench_scaling.py --gpus 4 --config "experiment=gpt_1.3b data.micro_batch_size=8"
     python scripts/bench_scaling.py --gpus 8 --config "model=llama_8b" --json a.json --plot a.png \
         --layout "1 parallel=data" --layout "8 parallel=fsdp" --layout "8 parallel=tensor8"
     python scripts/bench_scaling.py --gpus 4 --config "experiment=gpt_1.3b" --steps 100 --losses
+    python scripts/bench_scaling.py --gpus 2 @scripts/scaling/two_gpus.txt --json a.json
 
-A layout is an optional number of processes on this machine, then Hydra overrides; neighbours on as
-many processes are measured by one torchrun. Without --layout: the usual ones on --gpus GPUs, one
-GPU first. A rank that sees its own samples gets --micro-batches of data.micro_batch_size sequences
-a step (a pipeline four a stage), unless a layout names data.batch_size; with --losses all get the
-same global batch. Random tokens. Without a GPU the same over gloo on the CPU, where speeds mean
-nothing.
+A layout is an optional number of processes on this machine, then Hydra overrides. A config has the
+layouts that follow it; without any, the usual ones on --gpus GPUs, one GPU first. A rank that sees
+its own samples gets --micro-batches of data.micro_batch_size sequences a step (a pipeline four a
+stage), unless a layout names data.batch_size; with --losses all get the same global batch. Random
+tokens, unless a config names data. All cases on as many processes are measured by one torchrun,
+--together lets several that need fewer GPUs run at the same time. Without a GPU the same over gloo
+on the CPU, where speeds mean nothing.
 """
 
 import argparse
-import contextlib
 import itertools
 import json
-import os
-import re
-import subprocess
+import shlex
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from plan import complete
+from scaling_runs import measured
 
 from flashtrain.compose import load, read
 from flashtrain.config import Config, ConfigError
@@ -80,10 +79,15 @@ def split_layout(text: str, gpus: int) -> tuple[int, list[str]]:
 
 
 def case_of(
-    config: list[str], layout: list[str], processes: int, micro_batches: int, same: int | None
+    config: list[str],
+    layout: list[str],
+    processes: int,
+    micro_batches: int,
+    same: int | None,
+    also: Sequence[str] = (),
 ) -> list[str]:
     """Overrides of one layout, the global batch among them. ConfigError for what cannot run."""
-    words = [*complete(config), *layout]
+    words = [*complete(config), *layout, *also]
     if any(word.startswith("data.batch_size=") for word in layout):
         return words
     plain = read(words)
@@ -97,73 +101,6 @@ def case_of(
     batch = same or size * data_ranks(parallel) * several
     held_out = -(-128 // data_ranks(parallel)) * data_ranks(parallel)
     return [*words, f"data.batch_size={batch}", f"trainer.evaluate_sequences={held_out}"]
-
-
-def run_cases(
-    cases: list[list[str]], processes: int, options: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """What scaling_worker.py measured of each case, as soon as it has; `error` where it failed.
-
-    One torchrun does them all, since it takes longer to start than to time; the case after one
-    that failed starts another.
-    """
-    done = 0
-    while done < len(cases):
-        for row in run_until_failure(cases[done:], processes, options):
-            yield row
-            done += 1
-
-
-def run_until_failure(
-    cases: list[list[str]], processes: int, options: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as name, Path(name, "stderr").open("w+") as errors:
-        given, rows = Path(name, "cases.json"), Path(name, "rows.jsonl")
-        given.write_text(json.dumps(cases))
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(processes), str(ROOT / "scripts" / "scaling_worker.py")),
-            *("--cases", str(given), "--rows", str(rows)),
-            *("--steps", str(options.steps), "--warmup", str(options.warmup)),
-        ]
-        threads = max(1, (os.cpu_count() or 1) // processes)
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-        run = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
-        try:
-            for at in range(len(cases)):
-                line = next_line(rows, at, run, time.monotonic() + options.limit)
-                if line is not None:
-                    yield json.loads(line)
-                    continue
-                if run.poll() is None:
-                    yield {"error": f"took longer than {options.limit} s"}
-                else:
-                    yield {"error": reason(Path(errors.name).read_text())}
-                return
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                run.wait(60)
-        finally:
-            run.terminate()  # torchrun ends its ranks, and kills them after 30 s
-            run.wait()
-
-
-def next_line(rows: Path, at: int, run: subprocess.Popen[bytes], deadline: float) -> str | None:
-    """Line `at` of a file, once it is there; None when its writer ended without or the time is
-    over."""
-    while True:
-        ended = run.poll() is not None  # before the look: what it wrote last counts
-        lines = rows.read_text().splitlines(keepends=True) if rows.exists() else []
-        if len(lines) > at and lines[at].endswith("\n"):
-            return lines[at]
-        if ended or time.monotonic() > deadline:
-            return None
-        time.sleep(0.1)
-
-
-def reason(said: str) -> str:
-    """The line of the first traceback that says why."""
-    found = re.search(r"^(?:\[rank\d+\]:\s*)?([\w.]*(?:Error|Exception): .*)", said, re.MULTILINE)
-    return found[1] if found else said[-200:].strip()
 
 
 def predicted(words: list[str], processes: int, gpu: str) -> dict[str, Any]:
@@ -180,13 +117,12 @@ def predicted(words: list[str], processes: int, gpu: str) -> dict[str, Any]:
     }
 
 
-def finish(rows: list[dict[str, Any]]) -> None:
-    """Shares of the one-GPU rate, and errors of predictions."""
-    one = next((row for row in rows if row["gpus"] == 1 and "tokens/s/GPU" in row), None)
-    for row in rows:
-        if "tokens/s/GPU" not in row:
-            continue
-        if one is not None:
+def finish(done: list[dict[str, Any]]) -> None:
+    """Of measured rows: shares of the rate of a config's first layout on one GPU, and errors of
+    predictions."""
+    for row in done:
+        mates = (one for one in done if one["gpus"] == 1 and one["config"] == row["config"])
+        if (one := next(mates, None)) is not None:
             row["share"] = f"{row['tokens/s/GPU'] / one['tokens/s/GPU']:.1%}"
         if "predicted tokens/s/GPU" in row:
             row["speed error"] = f"{row['predicted tokens/s/GPU'] / row['tokens/s/GPU'] - 1:+.1%}"
@@ -195,7 +131,13 @@ def finish(rows: list[dict[str, Any]]) -> None:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """As Markdown, to be put into a README as it is."""
+    """As Markdown, to be put into a README as it is; one for each config."""
+    for config, group in itertools.groupby(rows, lambda row: row["config"]):
+        print(f"\n{config}\n")
+        _print_rows(list(group))
+
+
+def _print_rows(rows: list[dict[str, Any]]) -> None:
     print("| " + " | ".join(COLUMNS.values()) + " |")
     print("|" + "---|" * len(COLUMNS))
     for row in rows:
@@ -206,23 +148,30 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def compare_losses(rows: list[dict[str, Any]]) -> None:
-    """Largest relative difference of each layout's losses from the first one's."""
+    """Largest relative difference of each layout's losses from those of its config's first one."""
     found = [row for row in rows if "losses" in row]
-    for row in found[1:]:
-        pairs = zip(found[0]["losses"], row["losses"], strict=True)
-        worst = max(abs(a - b) / abs(a) for a, b in pairs)
-        print(f"{row['layout']}: losses differ by at most {worst:.1e} from {found[0]['layout']}")
+    for _, group in itertools.groupby(found, lambda row: row["config"]):
+        first, *others = group
+        for row in others:
+            pairs = list(zip(first["losses"], row["losses"], strict=True))
+            worst = max(abs(a - b) / abs(a) for a, b in pairs)
+            mean = sum(abs(a - b) / abs(a) for a, b in pairs) / len(pairs)
+            last = row["losses"][-1]
+            print(
+                f"{row['layout']}: losses differ by at most {worst:.1e}, {mean:.1e} on average, "
+                f"from {first['layout']}; the last is {last:.4f}, not {first['losses'][-1]:.4f}"
+            )
 
 
-def row_of(
-    text: str, config: list[str], same: int | None, options: argparse.Namespace
-) -> dict[str, Any]:
+def row_of(text: str, config: str, same: int | None, options: argparse.Namespace) -> dict[str, Any]:
     """A layout before it is measured; with `error` where it is refused, which is here, before
     torchrun."""
     processes, layout = split_layout(text, options.gpus)
-    row: dict[str, Any] = {"layout": " ".join(layout), "gpus": processes}
+    row: dict[str, Any] = {"config": config, "layout": " ".join(layout), "gpus": processes}
     try:
-        words = case_of(config, layout, processes, options.micro_batches, same)
+        words = case_of(
+            config.split(), layout, processes, options.micro_batches, same, options.also.split()
+        )
         load([*words, "trainer.steps=1"], processes)
         row["case"] = " ".join(words)
     except ConfigError as error:
@@ -230,71 +179,104 @@ def row_of(
     return row
 
 
-def measured(
-    rows: list[dict[str, Any]], options: argparse.Namespace
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each row with what was found of it. Neighbours on as many processes share a torchrun;
-    DeepSpeed, which keeps things for as long as its process lives, has one for each case."""
+class Case(argparse.Action):
+    """--config begins a list of layouts, --layout adds to it."""
 
-    def shared(row: dict[str, Any]) -> object:
-        alone = "engine=deepspeed" in row.get("case", "") or "error" in row
-        return id(row) if alone else row["gpus"]
-
-    for _, group in itertools.groupby(rows, shared):
-        own = list(group)
-        if "error" in own[0]:
-            yield own[0], {}
-            continue
-        cases = [row["case"].split() for row in own]
-        yield from zip(own, run_cases(cases, own[0]["gpus"], options), strict=True)
+    def __call__(self, parser: Any, options: Any, value: Any, option: str | None = None) -> None:
+        if option == "--config":
+            options.cases = [*(options.cases or []), (value, [])]
+        elif not options.cases:
+            parser.error("--layout belongs to the --config before it: name that first")
+        else:
+            options.cases[-1][1].append(value)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", required=True, help="Hydra overrides of all layouts")
-    parser.add_argument("--layout", action="append", help="[processes] and overrides of one layout")
-    parser.add_argument("--gpus", type=int, required=True, help="processes of a layout without any")
-    parser.add_argument("--micro-batches", type=int, default=1, help="a step and rank (default 1)")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps (default 10)")
-    parser.add_argument("--warmup", type=int, default=5, help="untimed steps first (default 5)")
-    parser.add_argument("--limit", type=int, default=600, help="seconds of one layout at most")
-    parser.add_argument("--losses", action="store_true", help="one batch for all, compare losses")
-    parser.add_argument("--json", type=Path, help="write the rows and the environment here")
-    parser.add_argument("--plot", type=Path, help="draw measured beside predicted here (PNG)")
-    options = parser.parse_args()
-    config = options.config.split()
+class Parser(argparse.ArgumentParser):
+    """@FILE stands for the arguments in a file, written as on a command line."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(fromfile_prefix_chars="@", **keywords)
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        return shlex.split(line, comments=True)
+
+
+def planned(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows that the command line asks for, not measured yet."""
+    rows: list[dict[str, Any]] = []
+    for config, layouts in options.cases:
+        same = read(complete(config.split())).data.batch_size if options.losses else None
+        texts = layouts or usual_layouts(options.gpus)
+        rows += [row_of(text, config, same, options) for text in texts]
+    return rows
+
+
+def measure(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, str]:
+    """Fills the rows; where and when that was."""
     environment: dict[str, str] = {"date": time.strftime("%Y-%m-%d")}
-    try:
-        if options.plot:
-            from scaling_plot import draw_bars, pyplot
-
-            pyplot()  # refused now and not after the runs
-        same = read(complete(config)).data.batch_size if options.losses else None
-    except ValueError as error:
-        print(f"bench_scaling: {error}", file=sys.stderr)
-        return 2
-    layouts = options.layout or usual_layouts(options.gpus)
-    rows = [row_of(text, config, same, options) for text in layouts]
-    for row, found in measured(rows, options):
+    for row in rows:
+        if "error" in row:
+            print(f"{row['gpus']} {row['layout']}: {row['error']}", flush=True)
+    for row, found in measured([row for row in rows if "error" not in row], options):
         row |= found
         if "gpu" in row:
             environment |= {key: row.pop(key) for key in ("gpu", "torch", "python")}
-            row |= predicted(row["case"].split(), row["gpus"], environment["gpu"])
         said = (
             row.get("error") or f"{row['tokens/s/GPU']} tokens/s/GPU, {row['start s']} s to start"
         )
         print(f"{row['gpus']} {row['layout']}: {said}", flush=True)
         if options.json:  # after each one: what was measured is not lost with what follows
-            finish(rows)
-            report = {"environment": environment, "rows": rows}
-            options.json.write_text(json.dumps(report, indent=2))
-    finish(rows)
+            write(rows, environment, options.json)
+    return environment
+
+
+def write(rows: list[dict[str, Any]], environment: dict[str, str], path: Path) -> None:
+    path.write_text(json.dumps({"environment": environment, "rows": rows}, indent=2))
+
+
+def main() -> int:
+    parser = Parser(description=__doc__.split("\n")[0])
+    case = {"action": Case, "dest": "cases"}
+    parser.add_argument("--config", help="Hydra overrides of the layouts after it", **case)
+    parser.add_argument("--layout", help="[processes] and overrides of one layout", **case)
+    parser.add_argument("--also", default="", help="overrides of all, after those of the layout")
+    parser.add_argument("--gpus", type=int, help="processes of a layout without any")
+    parser.add_argument("--micro-batches", type=int, default=1, help="a step and rank (default 1)")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps (default 10)")
+    parser.add_argument("--warmup", type=int, default=5, help="untimed steps first (default 5)")
+    parser.add_argument("--limit", type=int, default=600, help="seconds of one layout at most")
+    parser.add_argument("--together", action="store_true", help="use GPUs that a layout leaves")
+    parser.add_argument("--losses", action="store_true", help="one batch for all, compare losses")
+    parser.add_argument("--json", type=Path, help="write the rows and the environment here")
+    parser.add_argument("--plot", type=Path, help="draw measured beside predicted here (PNG)")
+    parser.add_argument("--again", type=Path, help="JSON of a run: only predict and print anew")
+    options = parser.parse_args()
+    if not options.again and not (options.cases and options.gpus):
+        parser.error("--config and --gpus, or --again")
+    try:
+        if options.plot:
+            from scaling_plot import draw_bars, pyplot
+
+            pyplot()  # refused now and not after the runs
+        report = json.loads(options.again.read_text()) if options.again else None
+        rows = report["rows"] if report else planned(options)
+    except (ValueError, OSError) as error:
+        print(f"bench_scaling: {error}", file=sys.stderr)
+        return 2
+    environment = report["environment"] if report else measure(rows, options)
+    done = [row for row in rows if "tokens/s/GPU" in row]
+    for row in done:
+        row |= predicted(row["case"].split(), row["gpus"], environment["gpu"])
+    finish(done)
+    print(", ".join(environment.values()))
     print_table(rows)
     if options.losses:
         compare_losses(rows)
-    done = [row for row in rows if "tokens/s/GPU" in row]
+    if options.json:
+        write(rows, environment, options.json)
     if options.plot and done:
-        draw_bars(done, f"{options.config}, {environment.get('gpu')}", options.plot)
+        names = {row["config"]: None for row in done}
+        draw_bars(done, f"{'; '.join(names)}, {environment.get('gpu')}", options.plot)
     return 0 if done else 1
 
 
