@@ -23,11 +23,11 @@ from flashtrain.config import ConfigError, DataConfig, MixSource
 from flashtrain.data.dataset import Dataset
 from flashtrain.data.documents import optional
 from flashtrain.data.mapped import DataError
+from flashtrain.data.paths import open_split
 from flashtrain.data.published import find_tokenizer
 from flashtrain.data.sampler import sample_index
 from flashtrain.data.samples import count_samples
 from flashtrain.data.shards import TokenShards
-from flashtrain.data.source import open_split
 from flashtrain.data.survey import BUCKETS, Survey, documents_of, histogram, survey
 from flashtrain.data.tokenizer import Tokenizer, load_tokenizer
 

@@ -100,8 +100,9 @@ class ShardCache:
             claim.stream.close()
 
     def size(self) -> int:
-        """Bytes of all whole files."""
-        return sum(path.stat().st_size for path in self.folder.glob("*/*.bin"))
+        """Bytes of all files, those that are promised included."""
+        with self._locked():
+            return self._count()
 
     def arrived(self, name: str, size: int) -> int:
         """Bytes of `name` that are here, whoever writes them."""
@@ -122,12 +123,12 @@ class ShardCache:
             yield
 
     def _count(self) -> int:
-        """Bytes that are taken or promised. Removes what killed writers left."""
+        """Likewise, under the lock. Removes what killed writers left."""
         total = 0
         for path in self.folder.glob(f"*/*{PARTIAL}"):
             if not _remove(path):
                 total += int(path.name.split(".")[-2])
-        return total + self.size()
+        return total + sum(path.stat().st_size for path in self.folder.glob("*/*.bin"))
 
     def _evict(self, taken: int) -> int:
         """Bytes removed until `taken` is within the limit, or nothing is left to remove."""

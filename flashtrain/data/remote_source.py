@@ -124,7 +124,7 @@ def check_room(config: Config, sources: Iterable[MixSource]) -> None:
             f"{way} or raise data.cache_gb"
         )
     assert data.cache_dir is not None
-    held = ShardCache(cache_folder("", data), 0).size()
+    held = ShardCache(Path(data.cache_dir), 0).size()
     free = shutil.disk_usage(data.cache_dir).free
     if held + free < data.cache_gb * GB:
         raise ConfigError(

@@ -9,27 +9,25 @@ import torch
 from flashtrain.config import (
     Config,
     ConfigError,
-    DataConfig,
-    DataFormat,
     MixSource,
     Packing,
     Source,
     TokenizerKind,
 )
-from flashtrain.data.dataset import Part, RandomTokens, ShardedDataset
-from flashtrain.data.foreign import foreign_files, is_foreign, open_foreign
+from flashtrain.data.dataset import Part, RandomTokens
+from flashtrain.data.foreign import foreign_files
 from flashtrain.data.loader import DataLoader, check_batch
-from flashtrain.data.manifest import MANIFEST, Manifest
+from flashtrain.data.manifest import Manifest
 from flashtrain.data.mapped import DataError
 from flashtrain.data.mixture import Mix, phases
 from flashtrain.data.packing import PackedDocuments, open_plan
+from flashtrain.data.paths import folder_of, is_own, open_held_out, open_split
 from flashtrain.data.prepare import prepare_shakespeare
 from flashtrain.data.published import find_tokenizer
 from flashtrain.data.ramp import Ramp
 from flashtrain.data.remote import is_remote
-from flashtrain.data.remote_source import admit_remote, check_room, local_folder, open_remote
+from flashtrain.data.remote_source import admit_remote, check_room
 from flashtrain.data.samples import Blocks, Mixture, Samples, Shuffled, source_seed
-from flashtrain.data.shards import TokenShards
 from flashtrain.data.tokenizer import Tokenizer, load_tokenizer
 from flashtrain.data.unchanged import Unchanged
 from flashtrain.data.windows import SectionSamples, WindowShuffled
@@ -37,7 +35,6 @@ from flashtrain.layout import check_layout, check_sequence, data_ranks
 from flashtrain.pipelining import check_micro_batches
 
 VOCABULARY_STEP = 128  # a head whose width is a multiple of 128 fills the matrix units' tiles
-FIRST_LOOK = 1 << 20  # tokens of a foreign file that are held against the vocabulary at the door
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,9 @@ def open_tokenizer(config: Config) -> Tokenizer | None:
     if config.data.tokenizer_path is not None:
         return find_tokenizer(config.data.tokenizer_path)
     own = [
-        _folder(source.path, config.data) for source in _sources(config).values() if _is_own(source)
+        folder_of(source.path, config.data)
+        for source in _sources(config).values()
+        if is_own(source)
     ]
     return load_tokenizer(own[0]) if own else None
 
@@ -166,7 +165,7 @@ def open_samples(config: Config) -> tuple[Samples, Samples]:
             else WindowShuffled(blocks, tokens, seed, data.shuffle_shards)
         )
     if data.validation_path is not None:
-        return _mixed(config, train), Blocks(_open_held_out(data, limit), T, end)
+        return _mixed(config, train), Blocks(open_held_out(data, limit), T, end)
     return _mixed(config, train), _mixed(config, held_out, endless=False)
 
 
@@ -179,8 +178,8 @@ def read_ids(config: Config) -> Ids:
         sizes[tokenizer.fingerprint] = Ids(tokenizer.size, tokenizer.end_of_text)
         told[tokenizer.fingerprint] = f"data.tokenizer_path={config.data.tokenizer_path}"
     for source in _sources(config).values():
-        if _is_own(source):
-            manifest = Manifest.load(_folder(source.path, config.data))
+        if is_own(source):
+            manifest = Manifest.load(folder_of(source.path, config.data))
             sizes[manifest.tokenizer] = Ids(manifest.vocabulary, manifest.end_of_text)
             told.setdefault(manifest.tokenizer, source.path)
     if len(told) > 1:
@@ -199,8 +198,8 @@ def sources_now(config: Config) -> Unchanged:
     if data.validation_path is not None:
         named.append(MixSource(data.validation_path))
     for source in named:
-        if _is_own(source):
-            folder = _folder(source.path, data)
+        if is_own(source):
+            folder = folder_of(source.path, data)
             local = None if is_remote(source.path) else folder
             found.add(source.path, Manifest.load(folder), local)
         else:
@@ -224,54 +223,6 @@ def _sources(config: Config) -> dict[str, MixSource]:
         return data.sources
     assert data.path is not None
     return {"": MixSource(data.path, 1.0, data.format)}
-
-
-def open_split(source: MixSource, split: str, vocabulary: int, data: DataConfig) -> ShardedDataset:
-    """The tokens of one split of `source`, ids below `vocabulary`; DataError where it has none.
-
-    data: says where remote shards are kept, and how many of them.
-    """
-    if is_remote(source.path):
-        return open_remote(source.path, split, vocabulary, data)
-    if _is_own(source):
-        return TokenShards(Path(source.path), split, vocabulary=vocabulary)
-    kind = None if source.format is DataFormat.auto else source.format.name
-    tokens = open_foreign(source.path, split, vocabulary, kind)
-    if tokens is None and split == "train":
-        raise DataError(f"{source.path} is no file, folder or pattern of {source.format.name} data")
-    if tokens is None:
-        raise DataError(
-            f"{source.path} has no validation split: name data to evaluate on with "
-            "data.validation_path, or hold the last tokens out with data.validation_tokens"
-        )
-    tokens.read(0, min(FIRST_LOOK, tokens.tokens))
-    return tokens
-
-
-def _open_held_out(data: DataConfig, vocabulary: int) -> ShardedDataset:
-    """The validation split of data.validation_path, or all of it where it is not split."""
-    assert data.validation_path is not None
-    source = MixSource(data.validation_path)
-    if _is_own(source):
-        return open_split(source, "validation", vocabulary, data)
-    found = open_foreign(source.path, "validation", vocabulary)
-    return found or open_split(source, "train", vocabulary, data)
-
-
-def _is_own(source: MixSource) -> bool:
-    """Also where there is nothing or an unfinished folder, which our own shards say best."""
-    if is_remote(source.path):
-        return True
-    if source.format is not DataFormat.auto:
-        return source.format is DataFormat.flashtrain
-    folder = Path(source.path)
-    ours = (folder / MANIFEST).is_file() or any(folder.glob("*-[0-9][0-9][0-9][0-9][0-9].bin"))
-    return ours or not is_foreign(source.path)
-
-
-def _folder(path: str, data: DataConfig) -> Path:
-    """Where manifest and tokenizer of our own shards are read."""
-    return local_folder(path, data) if is_remote(path) else Path(path)
 
 
 def _ramp(config: Config) -> Ramp:

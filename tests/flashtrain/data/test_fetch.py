@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import multiprocessing
+import re
 import shutil
 import threading
 import time
@@ -274,12 +275,37 @@ def test_what_cannot_be_opened_is_one_sentence(
         source.read(MANIFEST, patience=0.05)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("aiohttp") is None, reason="http:// of fsspec needs aiohttp"
-)
-def test_shards_come_over_http(folder: Path, tmp_path: Path) -> None:
-    handler = functools.partial(_Quiet, directory=str(folder.parent))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+class _Plain(SimpleHTTPRequestHandler):
+    """Sends whole files, whatever part of one is asked for."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class _Ranges(_Plain):
+    """Sends parts, as object stores and most servers do."""
+
+    def do_GET(self) -> None:
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked is None:
+            return super().do_GET()
+        data = Path(self.translate_path(self.path)).read_bytes()
+        part = data[int(asked[1]) : int(asked[2]) + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {asked[1]}-{asked[2]}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+
+@pytest.mark.parametrize("handler", [_Plain, _Ranges])
+def test_shards_come_over_http(
+    folder: Path, tmp_path: Path, handler: type[_Plain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(remote, "BLOCK", 250)  # three parts make a shard
+    served = functools.partial(handler, directory=str(folder.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), served) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/shards"
         shards = open_remote(url, "train", 5000, settings(tmp_path, 3))
@@ -291,9 +317,25 @@ def test_shards_come_over_http(folder: Path, tmp_path: Path) -> None:
         server.shutdown()
 
 
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        pass
+def test_shards_come_from_s3(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        told = {"endpoint_url": f"http://{host}:{port}", "key": "a", "secret": "b"}
+        monkeypatch.setitem(fsspec.config.conf, "s3", told)
+        store = fsspec.filesystem("s3")
+        store.mkdir("tokens")
+        store.put(str(folder), "tokens/web", recursive=True)
+        shards = open_remote("s3://tokens/web", "train", 5000, settings(tmp_path, 3))
+        np.testing.assert_array_equal(shards.read(0, 3000), np.arange(3000))
+        store.rm("tokens/web/train-00009.bin")
+        again = open_remote("s3://tokens/web", "train", 5000, settings(tmp_path / "2"))
+        with pytest.raises(DataError, match="is in the manifest and cannot be read"):
+            again.read(2800, 5)
+    finally:
+        server.stop()
 
 
 def test_ranks_of_a_machine_share_a_cache(folder: Path, tmp_path: Path) -> None:
