@@ -7,6 +7,7 @@ and a refusal ends every rank with one line from rank 0. No GPU is touched befor
 
 import json
 import os
+import socket
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -54,7 +55,11 @@ def start(arguments: list[str]) -> tuple[Config, torch.device, Store | None]:
     config = from_dict(answer["config"])
     record_collectives(config)
     if local_rank == 0 and rank != 0:
-        prepare_source(config, world)  # another node's disk may not hold the tokens
+        try:
+            prepare_source(config, world)  # another node's disk may not hold the tokens
+        except (ValueError, OSError) as error:
+            print(f"flashtrain: on {socket.gethostname()}: {error}", file=sys.stderr)
+            sys.exit(REFUSED)
     device = pick_device(local_rank)
     if store is not None:
         backend = "nccl" if device.type == "cuda" else "gloo"

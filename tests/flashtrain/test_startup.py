@@ -1,0 +1,37 @@
+"""How a process begins that is not rank 0."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from torch.distributed import HashStore
+
+from flashtrain import startup
+from flashtrain.compose import load
+from flashtrain.config import to_dict
+from flashtrain.data.source import prepare_source
+from flashtrain.launch import REFUSED
+from tests.flashtrain.data.made import make_shards
+
+
+def test_a_node_without_the_tokens_says_so_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_shards(tmp_path / "shards")
+    words = ["data=shards", f"data.path={folder}", "data.sequence_length=8", "data.batch_size=4"]
+    words += ["data.micro_batch_size=1", "parallel=data", "trainer.evaluate_sequences=4"]
+    config = prepare_source(load([*words, "experiment=null"], 2), 2)
+    store = HashStore()
+    store.set("config", json.dumps({"config": to_dict(config)}))
+    shutil.rmtree(folder)  # of this node; rank 0 has its own
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(startup, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+    monkeypatch.setattr(startup, "meet", lambda *_: store)
+    with pytest.raises(SystemExit) as end:
+        startup.start([])
+    assert end.value.code == REFUSED
+    said = capsys.readouterr().err
+    assert said.startswith("flashtrain: on ") and "no folder of token shards at" in said
+    assert said.count("\n") == 1
