@@ -40,11 +40,17 @@ class Ramp:
         stages: list[Stage] = []
         step = sample = reached = 0
         for until, batch, length in early:
-            batch, length = batch or batch_size, length or sequence_length
+            batch = batch_size if batch is None else batch
+            length = sequence_length if length is None else length
             if until <= reached:
                 raise DataError(
                     f"data.ramp goes until {until:,} tokens after {reached:,}: each stage must end "
                     "after the one before"
+                )
+            if batch < 1 or length < 1:
+                raise DataError(
+                    f"a stage of data.ramp has batch_size={batch} and sequence_length={length}: "
+                    "both must be above 0"
                 )
             if length > sequence_length or sequence_length % length:
                 raise DataError(

@@ -21,6 +21,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between tries, each twice the 
 # at the door, where a person waits and nothing is lost yet; later data.network_minutes
 DOOR_SECONDS = 30.0
 PERMANENT = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+REFUSED = (401, 403, 404, 410)  # HTTP: a file that is not there, or not for us
 BLOCK = 1 << 24  # bytes asked for at a time
 
 
@@ -52,8 +53,17 @@ class Remote:
 
     @contextmanager
     def open(self, name: str) -> Iterator[Any]:
-        """A binary stream."""
-        with self._files.open(f"{self._root.rstrip('/')}/{name}", "rb", block_size=BLOCK) as file:
+        """A binary stream. Raises one of PERMANENT where trying again is of no use."""
+        try:
+            stream = self._files.open(f"{self._root.rstrip('/')}/{name}", "rb", block_size=BLOCK)
+        except FileNotFoundError as error:
+            # fsspec calls it that whatever goes wrong over HTTP; its cause is what it was
+            cause = error.__cause__
+            over_http = type(cause).__module__.startswith("aiohttp")
+            if over_http and getattr(cause, "status", None) not in REFUSED:
+                raise ConnectionError(in_a_line(cause)) from error
+            raise
+        with stream as file:
             yield file
 
     def read(self, name: str, patience: float = DOOR_SECONDS) -> bytes:
@@ -86,6 +96,6 @@ def place_of(url: str) -> str:
     return f"{name}-{xxhash.xxh3_64_hexdigest(url.encode())[:8]}"
 
 
-def in_a_line(error: BaseException) -> str:
+def in_a_line(error: BaseException | None) -> str:
     """An error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -317,6 +317,36 @@ def test_shards_come_over_http(
         server.shutdown()
 
 
+def test_a_server_that_comes_back_is_waited_for(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    served = functools.partial(_Plain, directory=str(folder.parent))
+
+    def serve(port: int) -> ThreadingHTTPServer:
+        server = ThreadingHTTPServer(("127.0.0.1", port), served)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return server
+
+    def stop(server: ThreadingHTTPServer) -> None:
+        server.shutdown()
+        server.server_close()
+
+    server = serve(0)
+    port = server.server_port
+    url = f"http://127.0.0.1:{port}/shards"
+    shards = open_remote(url, "train", 5000, settings(tmp_path))
+    assert int(shards.read(0, 1)[0]) == 0
+    stop(server)
+    again: list[ThreadingHTTPServer] = []
+    timer = threading.Timer(1.0, lambda: again.append(serve(port)))
+    timer.start()
+    assert int(shards.read(1500, 1)[0]) == 1500  # fsspec says: file not found
+    timer.join()
+    stop(again[0])
+    gone = open_remote(url, "train", 5000, settings(tmp_path, seconds=0.5))
+    with pytest.raises(DataError, match=r"arrived for 0\.00833 minutes .*ClientConnectorError"):
+        gone.read(2700, 1)
+
+
 def test_shards_come_from_s3(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("s3fs")
     server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)

@@ -82,6 +82,9 @@ def test_stages_that_do_not_fit_are_refused() -> None:
         Ramp(8, 10, [(100, 2, None), (100, 4, None)])
     with pytest.raises(DataError, match=r"sequences of 4 tokens .* data\.sequence_length=10"):
         Ramp(8, 10, [(100, 2, 4)])
+    for early in ((100, 0, None), (100, -2, None), (100, None, 0), (100, None, -5)):
+        with pytest.raises(DataError, match="both must be above 0"):
+            Ramp(8, 10, [early])
     with pytest.raises(DataError, match="batch_size=2 is not divisible by micro_batch_size=1 x 4"):
         opened(Ramp(8, 10, EARLY), 0, 4)
 
