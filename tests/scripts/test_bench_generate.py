@@ -26,7 +26,7 @@ def test_both_sides_draw_alike_and_the_cache_is_as_stated(
     assert [(row["who"], row["batch"]) for row in rows] == [
         ("flashtrain", 1), ("flashtrain", 4), ("transformers sdpa", 1), ("transformers sdpa", 4),
     ]  # fmt: skip
-    assert all(row["alike"] == 1 and row["tokens/s"] > 0 for row in rows)
+    assert all(row["alike"] == 1 for row in rows)
     # k and v of one layer, four heads of 8, fp32
     assert cache["bytes/token stated"] == cache["measured"] == 2 * 32 * 4
     assert "transformers sdpa  batch 4" in capsys.readouterr().out
