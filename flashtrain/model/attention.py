@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from flashtrain.config import ModelConfig, PositionConfig, PositionKind, Target
 from flashtrain.model.cache import LayerCache
 from flashtrain.model.linear import Linear
-from flashtrain.model.norm import RMSNorm
+from flashtrain.model.norm import head_norm
 from flashtrain.model.parametrization import query_ratio
 from flashtrain.model.rope import rotate
 from kernels.attention import attention
@@ -36,8 +36,8 @@ class Attention(nn.Module):
         rows = (model.n_heads + 2 * model.n_kv_heads) * size  # [q heads | k heads | v heads]
         self.qkv = Linear(model.d_model, rows, model.bias)
         self.out = Linear(model.n_heads * size, model.d_model, model.bias)
-        self.q_norm = RMSNorm(size, model.norm_eps) if model.qk_norm else None
-        self.k_norm = RMSNorm(size, model.norm_eps) if model.qk_norm else None
+        self.q_norm = head_norm(model) if model.qk_norm else None
+        self.k_norm = head_norm(model) if model.qk_norm else None
         self.targets = [HEADS.index(t) for t in position.applies_to if t in HEADS]
         self.adds = position.kind in (PositionKind.learned, PositionKind.sinusoidal)
         self.rotates = position.kind is PositionKind.rope

@@ -37,8 +37,9 @@ class Block(nn.Module):
         documents: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        x = x + self.attention(self.norm_attention(x), position, documents, cache)
-        y: Tensor = x + self.mlp(self.norm_mlp(x))
+        normed, x = self.norm_attention.add(x, None)
+        normed, x = self.norm_mlp.add(x, self.attention(normed, position, documents, cache))
+        y: Tensor = x + self.mlp(normed)
         return y
 
 

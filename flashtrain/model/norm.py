@@ -1,48 +1,47 @@
-"""LayerNorm and RMSNorm, computed in the dtype of their weight (fp32), returned in x's dtype.
-
-The casts stand in the graph, so the compiler fuses them with the reduction and keeps only x in its
-own dtype for the backward pass.
+"""LayerNorm and RMSNorm, computed in fp32 at least and returned in x's dtype, and the residual
+stream they are taken of: kernels/norm does both in one pass each way.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flashtrain.config import ModelConfig, Norm
+from kernels.norm import add_norm
 
 
-class LayerNorm(nn.Module):
-    """Ba et al. 2016, arXiv:1607.06450, over the last dimension."""
+class StreamNorm(nn.Module):
+    """Over the last dimension. `centers`: LayerNorm (Ba et al. 2016, arXiv:1607.06450), else
+    RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, size: int, eps: float, bias: bool) -> None:
+    def __init__(
+        self, size: int, eps: float, *, centers: bool, bias: bool = False, backend: str = "auto"
+    ) -> None:
+        """backend: of kernels/norm; with torch the compiler fuses it with what is around."""
         super().__init__()
-        self.eps = eps
+        self.eps, self.centers, self.backend = eps, centers, backend
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32))
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = nn.Parameter(torch.empty(size, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        y = F.layer_norm(x.to(weight.dtype), weight.shape, weight, self.bias, self.eps)
-        return y.to(x.dtype)
+        return self.add(x, None)[0]
+
+    def add(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of x + branch, and x + branch (branch None: x), which goes on as the stream."""
+        return add_norm(
+            x, branch, self.weight, self.bias,
+            eps=self.eps, centers=self.centers, backend=self.backend,
+        )  # fmt: skip
 
 
-class RMSNorm(nn.Module):
-    """Zhang and Sennrich 2019, arXiv:1910.07467, over the last dimension."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, self.eps).to(x.dtype)
+def head_norm(model: ModelConfig) -> StreamNorm:
+    """An RMSNorm of the heads of q or k, between operations that the compiler joins it with."""
+    assert model.head_size is not None
+    return StreamNorm(model.head_size, model.norm_eps, centers=False, backend="torch")
 
 
-def build_norm(model: ModelConfig) -> LayerNorm | RMSNorm:
+def build_norm(model: ModelConfig) -> StreamNorm:
     """The norm of the residual stream that the config names."""
-    if model.norm is Norm.rmsnorm:
-        return RMSNorm(model.d_model, model.norm_eps)
-    return LayerNorm(model.d_model, model.norm_eps, model.bias)
+    centers = model.norm is Norm.layernorm
+    return StreamNorm(model.d_model, model.norm_eps, centers=centers, bias=centers and model.bias)

@@ -1,0 +1,158 @@
+"""Norm and residual stream are as accurate as eager PyTorch, forward and backward."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.norm import add_norm
+from tests.accuracy import assert_as_accurate
+from tests.kernels.norm.conftest import Platform
+
+EPS = 1e-5
+BACKENDS = pytest.mark.parametrize("backend", ["triton", "torch"])
+KINDS = pytest.mark.parametrize("kind", ["layernorm", "layernorm without bias", "rmsnorm"])
+SHAPES = [(1, 6), (2, 3, 130), (9, 256)]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def eager(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor]:
+    s = x if branch is None else x + branch
+    weight = weight.to(x.dtype)
+    if kind == "rmsnorm":
+        return F.rms_norm(s, weight.shape, weight, EPS), s
+    return F.layer_norm(s, weight.shape, weight, None if bias is None else bias.to(x.dtype), EPS), s
+
+
+def ours(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, kind: str, **options: Any
+) -> tuple[Tensor, Tensor]:
+    return add_norm(x, branch, weight, bias, eps=EPS, centers=kind != "rmsnorm", **options)
+
+
+def inputs(
+    shape: tuple[int, ...], kind: str, branch: bool, weights: torch.dtype, platform: Platform
+) -> list[Tensor | None]:
+    made = [2 * torch.randn(shape) + 0.5, torch.randn(shape) if branch else None]
+    made = [None if t is None else t.to(platform.device, platform.dtype) for t in made]
+    parameters = [1 + torch.randn(shape[-1:]), torch.randn(shape[-1:])]
+    made += [p.to(platform.device, weights) for p in parameters]
+    return [*made[:3], made[3] if kind == "layernorm" else None]
+
+
+def run(
+    function: Any, given: list[Tensor | None], uses: str, dtype: torch.dtype | None, *rest: Any,
+    **options: Any,
+) -> list[Tensor]:  # fmt: skip
+    """Both results and all gradients; uses: which of the results goes on."""
+    given = [
+        None if t is None else (t if dtype is None else t.to(dtype)).detach().clone() for t in given
+    ]
+    leaves = [t.requires_grad_() for t in given if t is not None]
+    results = function(*given, *rest, **options)
+    torch.manual_seed(1)
+    total = torch.zeros((), dtype=torch.float64, device=results[0].device)
+    for name, result in zip(("norm", "stream"), results, strict=True):
+        factor = torch.randn(result.shape, device=result.device).to(result.dtype)
+        if name in uses or uses == "both":
+            total = total + (result * factor).sum(dtype=torch.float64)
+    gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [
+        *results,
+        *(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves, strict=True)),
+    ]
+
+
+@BACKENDS
+@KINDS
+@pytest.mark.parametrize("branch", [True, False])
+@pytest.mark.parametrize("uses", ["both", "norm", "stream"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_as_accurate_as_eager(
+    shape: tuple[int, ...], uses: str, branch: bool, kind: str, backend: str, platform: Platform
+) -> None:
+    if platform.on_gpu:
+        shape = (*(8 * n for n in shape[:-1]), 3 * shape[-1])
+    for weights in {torch.float32, platform.dtype}:
+        given = inputs(shape, kind, branch, weights, platform)
+        mine = run(ours, given, uses, None, kind, backend=backend)
+        rounded = [None if t is None else t.to(platform.dtype) for t in given]
+        low = run(eager, given, uses, None, kind)
+        exact = run(eager, rounded, uses, torch.float64, kind)
+        size = max(float(t.detach().abs().max()) for t in exact)
+        for number, (a, b, c) in enumerate(zip(mine, low, exact, strict=True)):
+            assert a.dtype == b.dtype
+            terms = size if a.dtype == torch.float32 else 0.0
+            assert_as_accurate(
+                a.detach(), b.detach(), c.detach(), name=f"result {number}", terms=terms
+            )
+
+
+def test_gradients_of_parameters_are_summed_in_fp32(platform: Platform) -> None:
+    """Over so many rows that a sum in 16 bits would stop growing."""
+    rows = 40_000 if platform.on_gpu else 4000
+    x = torch.randn(rows, 8, device=platform.device).to(platform.dtype)
+    weight, bias = (torch.ones(8, device=platform.device).requires_grad_() for _ in "wb")
+    y, _ = ours(x, None, weight, bias, "layernorm", backend="triton")
+    y.backward(torch.ones_like(y))
+    assert bias.grad is not None
+    assert bias.grad.tolist() == [rows] * 8
+
+
+def test_any_strides_will_do(platform: Platform) -> None:
+    x, branch, weight, _ = inputs((6, 16), "rmsnorm", True, torch.float32, platform)
+    assert x is not None and branch is not None
+    turned = [t.t().contiguous().t() for t in (x, branch)]
+    plain = run(ours, [x, branch, weight, None], "both", None, "rmsnorm", backend="triton")
+    other = run(ours, [*turned, weight, None], "both", None, "rmsnorm", backend="triton")
+    for a, b in zip(plain, other, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("branch", [True, False])
+def test_compiled_without_a_break(device: str, branch: bool) -> None:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    given = inputs((4, 64), "layernorm", branch, torch.float32, Platform(device, dtype))
+    compiled = torch.compile(lambda *t: ours(*t, "layernorm"), fullgraph=True)
+    plain = run(lambda *t: ours(*t, "layernorm"), given, "both", None)
+    for a, b in zip(run(compiled, given, "both", None), plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_gradients_do_not_vary() -> None:
+    given = inputs((5000, 768), "layernorm", True, torch.float32, Platform("cuda", torch.bfloat16))
+    first = run(ours, given, "both", None, "layernorm")
+    for _ in range(10):
+        for a, b in zip(run(ours, given, "both", None, "layernorm"), first, strict=True):
+            assert torch.equal(a, b)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "backend": ({"backend": "cuda"}, "backend='cuda' is not one of"),
+    "branch": ({"branch": torch.zeros(2, 7)}, r"branch is torch.float32 \[2, 7\] and x"),
+    "weight": ({"weight": torch.zeros(7)}, r"weight \[7\] must be \[8\]"),
+    "bias": ({"centers": False}, "bias torch.float32 is for centers=True"),
+    "dtype": (
+        {"x": torch.zeros(2, 8).double(), "backend": "triton"},
+        "takes rows of up to 16384 numbers in fp32, bf16 or fp16, not torch.float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_say_what_and_why(name: str) -> None:
+    changes, sentence = REFUSED[name]
+    given = {
+        "x": torch.zeros(2, 8),
+        "branch": None,
+        "weight": torch.zeros(8),
+        "bias": torch.zeros(8),
+    }
+    with pytest.raises(ValueError, match=sentence):
+        add_norm(**{**given, "eps": EPS, "centers": True, **changes})
