@@ -162,11 +162,24 @@ def check_cover(name: str, record: TensorRecord) -> None:
             f"{name}: its pieces hold {filled} of the {math.prod(record.shape)} values of "
             f"{list(record.shape)}, so a rank that owns a part did not write it or two ranks did"
         )
-    # as much as the whole and nowhere twice is exactly once
-    for index, a in enumerate(record.pieces):
-        for b in record.pieces[:index]:
-            if overlap(a.offset, a.shape, b.offset, b.shape) is not None:
+    # as much as the whole and nowhere twice is exactly once; of thousands of pieces, only those
+    # are compared that share rows
+    active: list[PieceRecord] = []
+    for piece in sorted(record.pieces, key=lambda piece: piece.offset):
+        active = [other for other in active if _end(other) > _start(piece)]
+        for other in active:
+            if overlap(piece.offset, piece.shape, other.offset, other.shape) is not None:
                 raise ValueError(f"{name}: two pieces hold the same values")
+        active.append(piece)
+
+
+def _start(piece: PieceRecord) -> int:
+    return piece.offset[0] if piece.offset else 0
+
+
+def _end(piece: PieceRecord) -> int:
+    """Of its rows; a scalar is one row."""
+    return piece.offset[0] + piece.shape[0] if piece.offset else 1
 
 
 def overlap(
