@@ -11,6 +11,7 @@ B T tokens in order (collectives.py). Forms of the same two functions:
 
 import importlib
 import logging
+import os
 from enum import Enum
 from typing import Any
 
@@ -72,6 +73,8 @@ def choose_form(axis: Axis, wanted: Overlap, device: torch.device) -> Form:
         if device.type == "cuda" and dist.get_rank() == 0:
             log.warning("parallel.overlap=auto: transfers are not hidden, since %s", missing)
         return Form.plain
+    # nothing here sends to all GPUs at once, and setting that up fails on some hosts
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     if wanted is Overlap.fused:
         importlib.import_module("torch.distributed._symmetric_memory")  # torch.ops.symm_mem
         return Form.fused
