@@ -189,10 +189,13 @@ class DeepSpeedEngine:
         if self.zero < 3:
             self.zero_optimizer.update_lp_params()
             return
+        # small weights stay gathered from step to step: away with them, and gathered anew below
+        self.zero_optimizer.checkpoint_event_prologue()
         for name, parameter in self.model.named_parameters():
             own = parameter.ds_tensor  # type: ignore[attr-defined]
             flat, at = self.places[name]
             own.data.copy_(flat.narrow(0, at, own.numel()))
+        self.zero_optimizer.checkpoint_event_epilogue()
 
     def _flat(self) -> list[Tensor]:
         """The fp32 partitions of this rank."""
