@@ -2,8 +2,8 @@
 
 Memory holds one document, or ROWS rows of Parquet, at a time.
 
-A bad document (see `Bad`) is counted and left out; a file that cannot be read at all ends the
-preparation, because half of a data set is not what was asked for.
+A bad document (see `Bad`) is counted and left out; a damaged file ends the preparation, because
+half of a data set is not what was asked for.
 """
 
 import gzip
@@ -120,6 +120,7 @@ def _read_jsonl(file: Path, field: str, longest: int) -> Iterator[Document]:
                 elif line and not line.isspace():
                     yield Document(_parse(line, field), raw.tell())
         except (EOFError, OSError, zlib.error) as error:
+            _not_of_the_disk(error)
             raise DataError(f"{file} is truncated or damaged: {error}") from error
 
 
@@ -205,7 +206,14 @@ def _read_parquet(file: Path, field: str, longest: int) -> Iterator[Document]:
                         content = _decode(value) if len(value) <= longest else Bad.huge
                     yield Document(content, size * done // rows)
         except (arrow.ArrowException, OSError) as error:
+            _not_of_the_disk(error)
             raise DataError(f"{file} is damaged: {error}") from error
+
+
+def _not_of_the_disk(error: BaseException) -> None:
+    """Raise it if a disk or its network failed: the file may be sound, and read another time."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
 
 
 def optional(package: str, purpose: str) -> Any:

@@ -21,6 +21,10 @@ JOB = "job.json"
 LOCK = "lock"
 
 
+class UnreachableError(DataError):
+    """Input went away that was read before: what was made of it is kept."""
+
+
 def occupied(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
@@ -47,9 +51,9 @@ def work_folder(target: Path, job: dict[str, Any], *, force: bool = False) -> It
     """A folder beside `target` that becomes `target` when the block ends well.
 
     An interruption of any kind leaves it, and a later call with the same `job` (JSON) gets it back
-    as it was; a DataError in the block removes it. Raises DataError where something is at `target`
-    or an interrupted job with other options is in the way, unless `force`, and where another
-    process is at work here.
+    as it was; a DataError in the block other than UnreachableError removes it. Raises DataError
+    where something is at `target` or an interrupted job with other options is in the way, unless
+    `force`, and where another process is at work here.
     """
     target = _free(target, force)
     folder = target.parent / f".{target.name}.partial"
@@ -69,8 +73,9 @@ def work_folder(target: Path, job: dict[str, Any], *, force: bool = False) -> It
             for name in (JOB, LOCK):
                 (folder / name).unlink()
             _publish(folder, target, force)
-        except DataError:
-            shutil.rmtree(folder, ignore_errors=True)
+        except DataError as error:
+            if not isinstance(error, UnreachableError):
+                shutil.rmtree(folder, ignore_errors=True)
             raise
 
 

@@ -18,6 +18,7 @@ from flashtrain.data.documents import (
     optional,
     read_documents,
 )
+from flashtrain.data.folders import UnreachableError
 from flashtrain.data.mapped import DataError
 from flashtrain.data.split import part_size
 
@@ -83,6 +84,7 @@ def hub_input(name: str, column: str, longest: int = LONGEST) -> Input:
     library = optional("datasets", f"reading {name}")
 
     def read(start: Place) -> Iterator[Document]:
+        after = start[1]
         try:
             rows = library.load_dataset(
                 path, config or None, split=split or "train", revision=revision or None,
@@ -96,7 +98,8 @@ def hub_input(name: str, column: str, longest: int = LONGEST) -> Input:
                     )
                 rows = rows.select_columns([column])
             read_bytes = 0
-            for after, row in enumerate(rows.skip(start[1]), start[1] + 1):
+            for row in rows.skip(after):
+                after += 1
                 content = checked(row.get(column))
                 if isinstance(content, str):
                     size = len(content.encode())
@@ -106,8 +109,11 @@ def hub_input(name: str, column: str, longest: int = LONGEST) -> Input:
         except DataError:
             raise
         except _hub_errors(library) as error:
-            sentence = " ".join(str(error).split())
-            raise DataError(f"{name} cannot be read: {sentence}") from error
+            sentence = f"{name} cannot be read: {' '.join(str(error).split())}"
+            if after:
+                again = "the same command goes on from its last save"
+                raise UnreachableError(f"{sentence}; when it can be again, {again}") from error
+            raise DataError(sentence) from error
 
     return Input(read, source=name, size=None, part=WHOLE, identity=[name])
 

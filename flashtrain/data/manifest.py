@@ -8,6 +8,7 @@ validation-00000.bin
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from flashtrain.data.mapped import DataError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+# of a file in the folder and of its checksum; one that leads elsewhere could have files read there,
+# and of a remote folder written
+FILE_NAME, CHECKSUM = re.compile(r"\w[\w.-]*"), re.compile(r"[0-9a-f]{16}")
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 PREPARE = "make it again with `python scripts/prepare_data.py INPUT... --output FOLDER`"
 
@@ -80,6 +84,12 @@ class Manifest:
             for name, split in tree["splits"].items():
                 files = tuple(ShardFile(**item) for item in split.pop("files"))
                 tree["splits"][name] = Split(files=files, **split)
+                for item in files:
+                    if not (FILE_NAME.fullmatch(item.name) and CHECKSUM.fullmatch(item.xxh3)):
+                        raise DataError(
+                            f"{file} names {item.name!r} with xxh3 {item.xxh3!r}, which is no "
+                            f"plain file name and checksum; {PREPARE}"
+                        )
             manifest = Manifest(**tree)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{file} lacks or misnames a field ({error}); {PREPARE}") from error

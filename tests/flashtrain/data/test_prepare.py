@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import resource
@@ -263,6 +264,20 @@ def test_a_missing_library_names_its_pip_command(
         (tmp_path / name).write_bytes(b"")
         with pytest.raises(DataError, match=f"needs the package {library}: `pip install {library}"):
             list(documents.read_documents(tmp_path / name))
+
+
+def test_a_failing_disk_is_not_taken_for_a_damaged_file(tmp_path: Path) -> None:
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+    class File(type(tmp_path)):  # type: ignore[misc]
+        def open(self, *_: object, **__: object) -> Failing:
+            return Failing()
+
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        with pytest.raises(OSError, match="Input/output error"):
+            list(documents.read_documents(File(tmp_path / name)))
 
 
 def test_zstandard_is_read_frame_after_frame(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -93,6 +94,48 @@ def test_a_damaged_interruption_is_said_and_removed(
     assert not work.exists()
     prepare([source], tmp_path / "out", BYTES)
     TokenShards(tmp_path / "out").verify()
+
+
+class Hub:
+    """Stands in for the package `datasets`; `fails` rows from here on the network is gone."""
+
+    def __init__(self, fails: int | None) -> None:
+        self.fails, self.column_names = fails, None
+
+    def load_dataset(self, *_: object, **__: object) -> "Hub":
+        if self.fails == 0:
+            raise ConnectionError("no network")
+        return self
+
+    def skip(self, n: int) -> Iterator[dict[str, str]]:
+        for number, text in enumerate(TEXTS[n:]):
+            if number == self.fails:
+                raise ConnectionError("no network")
+            yield {"text": text}
+
+
+def test_a_network_that_fails_costs_nothing_that_was_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "BATCH", 200)
+    errors = SimpleNamespace(DatasetsError=type("DatasetsError", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, "datasets.exceptions", errors)
+
+    def run(output: str, fails: int | None, report: object = None) -> None:
+        monkeypatch.setitem(sys.modules, "datasets", Hub(fails))
+        prepare(["hf:some/set"], tmp_path / output, BYTES, save_seconds=0.0, report=report)
+
+    run("whole", None)
+    with pytest.raises(DataError, match=r"hf:some/set cannot be read: no network$"):
+        run("out", 0)
+    assert not (tmp_path / ".out.partial").exists()  # nothing was there to keep
+    for fails in (30, 0, 20, 0):
+        with pytest.raises(DataError, match="no network; when it can be again, the same command"):
+            run("out", fails)
+    seen: list[Progress] = []
+    run("out", None, seen.append)
+    assert seen[0].documents > 40
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_two_preparations_of_one_folder_at_once_are_refused(tmp_path: Path) -> None:
