@@ -13,6 +13,8 @@ import pytest
 from flashtrain.checkpoint import CheckpointError, find_latest, verify
 from flashtrain.checkpoint.integrity import MANIFEST, _seal, checksum
 from flashtrain.config import ConfigError
+from flashtrain.data.manifest import Manifest
+from flashtrain.data.mapped import DataError
 from flashtrain.secrets_check import refuse_secrets
 from tests.faults.runs import make_tokens, settings
 from tests.flashtrain.checkpoint.emulate import save_whole
@@ -131,6 +133,18 @@ def test_a_manifest_cannot_name_a_file_elsewhere(tmp_path: Path, name: str) -> N
     reseal(path, {"files": files})
     with pytest.raises(CheckpointError, match="not a plain file name"):
         verify(path)
+
+
+@pytest.mark.parametrize("key", ["name", "xxh3"])
+@pytest.mark.parametrize("value", ["../secret", "/etc/passwd", "a/b", "..", "", "a\x00b", 7, None])
+def test_a_manifest_of_tokens_cannot_either(tmp_path: Path, key: str, value: object) -> None:
+    """Of a remote folder, its names become those of files in a cache."""
+    folder = make_tokens(tmp_path)
+    tree = json.loads((folder / "manifest.json").read_text())
+    tree["splits"]["train"]["files"][0][key] = value
+    (folder / "manifest.json").write_text(json.dumps(tree))
+    with pytest.raises(DataError, match=r"no plain file name|lacks or misnames"):
+        Manifest.load(folder)
 
 
 def test_a_tensor_cannot_lie_in_a_file_that_is_not_listed(tmp_path: Path) -> None:
