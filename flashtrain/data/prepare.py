@@ -41,7 +41,7 @@ SAVE_SECONDS = 10.0  # between two notes of what an interruption need not do aga
 class Recipe:
     """What decides the shards, besides the text."""
 
-    tokenizer: str = "bpe"  # "bpe", "bytes", or what `tokenizer.find_tokenizer` takes
+    tokenizer: str = "bpe"  # "bpe", "bytes", or what `published.find_tokenizer` takes
     vocabulary: int = 4096  # of a BPE trained here
     field: str = "text"
     validation_share: float = 0.05

@@ -10,6 +10,7 @@ tokens are thus shuffled in no memory, and any position is found without those b
 from typing import overload
 
 import numpy as np
+import xxhash
 from numpy.typing import ArrayLike, NDArray
 
 # 4 rounds are already indistinguishable from random on large domains; 8 keep permutations of a
@@ -39,6 +40,11 @@ def sample_index(
     key = splitmix64(epoch.astype(np.uint64) + splitmix64(np.uint64(seed & _MASK64)))
     index = _permute(offset.astype(np.uint64), key, n_samples).astype(np.int64)
     return int(index[0]) if where.ndim == 0 else index.reshape(where.shape)
+
+
+def derived_seed(seed: int, purpose: str) -> int:
+    """Another one for each purpose."""
+    return xxhash.xxh3_64_intdigest(purpose.encode(), seed=seed & _MASK64)
 
 
 def splitmix64(x: ArrayLike) -> NDArray[np.uint64]:

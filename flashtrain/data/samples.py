@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from flashtrain.data.dataset import Dataset
@@ -141,11 +140,6 @@ class Mixture:
             found[f"data/tokens/{name}"] = count * self.sequence_length
             found[f"data/epochs/{name}"] = count / source.n_samples
         return found
-
-
-def source_seed(seed: int, name: str) -> int:
-    """Of one source of a mixture, so that adding another one leaves its order as it was."""
-    return xxhash.xxh3_64_intdigest(name.encode("utf-8"), seed=seed & ((1 << 64) - 1))
 
 
 def count_samples(dataset: Dataset, sequence_length: int) -> int:

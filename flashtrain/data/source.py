@@ -27,7 +27,8 @@ from flashtrain.data.published import find_tokenizer
 from flashtrain.data.ramp import Ramp
 from flashtrain.data.remote import is_remote
 from flashtrain.data.remote_source import admit_remote, check_room
-from flashtrain.data.samples import Blocks, Mixture, Samples, Shuffled, source_seed
+from flashtrain.data.sampler import derived_seed
+from flashtrain.data.samples import Blocks, Mixture, Samples, Shuffled
 from flashtrain.data.tokenizer import Tokenizer, load_tokenizer
 from flashtrain.data.unchanged import Unchanged
 from flashtrain.data.windows import SectionSamples, WindowShuffled
@@ -152,7 +153,8 @@ def open_samples(config: Config) -> tuple[Samples, Samples]:
             tokens = Part(tokens, 0, kept)
         elif data.validation_path is None:
             held_out[name] = Blocks(open_split(source, "validation", limit, data), T, end)
-        seed = source_seed(config.seed, name) if data.sources else config.seed
+        # by its name, so that adding a source leaves the order of the others as it was
+        seed = derived_seed(config.seed, name) if data.sources else config.seed
         sections = None if data.shuffle_shards is None else tokens.sections
         blocks: SectionSamples = Blocks(tokens, T, end, sections)
         if data.packing is Packing.best_fit:

@@ -11,12 +11,11 @@ import functools
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from flashtrain.data.dataset import ShardedDataset
 from flashtrain.data.mapped import DataError
-from flashtrain.data.sampler import sample_index
+from flashtrain.data.sampler import derived_seed, sample_index
 from flashtrain.data.samples import Samples
 
 # a remote shard in reach holds two file descriptors, and a process has 1024 by default
@@ -90,7 +89,7 @@ class WindowShuffled:
     def _open_epoch(self, number: int) -> _Epoch:
         n = len(self._used)
         places = np.arange(n, dtype=np.int64) + number * n
-        shards = self._used[sample_index(_seed(self.seed, "shards"), places, n)]
+        shards = self._used[sample_index(derived_seed(self.seed, "shards"), places, n)]
         ends = self._counts[shards].cumsum()[self.window - 1 :: self.window]
         if n % self.window:
             ends = np.append(ends, self.n_samples)
@@ -103,14 +102,12 @@ class WindowShuffled:
         ends = counts.cumsum()
         inside = places - (order.ends[window] - ends[-1])
         drawn = sample_index(
-            _seed(self.seed, f"window {window} of epoch {order.number}"), inside, int(ends[-1])
+            derived_seed(self.seed, f"window {window} of epoch {order.number}"),
+            inside,
+            int(ends[-1]),
         )
         which = np.searchsorted(ends, drawn, side="right")
         found: NDArray[np.int64] = (
             self._firsts[shards[which]] + drawn - (ends[which] - counts[which])
         )
         return found
-
-
-def _seed(seed: int, purpose: str) -> int:
-    return xxhash.xxh3_64_intdigest(purpose.encode(), seed=seed & ((1 << 64) - 1))
