@@ -16,7 +16,7 @@ from flashtrain.model.linear import Linear
 from flashtrain.model.norm import head_norm
 from flashtrain.model.parametrization import query_ratio
 from flashtrain.model.rope import rotate
-from kernels.attention import attention
+from kernels.attention import attention, attention_packed
 
 HEADS = (Target.q, Target.k, Target.v)  # their order in the fused projection
 
@@ -43,8 +43,8 @@ class Attention(nn.Module):
         self.rotates = position.kind is PositionKind.rope
         self.slopes = position.kind is PositionKind.alibi
         self.query_ratio = query_ratio(model)
-        # what mixes the tokens of the heads: another where ranks hold parts of the sequence
-        self.attend: Callable[..., Tensor] = partial(attention, causal=True)
+        # what mixes the tokens of the heads where ranks hold parts of the sequence
+        self.attend: Callable[..., Tensor] | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -64,25 +64,56 @@ class Attention(nn.Module):
 
         T is that of the projection's output: under tensor parallelism x holds fewer tokens.
         """
-        q, k, v = self._heads(x, position)
+        fused: Tensor = self.qkv(x)
         own = None
         if self.slopes:
             assert position is not None
-            own = position[self.first_head : self.first_head + q.shape[2]]
+            count = self.out.in_features // self.head_size
+            own = position[self.first_head : self.first_head + count]
+        if cache is None and self._stays_packed(position):
+            mixed = self._mix_packed(fused, position, own, documents)
+            packed: Tensor = self.out(mixed.flatten(2))
+            return packed
+        q, k, v = self._heads(fused, position)
         if cache is not None and not cache.filling:
             mixed = cache.attend(q, k, v, own, self.backend)
         else:
             if cache is not None:
                 cache.fill(k, v)
-            mixed = self.attend(
-                q, k, v, alibi_slopes=own, documents=documents, backend=self.backend
-            )
+            attend = partial(attention, causal=True) if self.attend is None else self.attend
+            mixed = attend(q, k, v, alibi_slopes=own, documents=documents, backend=self.backend)
         y: Tensor = self.out(mixed.flatten(2))
         return y
 
-    def _heads(self, x: Tensor, position: Tensor | None) -> list[Tensor]:
+    def _stays_packed(self, position: Tensor | None) -> bool:
+        """Whether nothing tells q from k on their way to attention: their gradients then come back
+        as the projection's output lies, in one tensor."""
+        alike = not self.rotates or self.targets == [0, 1]
+        added = self.adds and position is not None
+        plain = not added and self.q_norm is None and self.query_ratio == 1
+        return self.attend is None and alike and plain
+
+    def _mix_packed(
+        self,
+        fused: Tensor,
+        position: Tensor | None,
+        slopes: Tensor | None,
+        documents: Tensor | None,
+    ) -> Tensor:
+        heads = fused.unflatten(-1, (-1, self.head_size))  # [B, T, H + 2 K, D]
+        count = self.out.in_features // self.head_size
+        if self.rotates:
+            assert position is not None
+            turning = (heads.shape[2] + count) // 2
+            q_and_k, v = torch.split(heads, [turning, heads.shape[2] - turning], dim=2)
+            heads = torch.cat((rotate(q_and_k, position), v), dim=2)
+        return attention_packed(
+            heads, count, causal=True, alibi_slopes=slopes, documents=documents,
+            backend=self.backend,
+        )  # fmt: skip
+
+    def _heads(self, fused: Tensor, position: Tensor | None) -> list[Tensor]:
         """q [B, T, H, D], k and v [B, T, K, D]: views of the fused projection where untouched."""
-        fused: Tensor = self.qkv(x)
         wide = self.out.in_features
         narrow = (fused.shape[-1] - wide) // 2
         parts = list(torch.split(fused, [wide, narrow, narrow], dim=-1))

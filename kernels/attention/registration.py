@@ -39,7 +39,7 @@ class Options(NamedTuple):
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 N_TENSORS = 7  # of the options, first in their order
-_SCHEMA = (
+SCHEMA = (
     "Tensor? alibi_slopes, Tensor? sinks, Tensor? bounds, Tensor? bias, Tensor? key_mask,"
     " Tensor? key_range, Tensor? dropout_seed, float scale, int before, int after, float softcap,"
     " float dropout, bool deterministic, str backend"
@@ -49,7 +49,7 @@ _SCHEMA = (
 @torch.library.custom_op(
     "flashtrain::attention_forward",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_SCHEMA}) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor, Tensor)",
 )
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """out [B, T, H, Dv] and lse [B, H, T] of q [B, T, H, D], k [B, S, H_kv, D], v [.., Dv].
@@ -58,7 +58,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[T
         options: those of Options.
     """
     given = Options(*options)
-    return run_forward(q, k, v, given, select.resolve(_problem(q, k, v, given), given.backend))
+    return run_forward(q, k, v, given, select.resolve(problem_of(q, k, v, given), given.backend))
 
 
 @torch.library.custom_op(
@@ -66,7 +66,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[T
     mutates_args=(),
     schema=(
         "(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-        f" bool bias_gradient, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f" bool bias_gradient, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 def attention_backward(
@@ -82,7 +82,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, d_sinks and d_bias; the last two are empty where there is nothing to give."""
     given = Options(*options)
-    choice = select.resolve(_problem(q, k, v, given), given.backend)
+    choice = select.resolve(problem_of(q, k, v, given), given.backend)
     dq, dk, dv, d_sinks, d_bias = run_backward(
         d_out, d_lse, q, k, v, out, lse, bias_gradient, given, choice
     )
@@ -97,7 +97,7 @@ def run_forward(
     """The forward op on real tensors, by the backend that was chosen."""
     result: tuple[Tensor, Tensor]
     if choice.forward == "hopper":
-        result = select.hopper().forward(q, k, v, **_for_hopper(given))
+        result = select.hopper().forward(q, k, v, **for_hopper(given))
     else:
         result = _portable().forward(q, k, v, _features(given))
     return result
@@ -119,7 +119,7 @@ def run_backward(
     gradients: Gradients
     if choice.backward == "hopper":
         dq, dk, dv, *d_sinks = select.hopper().backward(
-            d_out, d_lse, q, k, v, out, lse, **_for_hopper(given), deterministic=given.deterministic
+            d_out, d_lse, q, k, v, out, lse, **for_hopper(given), deterministic=given.deterministic
         )
         gradients = dq, dk, dv, d_sinks[0] if d_sinks else None, None
     else:
@@ -191,7 +191,7 @@ def backward_op(*arguments: Any) -> Gradients:
 attention_forward.register_autograd(_backward, setup_context=save)
 
 
-def _problem(q: Tensor, k: Tensor, v: Tensor, given: Options) -> Problem:
+def problem_of(q: Tensor, k: Tensor, v: Tensor, given: Options) -> Problem:
     """The problem again, from what reaches the op; its meaning was checked in `attention`."""
     B, T, H, D = q.shape
     return Problem(
@@ -221,7 +221,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, given: Options) -> Problem:
     )
 
 
-def _for_hopper(given: Options) -> dict[str, Any]:
+def for_hopper(given: Options) -> dict[str, Any]:
     """The options as the Hopper kernels take them."""
     return dict(
         causal=given.after == 0,

@@ -146,6 +146,7 @@ def backward(
     sinks: Tensor | None = None,
     bounds: Tensor | None = None,
     deterministic: bool = False,
+    packed: bool = False,
     tile: BackwardTile | None = None,
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv, shaped like q, k, v and contiguous, and with sinks d_sinks [H].
@@ -155,6 +156,7 @@ def backward(
     Args:
         d_out: [B, T, H, D]; d_lse: [B, H, T] or None.
         out, lse: what `forward` returned for the same options.
+        packed: return one tensor, [B, T, H + 2 H_kv, D], of dq, dk and dv; T = S, no sinks.
         tile: overrides the choice of tiles.py; for sweeps.
 
     Raises:
@@ -168,18 +170,18 @@ def backward(
     )  # fmt: skip
     more = _contiguous(out=out, lse=lse, d_lse=d_lse, slopes=alibi_slopes, bounds=bounds)
     if torch.cuda.current_device() == q.get_device():
-        return _backward(d_out, q, k, v, options, more, sinks, tile)
+        return _backward(d_out, q, k, v, options, more, sinks, packed, tile)
     with torch.cuda.device(q.device):
-        return _backward(d_out, q, k, v, options, more, sinks, tile)
+        return _backward(d_out, q, k, v, options, more, sinks, packed, tile)
 
 
 def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Options, more: Tensors,
-    sinks: Tensor | None, tile: BackwardTile | None,
+    sinks: Tensor | None, packed: bool, tile: BackwardTile | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     if (q.data_ptr() | k.data_ptr() | v.data_ptr() | d_out.data_ptr()) % ALIGNMENT:
         q, k, v, d_out = copyable(q), copyable(k), copyable(v), copyable(d_out)
-    rest = (options, more["d_lse"] is None, tile)
+    rest = (options, more["d_lse"] is None, packed, tile)
     plan = _backward_plans.get((*_layout(q, k, v), d_out.stride(), *rest))
     if plan is None:
         q, k, v, d_out = copyable(q), copyable(k), copyable(v), copyable(d_out)
@@ -187,14 +189,17 @@ def _backward(
         plan = _backward_plans.get(key)
         if plan is None:
             tile = tile or backward_tile(q, k, options)
-            plan = plan_backward(q, k, d_out, options, tile, _n_sm(q.device)), tile
+            n_sm = _n_sm(q.device)
+            plan = plan_backward(q, k, d_out, options, tile, n_sm, packed), tile
             _remember(_backward_plans, key, plan)
     launches, tile = plan
-    made = backward_buffers(q, k, tile)
+    made = backward_buffers(q, k, tile, packed)
     counter = _counter(q.get_device()) if tile.draw else None
     tensors = {"q": q, "k": k, "v": v, "d_out": d_out, "counter": counter, **more, **made}
     for launch in launches:
         launch.run(tensors)
+    if packed:
+        return (made["dqkv"],)
     grads = made["dq"], made["dk"], made["dv"]
     return grads if sinks is None else (*grads, sink_gradient(sinks, made["stats"], q.shape[0]))
 

@@ -157,14 +157,26 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
     return _launch(attention_fwd_kernel, min(n_sm, n_tiles * B * H), values)
 
 
-def backward_buffers(q: Tensor, k: Tensor, tile: BackwardTile) -> dict[str, Tensor]:
-    """What the backward writes: dq, dk, dv, and its scratch, whose rows are padded to tiles."""
+def backward_buffers(
+    q: Tensor, k: Tensor, tile: BackwardTile, packed: bool = False
+) -> dict[str, Tensor]:
+    """What the backward writes: dq, dk, dv, and its scratch, whose rows are padded to tiles.
+
+    packed: the first three are parts of one tensor, "dqkv" [B, T, H + 2 H_kv, D].
+    """
     B, T, H, D = q.shape
     rows = B * H * _padded(T, tile)
-    return {
-        "dq": torch.empty_like(q, memory_format=torch.contiguous_format),
-        "dk": torch.empty_like(k, memory_format=torch.contiguous_format),
-        "dv": torch.empty_like(k, memory_format=torch.contiguous_format),
+    if packed:
+        heads = [H, k.shape[2], k.shape[2]]
+        dqkv = torch.empty((B, T, sum(heads), D), dtype=q.dtype, device=q.device)
+        made = dict(zip(("dq", "dk", "dv"), dqkv.split(heads, dim=2), strict=True))
+        made["dqkv"] = dqkv
+    else:
+        made = {
+            name: torch.empty_like(x, memory_format=torch.contiguous_format)
+            for name, x in (("dq", q), ("dk", k), ("dv", k))
+        }
+    return made | {
         "stats": torch.empty(
             (2 * rows // tile.queries, tile.queries), dtype=torch.float32, device=q.device
         ),
@@ -173,9 +185,11 @@ def backward_buffers(q: Tensor, k: Tensor, tile: BackwardTile) -> dict[str, Tens
 
 
 def plan_backward(
-    q: Tensor, k: Tensor, d_out: Tensor, options: Options, tile: BackwardTile, n_sm: int
-) -> tuple[Launch, Launch, Launch]:
-    """The launches for the tensors of plan_forward, d_out, d_lse (or None) and backward_buffers.
+    q: Tensor, k: Tensor, d_out: Tensor, options: Options, tile: BackwardTile, n_sm: int,
+    packed: bool = False,
+) -> tuple[Launch, Launch, Launch]:  # fmt: skip
+    """The launches for the tensors of plan_forward, d_out, d_lse (or None) and backward_buffers,
+    with the same `packed`.
 
     A sink has no part in them: lse holds all that the gradients need to know of it.
 
@@ -231,7 +245,16 @@ def plan_backward(
         **masks,
         **options.caps(),
     )
-    cast = dict(sum_ptr=Pointer("dq_sum"), dq_ptr=Pointer("dq"), scale=options.scale, **around)
+    row = (H + 2 * H_kv if packed else H) * D
+    cast = dict(
+        sum_ptr=Pointer("dq_sum"),
+        dq_ptr=Pointer("dq"),
+        dq_b=T * row,
+        dq_t=row,
+        dq_h=D,
+        scale=options.scale,
+        **around,
+    )
     n_programs = n_rows // tile.rows
     return (
         _launch(prepare_rows_kernel, n_programs, prepare),

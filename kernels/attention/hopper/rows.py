@@ -65,8 +65,8 @@ def prepare_rows_kernel(
 @triton.jit(do_not_specialize=["T", "H"])
 def cast_dq_kernel(
     sum_ptr,  # [B, H, T padded, D] fp32
-    dq_ptr,  # [B, T, H, D] contiguous
-    scale, T, H,
+    dq_ptr,  # [B, T, H, D], strides below
+    dq_b, dq_t, dq_h, scale, T, H,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """dq = scale * sum."""
@@ -78,5 +78,5 @@ def cast_dq_kernel(
     if BD > D:
         within = within & (dims < D)[None, :]
     value = tl.load(sum_ptr + place[:, None] * D + dims[None, :], within, other=0.0) * scale
-    at = ((b * T + rows) * H + h)[:, None] * D + dims[None, :]
+    at = (b * dq_b + h * dq_h + rows * tl.cast(dq_t, tl.int64))[:, None] + dims[None, :]
     tl.store(dq_ptr + at, value.to(dq_ptr.dtype.element_ty), mask=within)

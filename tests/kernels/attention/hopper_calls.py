@@ -26,9 +26,16 @@ def passes_of(
     forward: ForwardTile | None = None,
     backward: BackwardTile | None = None,
     n_sm: int = 3,
+    packed: bool = False,
 ) -> Passes:
-    """Both passes of a case, by the shipped tiles unless others are given."""
+    """Both passes of a case, by the shipped tiles unless others are given.
+
+    packed: q, k and v lie side by side, and so do their gradients.
+    """
     q, k, v = (inputs.tensors[name] for name in "qkv")
+    if packed:
+        heads = [x.shape[2] for x in (q, k, v)]
+        q, k, v = torch.cat((q, k, v), dim=2).detach().split(heads, dim=2)
     D, extras = q.shape[3], inputs.extras
     slopes, documents = extras.get("alibi_slopes"), extras.get("documents")
     sinks = inputs.tensors.get("sinks")
@@ -43,8 +50,8 @@ def passes_of(
     made = plan.forward_buffers(q)
     if LARGEST_HEAD["backward"] >= D:
         backward = backward or plan.backward_tile(q, k, options)
-        launches += plan.plan_backward(q, k, inputs.d_out, options, backward, n_sm)
-        made |= plan.backward_buffers(q, k, backward)
+        launches += plan.plan_backward(q, k, inputs.d_out, options, backward, n_sm, packed)
+        made |= plan.backward_buffers(q, k, backward, packed)
     return Passes(
         launches,
         {

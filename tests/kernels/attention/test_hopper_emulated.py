@@ -83,8 +83,9 @@ def check(
     forward: ForwardTile | None = None,
     backward: BackwardTile | None = None,
     n_sm: int = 3,
+    packed: bool = False,
 ) -> None:
-    passes = passes_of(inputs, forward, backward, n_sm)
+    passes = passes_of(inputs, forward, backward, n_sm, packed)
     for launch in passes.launches:
         emulate(launch, passes.tensors)
     if inputs.case.sinks and len(passes.launches) > 1:
@@ -106,6 +107,13 @@ def check(
 @pytest.mark.parametrize("name", CASES)
 def test_results_are_as_accurate_as_eager(name: str) -> None:
     check(inputs_of(CASES[name], "cpu", torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["ragged, grouped, alibi", "documents", "padded"])
+def test_gradients_side_by_side(name: str) -> None:
+    padded = Case(T=100, S=100, D=96, H=4, H_kv=2, B=2, options={"causal": True})
+    case = padded if name == "padded" else CASES[name]
+    check(inputs_of(case, "cpu", torch.bfloat16), packed=True)
 
 
 def test_float16_is_as_accurate_as_eager() -> None:
