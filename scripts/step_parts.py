@@ -29,7 +29,10 @@ COMMUNICATION = ("FSDP::", "fsdp::", "c10d::", "_c10d_functional::", "symm_mem::
 PRODUCTS = {
     "aten::mm": 0, "aten::bmm": 0, "aten::_scaled_mm": 0,
     "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm": 1,
+    "flashtrain_linear::gelu_forward": 0, "flashtrain_linear::gelu_backward": 0,
+    "flashtrain_linear::weight_gradient": 0,
 }  # fmt: skip
+NORMS = ("flashtrain_norm::forward", "flashtrain_norm::backward")
 BYTES = {
     "double": 8, "float": 4, "c10::BFloat16": 2, "c10::Half": 2, "c10::Float8_e4m3fn": 1,
     "c10::Float8_e5m2": 1, "long int": 8, "int": 4, "bool": 1, "unsigned char": 1,
@@ -227,7 +230,7 @@ def describe(
     total, duration = totals[part], one.end - one.start
     total.busy += duration
     total.kernels += 1
-    if operator is not None and operator["name"].startswith("triton_"):
+    if operator is not None and operator["name"].startswith(("triton_", *NORMS)):
         total.known += duration
     if operator is None or id(operator) in counted:
         return part
@@ -236,13 +239,17 @@ def describe(
     if part.group == "attention":
         factor = 2.5 if part.detail == "backward" else 1.0
         total.flops[problem.dtype] += factor * problem.attention_flops
-    elif (sizes := product_sizes(operator)) is not None:
+    elif (product := product_sizes(operator)) is not None:
         kinds = arguments.get("Input type", [])
         kind = kinds[PRODUCTS[operator["name"]]] if kinds else problem.dtype
-        total.flops[kind] += 2.0 * math.prod(sizes)
+        total.flops[kind] += 2.0 * math.prod(product)
     else:
         pairs = zip(arguments.get("Input Dims", []), arguments.get("Input type", []), strict=False)
-        total.bytes += sum(math.prod(dims) * BYTES.get(kind, 0) for dims, kind in pairs if dims)
+        sizes = [math.prod(dims) * BYTES.get(kind, 0) for dims, kind in pairs if dims]
+        total.bytes += sum(sizes)
+        if operator["name"] in NORMS:  # whose results are no arguments, as those of others are
+            rows = sum(size == max(sizes) for size in sizes)
+            total.bytes += max(sizes) * (rows if operator["name"] == NORMS[0] else 1)
     return part
 
 
@@ -276,7 +283,7 @@ def part_of(
     if "AccumulateGrad" in " ".join(names):
         return Part("norms + elementwise", "sums of gradients"), None
     inner = next((span for span in one.stack if span["cat"] in SPANS), None)
-    fused = inner if inner is not None and inner["name"].startswith("triton_") else None
+    fused = inner if inner is not None and inner["name"].startswith(("triton_", *NORMS)) else None
     if place == "head":
         return Part("head + loss", "rows"), fused
     if place == "embedding":
@@ -293,7 +300,13 @@ def product_sizes(operator: Event) -> tuple[int, ...] | None:
     if first is None or len(shapes) < first + 2 or min(map(len, shapes[first : first + 2])) < 2:
         return None
     *batch, m, k = shapes[first]
-    return math.prod(batch), m, k, shapes[first + 1][-1]
+    rows, columns = shapes[first + 1][-2:]
+    match operator["name"]:
+        case "flashtrain_linear::gelu_forward":  # x W^T
+            return 1, m, k, rows
+        case "flashtrain_linear::weight_gradient":  # dy^T x
+            return 1, k, m, columns
+    return math.prod(batch), m, k, columns
 
 
 def product_part(operator: Event, place: str, problem: Problem, *, backward: bool) -> Part:
