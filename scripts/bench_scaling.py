@@ -16,6 +16,7 @@ on the CPU, where speeds mean nothing.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import shlex
@@ -31,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from plan import complete
 from scaling_runs import measured
 
-from flashtrain.compose import load, read
+from flashtrain.compose import load, read, resolve
 from flashtrain.config import Config, ConfigError
 from flashtrain.layout import data_ranks, resolve_parallel
 from flashtrain.planning.gpus import build_cluster, one_host
@@ -88,19 +89,22 @@ def case_of(
 ) -> list[str]:
     """Overrides of one layout, the global batch among them. ConfigError for what cannot run."""
     words = [*complete(config), *layout, *also]
-    if any(word.startswith("data.batch_size=") for word in layout):
-        return words
-    plain = read(words)
-    parallel = resolve_parallel(plain.parallel, plain.engine.name, processes)
-    size = plain.data.micro_batch_size
-    if size is None:
-        raise ConfigError(
-            'data.micro_batch_size must be set: --config "... data.micro_batch_size=8"'
-        )
-    several = 4 * parallel.pipeline if parallel.pipeline > 1 else micro_batches
-    batch = same or size * data_ranks(parallel) * several
-    held_out = -(-128 // data_ranks(parallel)) * data_ranks(parallel)
-    return [*words, f"data.batch_size={batch}", f"trainer.evaluate_sequences={held_out}"]
+    plain = read([*words, "trainer.steps=1"])
+    data, trainer = plain.data, plain.trainer
+    if not any(word.startswith("data.batch_size=") for word in layout):
+        if data.micro_batch_size is None:
+            raise ConfigError(
+                'data.micro_batch_size must be set: --config "... data.micro_batch_size=8"'
+            )
+        parallel = resolve_parallel(plain.parallel, plain.engine.name, processes)
+        several = 4 * parallel.pipeline if parallel.pipeline > 1 else micro_batches
+        batch = same or data.micro_batch_size * data_ranks(parallel) * several
+        held_out = -(-128 // data_ranks(parallel)) * data_ranks(parallel)
+        words += [f"data.batch_size={batch}", f"trainer.evaluate_sequences={held_out}"]
+        data = dataclasses.replace(data, batch_size=batch)
+        trainer = dataclasses.replace(trainer, evaluate_sequences=held_out)
+    resolve(dataclasses.replace(plain, data=data, trainer=trainer), processes)
+    return words
 
 
 def predicted(words: list[str], processes: int, gpu: str) -> dict[str, Any]:
@@ -172,7 +176,6 @@ def row_of(text: str, config: str, same: int | None, options: argparse.Namespace
         words = case_of(
             config.split(), layout, processes, options.micro_batches, same, options.also.split()
         )
-        load([*words, "trainer.steps=1"], processes)
         row["case"] = " ".join(words)
     except ConfigError as error:
         row["error"] = str(error)

@@ -105,7 +105,7 @@ def test_batches_follow_the_ranks_that_see_their_own_samples(bench: ModuleType) 
     assert batch("parallel=fsdp", 4, 2) == "data.batch_size=64"
     assert batch("2 parallel=fsdp", 4) == "data.batch_size=16"
     assert batch("parallel=data parallel.pipeline=2", 4) == "data.batch_size=128"
-    assert batch("parallel=fsdp data.batch_size=24", 4) == "data.batch_size=24"
+    assert batch("parallel=fsdp data.batch_size=96", 4) == "data.batch_size=96"
 
 
 def test_the_usual_layouts_and_the_lists_all_pass_the_door(bench: ModuleType) -> None:
