@@ -4,11 +4,13 @@
     python scripts/bench_checkpoint.py --json checkpoint.json --case "experiment=gpt_1.3b \\
         data.sequence_length=2048 data.batch_size=8 data.micro_batch_size=8"
 
-One process. In this order: steps without a save; the disk; a save that the loop waits for; one
-beside training, with the steps meanwhile; every byte verified; the state loaded. The disk: one file
-in pieces of 16 MiB, written and fsynced, read again; pages that are on the disk are dropped from
-the page cache before anything is read, and what the kernel then counts as read from a device is
-said. Room for two checkpoints is needed in --folder.
+One process. In this order: as many steps without a save as lie between two (--every); the disk; a
+save that the loop waits for; the memory for saving beside training; as many steps with one such
+save at their beginning, and two saves more; every byte verified; the state loaded. The share of
+training time that saving takes is said twice: of the stall alone, and of all that those steps took
+longer. The disk: one file in pieces of 16 MiB, written and fsynced, read again; pages that are on
+the disk are dropped from the page cache before anything is read, and what the kernel then counts as
+read from a device is said. Room for two checkpoints is needed in --folder.
 """
 
 import argparse
@@ -41,7 +43,7 @@ TINY = (
     "data.batch_size=2 data.micro_batch_size=2"
 )
 PIECE = 16 << 20
-EVERY = 100  # steps between saves, for the share of training time that they take
+SAVES = 3  # beside training
 
 
 class Bench:
@@ -65,7 +67,11 @@ class Bench:
 
     def saver(self, asynchronous: bool) -> checkpoint.Saver:
         return checkpoint.Saver(
-            self.folder, self.device, checkpoint.Peers(), asynchronous=asynchronous
+            self.folder,
+            self.device,
+            checkpoint.Peers(),
+            asynchronous=asynchronous,
+            keep=checkpoint.Retention(newest=1),
         )
 
     def save(self, saver: checkpoint.Saver) -> float:
@@ -146,9 +152,10 @@ def file_system(folder: Path) -> str:
     return f"{best[1]} at {best[0]}"
 
 
-def measure(bench: Bench, warmup: int, steps: int, raw: int) -> dict[str, Any]:
+def measure(bench: Bench, warmup: int, every: int, raw: int) -> dict[str, Any]:
     bench.steps(warmup)
-    alone = statistics.median(bench.steps(steps))
+    times = bench.steps(every)
+    alone = statistics.median(times)
     row: dict[str, Any] = {"step s": alone, "disk": disk_speed(bench.folder, raw)}
 
     waiting = bench.saver(asynchronous=False)
@@ -162,23 +169,30 @@ def measure(bench: Bench, warmup: int, steps: int, raw: int) -> dict[str, Any]:
     beside = bench.saver(asynchronous=True)
     began = time.perf_counter()
     beside.prepare(bench.engine.state())
-    during = bench.steps(steps, until=lambda: not beside.busy)
+    during = bench.steps(every, until=lambda: not beside.busy)
     beside.finish()
     prepared = time.perf_counter() - began
-    stall = bench.save(beside)
-    meanwhile = bench.steps(10**6, until=lambda: not beside.busy)
-    saved = result(beside)
-    slowed = sum(time - alone for time in meanwhile)
+    stalls = [bench.save(beside)]
+    meanwhile = bench.steps(every, until=lambda: not beside.busy)
+    after = bench.steps(every - len(meanwhile))
+    writes = [result(beside).written_s]
+    for _ in range(SAVES - 1):
+        bench.steps(1)
+        stalls.append(bench.save(beside))
+        saved = result(beside)
+        writes.append(saved.written_s)
+    longer = stalls[0] + sum(meanwhile) + sum(after) - sum(times)
     row["asynchronous"] = {
         "memory made in s": prepared,
         "slowest step meanwhile s": max(during, default=None),
-        "stall s": stall,
-        "copy GiB/s": size / GIB / saved.stall_s,
-        "save GiB/s": size / GIB / saved.written_s,
+        "stall s": statistics.median(stalls),
+        "longest stall s": max(stalls),
+        "copy GiB/s": size / GIB / statistics.median(stalls),
+        "save GiB/s": size / GIB / statistics.median(writes),
         "steps meanwhile": len(meanwhile),
         "median step meanwhile s": statistics.median(meanwhile) if meanwhile else None,
-        f"stall, share of {EVERY} steps": stall / (EVERY * alone),
-        f"stall and slower steps, share of {EVERY} steps": (stall + slowed) / (EVERY * alone),
+        f"longest stall, share of {every} steps": max(stalls) / (every * alone),
+        f"with a save, {every} steps take longer by, share": longer / sum(times),
     }
     beside.close()
 
@@ -209,10 +223,10 @@ def show(row: dict[str, Any], indent: str = "") -> None:
             print(f"{indent}{key}")
             show(value, indent + "  ")
         elif "share" in key and value is not None:
-            print(f"{indent}{key:<44}{value:.2%}")
+            print(f"{indent}{key:<54}{value:.2%}")
         else:
-            print(f"{indent}{key:<44}{value:.4g}" if isinstance(value, float | int)
-                  else f"{indent}{key:<44}{'unknown' if value is None else value}")  # fmt: skip
+            print(f"{indent}{key:<54}{value:.4g}" if isinstance(value, float | int)
+                  else f"{indent}{key:<54}{'unknown' if value is None else value}")  # fmt: skip
 
 
 def main() -> int:
@@ -223,7 +237,7 @@ def main() -> int:
     add = parser.add_argument
     add("--case", default=TINY, help="Hydra overrides (default: a tiny model)")
     add("--warmup", type=int, default=4, metavar="N", help="untimed steps (default %(default)s)")
-    add("--steps", type=int, default=12, metavar="N", help="timed steps (default %(default)s)")
+    add("--every", type=int, default=100, metavar="N", help="steps from a save to the next one")
     add("--raw-gib", type=float, default=None, help="of the disk's file (default: 4, CPU 0.25)")
     add("--folder", type=Path, help="on the disk to be measured (default: a temporary one)")
     add("--json", type=Path, help="write the figures and the environment here")
@@ -240,7 +254,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=options.folder) as temporary:
         bench = Bench(config, device, Path(temporary))
         raw = options.raw_gib or (4.0 if cuda else 0.25)
-        row = measure(bench, options.warmup, options.steps, int(raw * GIB))
+        row = measure(bench, options.warmup, options.every, int(raw * GIB))
         bench.loader.close()
         environment = {
             "case": options.case,

@@ -31,7 +31,7 @@ def test_every_figure_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     disk, file = tmp_path / "disk", tmp_path / "figures.json"
     disk.mkdir()
     case = f"{module.TINY} model.d_model=32 model.n_layers=1 model.vocabulary=64"
-    arguments = ["--warmup", "1", "--steps", "2", "--raw-gib", "0.01", "--folder", str(disk)]
+    arguments = ["--warmup", "1", "--every", "3", "--raw-gib", "0.01", "--folder", str(disk)]
     arguments += ["--case", case, "--json", str(file)]
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     assert module.main() == 0
@@ -45,11 +45,12 @@ def test_every_figure_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "synchronous/stall s",
         "asynchronous/stall s",
         "asynchronous/save GiB/s",
-        "asynchronous/stall, share of 100 steps",
+        "asynchronous/longest stall, share of 3 steps",
         "load/verify s",
         "load/load after that s",
     ):
         assert found[key] > 0, key
+    assert "asynchronous/with a save, 3 steps take longer by, share" in found
     # weights and two moments, all in fp32
     parameters = 64 * 32 + 12 * 32 * 32
     assert found["checkpoint GiB"] * 2**30 >= 12 * parameters
