@@ -13,7 +13,10 @@ import signal
 import sys
 from pathlib import Path
 
-USAGE = """usage: python -m flashtrain.launch [--nproc N] [key=value ...]
+USAGE = """usage: scripts/train.sh [--nproc N] [--max-restarts N] [--show] [key=value ...]
+
+Trains on this machine. Makes the virtual environment first where there is none. Relative paths,
+runs/ and data/ among them, are relative to the current directory.
 
   --nproc N        processes on this machine (default: one per GPU, two without a GPU)
   --max-restarts N times to start again by itself when a process died or hung (default: 3)
@@ -21,6 +24,9 @@ USAGE = """usage: python -m flashtrain.launch [--nproc N] [key=value ...]
                      experiment=position_alibi   trainer.steps=1000   optimizer.lr=1e-3
                      data=shards data.path=FOLDER   parallel=tensor2   model=gpt2_124m
   --show           print the whole resolved configuration and stop
+
+Groups of keys: configs/README.md. Every key with its meaning: flashtrain/config.py. The same
+command goes on where a run stopped. Several machines: scripts/launch.sh, scripts/slurm.sbatch.
 """
 FAILED = 1
 REFUSED = 2  # exit status of a run that was refused with one line

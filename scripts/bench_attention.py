@@ -238,10 +238,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--head-sizes", type=int, nargs="+", default=[64, 128])
-    add("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
-    add("--masks", nargs="+", choices=list(MASKS), default=list(MASKS))
-    add("--backends", nargs="+", choices=list(BACKENDS), default=list(BACKENDS))
+    add("--head-sizes", type=int, nargs="+", default=[64, 128], help="default 64 128")
+    add(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[1024, 4096, 16384],
+        help="default 1024 4096 16384",
+    )
+    add("--masks", nargs="+", choices=list(MASKS), default=list(MASKS), help="default: all")
+    add(
+        "--backends",
+        nargs="+",
+        choices=list(BACKENDS),
+        default=list(BACKENDS),
+        help="default: all that run here",
+    )
     add("--flex-full", action="store_true", help="time FlexAttention without a mask too")
     add("--no-errors", action="store_true", help="time only")
     add("--graph", action="store_true", help="time calls inside a CUDA graph")

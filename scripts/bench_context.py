@@ -111,14 +111,26 @@ def rows_of(length: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[65536, 262144])
-    parser.add_argument("--kinds", nargs="+", choices=FORMS, default=list(FORMS))
-    parser.add_argument("--heads", type=int, default=16)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[65536, 262144],
+        help="tokens (default 65536 262144)",
+    )
+    parser.add_argument(
+        "--kinds", nargs="+", choices=FORMS, default=list(FORMS), help="default: all"
+    )
+    parser.add_argument("--heads", type=int, default=16, help="of queries (default 16)")
     parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
     parser.add_argument("--width", type=int, default=128, help="of a head")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timed calls, of which the median counts (default 5)"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows there")
     arguments = parser.parse_args()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)

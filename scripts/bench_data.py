@@ -61,10 +61,24 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--megabytes", type=int, default=200, metavar="N", help="of text (default %(default)s)")
     add("--repeats", type=int, default=1, metavar="N", help="of each measurement, in turns")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
+    add(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes that encode (default: cores)",
+    )
     add("--seconds", type=float, default=20.0, metavar="S", help="of each loader (each repeat)")
-    add("--sequence-length", type=int, default=1024, metavar="N")
-    add("--batch-size", type=int, default=512, metavar="N")
+    add(
+        "--sequence-length",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="tokens of a sequence (default 1024)",
+    )
+    add(
+        "--batch-size", type=int, default=512, metavar="N", help="sequences of a step (default 512)"
+    )
     add("--parts", default="prepare,loader,cold", metavar="P,..", help="of these (default all); "
         "without prepare, on the shards that are in --folder")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write what was measured here")

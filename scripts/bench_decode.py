@@ -353,11 +353,19 @@ def main() -> None:
     add("--batches", type=int, nargs="+", help="default 1 8 64; --sweep: 64 1")
     add("--lengths", type=int, nargs="+", help="default 1024 8192 65536; --sweep: 8192")
     add("--heads", nargs="+", help="query/kv heads, default 32/8 32/32; --sweep: 32/8")
-    add("--head-sizes", type=int, nargs="+", default=[64, 128])
+    add("--head-sizes", type=int, nargs="+", default=[64, 128], help="default 64 128")
     add("--tokens", type=int, default=1, help="query tokens of each sequence")
-    add("--layouts", nargs="+", choices=["contiguous", "paged"], default=["contiguous", "paged"])
+    add(
+        "--layouts",
+        nargs="+",
+        choices=["contiguous", "paged"],
+        default=["contiguous", "paged"],
+        help="of the cache (default: both)",
+    )
     add("--page", type=int, default=64, help="keys of a page")
-    add("--peers", nargs="*", choices=list(PEERS), default=["fa2"])
+    add(
+        "--peers", nargs="*", choices=list(PEERS), default=["fa2"], help="beside ours (default fa2)"
+    )
     add("--ragged", action="store_true", help="lengths between half and full, ours alone")
     add("--rep", type=int, default=20, help="milliseconds of timing per row")
     add("--sweep", action="store_true", help="time tiles and splits (paged with --layouts paged)")

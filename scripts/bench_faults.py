@@ -262,18 +262,30 @@ def report(tally: Tally) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--faults", type=int, default=len(KINDS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--only", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="KIND"
+        "--faults",
+        type=int,
+        default=len(KINDS),
+        help="one after the other (default: each kind once)",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(KINDS),
+        default=list(KINDS),
+        metavar="KIND",
+        help="kinds of faults (default: all)",
     )
     parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
     parser.add_argument("--corruptions", type=int, default=0, help="rounds on copies, no processes")
     parser.add_argument("--node-losses", type=int, default=0, help="rounds, in network namespaces")
     parser.add_argument("--mtbf", type=float, help="seconds between failures, for the goodput")
     parser.add_argument("--minutes", type=float, default=10.0, help="of --mtbf")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seed", type=int, default=0, help="of what falls when (default 0)")
+    parser.add_argument("--json", type=Path, help="write the figures there")
     effective_time.add_arguments(parser)
     arguments = parser.parse_args()
     results: dict[str, object] = {}

@@ -338,7 +338,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--models", nargs="+", choices=list(TOKENS), default=list(TOKENS))
+    add(
+        "--models",
+        nargs="+",
+        choices=list(TOKENS),
+        default=list(TOKENS),
+        help="whose layers (default: all)",
+    )
     add("--parts", nargs="+", choices=PARTS, default=PARTS[:3], help="default: all but blocks")
     add("--sweep", action="store_true", help="time tiles of the cast kernels, nothing else")
     add("--json", type=Path, help="write the rows there")

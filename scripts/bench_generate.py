@@ -168,7 +168,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--case", default=DEFAULT_CASE, help=f"overrides (default {DEFAULT_CASE})")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 64], help="prompts at a time (default 1 64)"
+    )
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt (default 128)")
     parser.add_argument("--tokens", type=int, default=256, help="tokens to draw (default 256)")
     parser.add_argument("--repeats", type=int, default=2, help="timed runs (default 2)")

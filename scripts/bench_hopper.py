@@ -44,7 +44,9 @@ ROUNDS = 3  # of timings of all variants of a shape
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write every number here")
     parser.add_argument("--seconds", type=float, default=140.0, help="time for all of it")
     parser.add_argument(

@@ -43,9 +43,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--batch", type=int, default=4, help="sequences (default 4)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of each (default 2048)")
+    parser.add_argument("--device", default="cuda", help="default cuda")
     parser.add_argument("--tiny", action="store_true", help="2 narrow layers, to try the script")
     options = parser.parse_args()
 

@@ -282,9 +282,21 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--words", type=int, nargs="+", default=[50304, 128256], help="vocabulary sizes")
-    add("--widths", type=int, nargs="+", default=[768, 2048, 4096])
-    add("--tokens", type=int, nargs="+", default=[16384, 32768])
-    add("--forms", nargs="+", choices=list(PEERS), default=list(PEERS))
+    add(
+        "--widths",
+        type=int,
+        nargs="+",
+        default=[768, 2048, 4096],
+        help="of hidden states (default 768 2048 4096)",
+    )
+    add("--tokens", type=int, nargs="+", default=[16384, 32768], help="default 16384 32768")
+    add(
+        "--forms",
+        nargs="+",
+        choices=list(PEERS),
+        default=list(PEERS),
+        help="default: all found here",
+    )
     add("--sweep", action="store_true", help="time our chunk sizes and tiles, no peers")
     add("--repeats", type=int, default=5, help="timed steps a row")
     add("--no-errors", action="store_true", help="time and memory only")

@@ -238,7 +238,7 @@ def write(rows: list[dict[str, Any]], environment: dict[str, str], path: Path) -
 
 
 def main() -> int:
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     case = {"action": Case, "dest": "cases"}
     parser.add_argument("--config", help="Hydra overrides of the layouts after it", **case)
     parser.add_argument("--layout", help="[processes] and overrides of one layout", **case)

@@ -75,7 +75,9 @@ def time_start(case: str, steps: int, cpu: bool, caches: str) -> tuple[list[floa
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", action="append", help="Hydra overrides of one configuration")
     parser.add_argument("--steps", type=int, default=4, help="steps of each start (default 4)")
     parser.add_argument("--cpu", action="store_true", help="on the CPU")

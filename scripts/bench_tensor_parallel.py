@@ -219,12 +219,30 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--calls", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        default=list(MODELS),
+        help="whose layers (default: all)",
+    )
+    parser.add_argument(
+        "--chunks",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4],
+        help="pieces in which a part travels (default 1 2 4)",
+    )
+    parser.add_argument(
+        "--calls", type=int, default=10, help="in a row, of which the mean counts (default 10)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of those, of which the median counts (default 3)"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows there")
     arguments = parser.parse_args()
     faulthandler.dump_traceback_later(LIMIT, exit=True)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

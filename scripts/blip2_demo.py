@@ -90,9 +90,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", choices=PROMPTS, default="tiny")
-    parser.add_argument("--language", choices=("opt", "t5"), default="opt")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", choices=PROMPTS, default="tiny", help="default tiny")
+    parser.add_argument(
+        "--language", choices=("opt", "t5"), default="opt", help="the language model (default opt)"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: a GPU where there is one",
+    )
     parser.add_argument("--tokens", type=int, default=8, help="to generate")
     options = parser.parse_args()
 

@@ -66,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--restart", type=float, default=0.0, help="failure to processes")
     group.add_argument("--load", type=float, default=0.0, help="a checkpoint")
     group.add_argument("--hours", type=float, nargs="+", default=[1.0, 3.0], help="MTBF")
-    group.add_argument("--gpus", type=int, nargs="+", default=[1024, 16384])
+    group.add_argument(
+        "--gpus", type=int, nargs="+", default=[1024, 16384], help="of the job (default 1024 16384)"
+    )
 
 
 def from_arguments(arguments: argparse.Namespace) -> str:
@@ -75,7 +77,9 @@ def from_arguments(arguments: argparse.Namespace) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.stall is None or min(arguments.stall, *arguments.hours) <= 0:

@@ -41,7 +41,7 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="as data.path")
-    add("--split", default="train", choices=("train", "validation"))
+    add("--split", default="train", choices=("train", "validation"), help="default train")
     add("--tokenizer", metavar="KIND", help="as data.tokenizer_path; default: the shards' own")
     add("--vocabulary", type=int, metavar="N", help="ids that there can be")
     add("--end-of-text", type=int, metavar="ID", help="what ends a document, without a tokenizer")

@@ -14,6 +14,7 @@
 # SIGTERM and SIGUSR1 reach the processes, which save the step they are at and end; torchrun then
 # reports the signal and ends with 1. ended.json in the run folder says that all was saved.
 set -euo pipefail
+case " $* " in *" --help "* | *" -h "*) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;; esac
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 nodes=${NODES:-1} head=${HEAD:-}
 [[ $nodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] ||

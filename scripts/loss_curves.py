@@ -208,7 +208,7 @@ def main() -> int:
     add = parser.add_argument
     add("--common", default="", help="Hydra overrides of all runs")
     add("--run", nargs=2, action="append", metavar=("NAME", "OVERRIDES"), help="a configuration")
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default 1 2 3")
     add("--minutes", type=float, default=60.0, help="time budget of all runs together")
     add("--folder", type=Path, default=Path("runs/curves"), help="where the runs lie")
     add("--from", type=Path, dest="source", help="a JSON file of earlier curves: no training")

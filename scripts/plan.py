@@ -216,7 +216,8 @@ def beside_measured(own: dict[str, str], options: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"gpu: {', '.join(GPUS)}; links: {', '.join(NETWORKS)} or GB/s per GPU",
     )
     parser.add_argument("overrides", nargs="*", help="key=value; gpus=, gpu=, links=, node= too")

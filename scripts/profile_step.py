@@ -269,7 +269,9 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", default=DEFAULT, help="Hydra overrides of the configuration")
     parser.add_argument("--steps", type=int, default=4, help="steps in the table (default 4)")
     parser.add_argument("--warmup", type=int, default=6, help="steps before them (default 6)")

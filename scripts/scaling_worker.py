@@ -113,10 +113,12 @@ def forget(mesh: Mesh, device: torch.device) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", type=Path, required=True)
-    parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("--steps", type=int, required=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", type=Path, required=True, help="what to measure")
+    parser.add_argument("--rows", type=Path, required=True, help="where results go")
+    parser.add_argument("--steps", type=int, required=True, help="timed")
     parser.add_argument("--warmup", type=int, required=True, help="1 or more")
     options = parser.parse_args()
     device = torch.device("cpu")

@@ -163,9 +163,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--head-sizes", type=int, nargs="+", default=[64, 128])
-    add("--masks", nargs="+", choices=["causal", "full"], default=["causal", "full"])
-    add("--length", type=int, default=4096)
+    add("--head-sizes", type=int, nargs="+", default=[64, 128], help="default 64 128")
+    add(
+        "--masks",
+        nargs="+",
+        choices=["causal", "full"],
+        default=["causal", "full"],
+        help="default: both",
+    )
+    add("--length", type=int, default=4096, help="tokens (default 4096)")
     add("--rep", type=int, default=30, help="milliseconds of timing per tile")
     add("--json", type=Path, help="write every row there")
     args = parser.parse_args()

@@ -3,6 +3,7 @@
 # Runs what needs no GPU and ends within minutes; `-m gpu`, `-m slow` or `-m ""` choose otherwise.
 # Makes the virtual environment first where there is none.
 set -euo pipefail
+case " $* " in *" --help "* | *" -h "*) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;; esac
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 "$root/scripts/setup_venv.sh"
 python=${FLASHTRAIN_VENV:-$root/.venv}/bin/python

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,8 +60,38 @@ def test_help_is_complete(path: Path, answers: dict[str, tuple[object, str]]) ->
     assert status == 0, said
     doc = ast.get_docstring(ast.parse(path.read_text()))
     assert doc is not None
-    first = doc.splitlines()[0]
-    assert first in " ".join(said.split()), f"{path.name} --help does not show its own first line"
+    shown = " ".join(said.split())
+    for paragraph in doc.split("\n\n"):
+        assert " ".join(paragraph.split()) in shown, f"{path.name} --help leaves out: {paragraph}"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_every_option_is_explained(path: Path) -> None:
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    silent = [
+        call.args[0].value
+        for call in calls
+        if ast.unparse(call.func).rpartition(".")[2] in ("add_argument", "add")
+        and call.args
+        and isinstance(call.args[0], ast.Constant)
+        and not any(keyword.arg == "help" for keyword in call.keywords)
+    ]
+    assert not silent, f"{path.name} --help says nothing about {', '.join(map(str, silent))}"
+
+
+@pytest.mark.parametrize("name", ["train.sh", "launch.sh", "test.sh"])
+def test_shell_scripts_explain_themselves(name: str, tmp_path: Path) -> None:
+    asked = subprocess.run(
+        [ROOT / "scripts" / name, "--help"],
+        cwd=tmp_path,
+        env={**os.environ, "FLASHTRAIN_VENV": str(tmp_path / "none")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert asked.returncode == 0, asked.stderr
+    assert f"scripts/{name}" in asked.stdout
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
