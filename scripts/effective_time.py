@@ -5,14 +5,17 @@
 Failures come at random with a mean time between them. A run saves every tau seconds of training,
 which stalls it; a failure costs the training since the last checkpoint that was complete, the
 restart and the load. tau is the best one: Young's sqrt(2 stall MTBF) to first order (1974), found
-here on Daly's exact expectation (2006, equation 20).
+here on Daly's exact expectation (2006, equation 20). Beside the expectation stands one run of 54
+days with failures drawn at random, as long as that of Llama 3 405B (466 interruptions, above 90 %).
 """
 
 import argparse
 import math
+import random
 from collections.abc import Sequence
 
 HOUR = 3600.0
+DAYS = 54
 
 
 def effective_share(tau: float, mtbf: float, stall: float, write: float, again: float) -> float:
@@ -42,11 +45,37 @@ def best_interval(mtbf: float, stall: float, write: float, again: float) -> floa
     return math.sqrt(low * high)
 
 
+def simulate(
+    tau: float, mtbf: float, stall: float, write: float, again: float, seconds: float, seed: int = 0
+) -> tuple[float, int]:
+    """Share of `seconds` that became training that lasted, and failures. The rest as above."""
+    dice = random.Random(seed)
+    clock = done = saved = 0.0  # done: trained since the start; saved: in a complete checkpoint
+    failures, failure = 0, dice.expovariate(1 / mtbf)
+    pending = (math.inf, 0.0)  # when the checkpoint being written is complete, what it holds
+    while clock < seconds:
+        end = clock + tau + stall
+        if pending[0] <= min(end, failure):
+            saved, pending = pending[1], (math.inf, 0.0)
+        if end <= failure:
+            clock, done = end, done + tau
+            pending = (clock + write, done)
+            continue
+        failures += 1
+        clock, done, pending = failure + again, saved, (math.inf, 0.0)
+        failure += dice.expovariate(1 / mtbf)
+        while failure < clock:  # it failed while it started again
+            failures += 1
+            clock = failure + again
+            failure += dice.expovariate(1 / mtbf)
+    return done / clock, failures
+
+
 def table(
     mtbfs: Sequence[float], gpus: Sequence[int], stall: float, write: float, again: float
 ) -> str:
     """mtbfs: hours, of the whole run. One line for each, and GPU-hours lost in a day for `gpus`."""
-    head = ["MTBF", "save every", "(Young)", "effective"]
+    head = ["MTBF", "save every", "(Young)", "effective", f"simulated, {DAYS} days"]
     head += [f"lost a day, {n:,} GPUs" for n in gpus]
     lines = [" | ".join(head)]
     for hours in mtbfs:
@@ -54,7 +83,9 @@ def table(
         tau = best_interval(mtbf, stall, write, again)
         share = effective_share(tau, mtbf, stall, write, again)
         cells = [f"{hours:g} h", f"{tau:.0f} s", f"{math.sqrt(2 * stall * mtbf):.0f} s"]
-        cells += [f"{share:.2%}", *(f"{(1 - share) * 24 * n:,.0f} GPU-h" for n in gpus)]
+        simulated, failures = simulate(tau, mtbf, stall, write, again, DAYS * 24 * HOUR)
+        cells += [f"{share:.2%}", f"{simulated:.2%} ({failures} failures)"]
+        cells += [f"{(1 - share) * 24 * n:,.0f} GPU-h" for n in gpus]
         lines.append(" | ".join(cells))
     return "\n".join(lines)
 

@@ -60,22 +60,12 @@ def test_the_share_falls_with_every_cost_and_the_interval_is_the_best() -> None:
     assert "1 h" in times.table([1, 3], [1024], 2.0, 10.0, 60.0).splitlines()[1]
 
 
-def test_a_simulated_run_trains_the_expected_share() -> None:
-    """Daly's expectation against failures drawn at random, to two standard errors and a bit."""
-    import random
-
+@pytest.mark.parametrize("write", [0.0, 30.0])
+def test_a_simulated_run_trains_the_expected_share(write: float) -> None:
     times = script("effective_time")
-    mtbf, stall, again, tau = 1000.0, 5.0, 50.0, 100.0
-    dice = random.Random(0)
-    clock, done, failure = 0.0, 0, dice.expovariate(1 / mtbf)
-    while done < 20000:
-        if clock + tau + stall <= failure:
-            clock += tau + stall
-            done += 1
-            continue
-        clock = failure  # and failures may come while it starts again
-        while (failure := clock + dice.expovariate(1 / mtbf)) < clock + again:
-            clock = failure
-        clock += again
-    share = done * tau / clock
-    assert share == pytest.approx(times.effective_share(tau, mtbf, stall, 0.0, again), rel=0.01)
+    cost = {"tau": 100.0, "mtbf": 1000.0, "stall": 5.0, "write": write, "again": 50.0}
+    share, failures = times.simulate(**cost, seconds=2e6, seed=1)
+    assert failures == pytest.approx(2000, rel=0.1)
+    # what is trained while a checkpoint is written is counted as lost, and sometimes is not
+    expected = times.effective_share(**cost)
+    assert expected * 0.99 < share < expected * (1.01 if not write else 1.03)
