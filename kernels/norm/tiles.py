@@ -34,7 +34,7 @@ def backward_tile(columns: int, device: torch.device) -> Tile:
         return Tile(2, 4, 4, 3)
     if block <= 2048:
         return Tile(1, 8, 3, 3)
-    return Tile(1, min(block // 256, 32), max(8192 // block, 1), 2)
+    return Tile(1, min(block // 256, 32), max(4096 // block, 1), 2)
 
 
 def _padded(columns: int) -> int:
