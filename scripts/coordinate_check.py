@@ -104,6 +104,8 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         widths = [int(width) for width in arguments.widths.split(",")]
+        if len(set(widths)) < 2:
+            raise ConfigError(f"--widths {arguments.widths}: name two or more, as in 64,128")
         table = {
             kind: [
                 changes(

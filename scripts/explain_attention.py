@@ -270,6 +270,8 @@ def main() -> int:
     text = options.lengths or ("512,1024,2048,4096,8192,16384" if cuda else "256,512,1024,2048")
     try:
         lengths = [int(length) for length in text.split(",")]
+        if min(lengths) < 1:
+            raise ValueError
     except ValueError:
         print(f"explain_attention: --lengths {text}: write 512,1024", file=sys.stderr)
         return 2
