@@ -13,7 +13,6 @@ must then be bit for bit those of a run that saw no fault. Exit status 1 if any 
 
 import argparse
 import contextlib
-import itertools
 import json
 import random
 import shutil
@@ -29,6 +28,7 @@ from pathlib import Path
 
 import effective_time
 from fault_fuzz import fuzz
+from fault_goodput import goodput
 from fault_kinds import (
     FULL,
     KINDS,
@@ -39,12 +39,11 @@ from fault_kinds import (
     Run,
     Silence,
     kill_a_rank,
-    kill_a_rank_and_look_on,
+    make_tokens,
 )
 from fault_node import WAYS, lose_node
 
 from flashtrain.checkpoint.shelf import checkpoints
-from flashtrain.data.prepare import Recipe, prepare
 
 WAIT_S = 8.0  # after a start, within which a rank is killed `while starting`
 DISK_MB = 64
@@ -81,7 +80,7 @@ def whole(run: Run) -> int:
 def resumed(run: Run, tally: Tally, expected: Expected | None) -> bool:
     """Wait for the first step of this start and judge the fault before; False: it ended."""
     began = time.monotonic()
-    if not run.until(lambda: bool(run.new_steps())):
+    if not run.until(run.stepped):
         return False
     tally.recovery_s.append(time.monotonic() - began)
     if expected is not None:
@@ -129,10 +128,10 @@ def not_yet_training(run: Run, kind: str, dice: random.Random) -> bool:
             return False
         return time.monotonic() > moment and bool(run.workers())
 
-    run.until(lambda: bool(run.new_steps()) or there())
+    run.until(lambda: run.stepped() or there())
     if kind == RESUMING:
         time.sleep(dice.uniform(0, 0.5))
-    return run.goes_on() and not run.new_steps()
+    return run.goes_on() and not run.stepped()
 
 
 def finish(run: Run, undisturbed: dict[str, str], tally: Tally) -> None:
@@ -145,8 +144,7 @@ def finish(run: Run, undisturbed: dict[str, str], tally: Tally) -> None:
 
 def undisturbed_run(folder: Path, steps: int, every: int) -> Run:
     """Makes the tokens too."""
-    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 300)
-    prepare([folder / "text.txt"], folder / "tokens", Recipe("bytes", validation_share=0.2))
+    make_tokens(folder)
     alone = Run(folder / "alone", folder / "tokens", steps, every)
     alone.start()
     if alone.wait() != 0:
@@ -195,41 +193,6 @@ def bench(faults: int, every: int, seed: int, folder: Path, only: list[str]) -> 
         run.wait()
         finish(run, undisturbed, tally)
     return tally
-
-
-@dataclass
-class Goodput:
-    seconds: float
-    kills: int
-    steps: int  # that lasted
-    step_s: float  # of the undisturbed run, median
-
-    @property
-    def share(self) -> float:
-        return self.steps * self.step_s / self.seconds
-
-
-def goodput(mtbf: float, minutes: float, every: int, seed: int, folder: Path) -> Goodput:
-    """Kill a random rank at random moments, `mtbf` seconds apart on average, and look on."""
-    dice = random.Random(seed)
-    times = [row["time"] for row in undisturbed_run(folder, 20 * every, every).rows()]
-    step_s = statistics.median(b - a for a, b in itertools.pairwise(times))
-    run = Run(folder / "run", folder / "tokens", 10**9, every)
-    run.start(restarts=10**6)
-    run.until(lambda: bool(run.new_steps()))
-    began, kills = time.monotonic(), 0
-    end = began + 60 * minutes
-    while True:
-        moment = time.monotonic() + dice.expovariate(1 / mtbf)
-        if not run.until(lambda moment=moment: time.monotonic() > min(moment, end)):
-            raise SystemExit(f"the run ended:\n{run.output()[-2000:]}")
-        if time.monotonic() > end:
-            break
-        kill_a_rank_and_look_on(run, dice)
-        kills += 1
-    reached, seconds = run.reached(), time.monotonic() - began
-    run.kill_all()
-    return Goodput(seconds, kills, reached, step_s)
 
 
 @contextlib.contextmanager
@@ -335,8 +298,8 @@ def main() -> int:
                 arguments.mtbf, arguments.minutes, arguments.every, arguments.seed, folder
             )
         print(
-            f"goodput {kept.share:.1%}: {kept.steps} steps of {kept.step_s:.3g} s lasted in "
-            f"{kept.seconds:.0f} s with {kept.kills} kills"
+            f"goodput {kept.share:.1%}: {kept.steps} steps lasted in {kept.seconds:.0f} s with "
+            f"{kept.kills} kills; undisturbed {kept.undisturbed:.1f} a second"
         )
         results["goodput"] = {**asdict(kept), "share": kept.share}
     if arguments.stall:

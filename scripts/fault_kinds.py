@@ -19,11 +19,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from flashtrain.checkpoint.shelf import checkpoints
+from flashtrain.data.prepare import Recipe, prepare
 from flashtrain.watch import children
 
+TAIL = 8192  # bytes: some ten lines of metrics.jsonl
 LIMIT = 180  # seconds for anything a run does by itself; longer is a hang
 AGAIN = "flashtrain: restart "  # what the launcher says
 NOT_SAVED = "training goes on and tries again"  # what a run says that cannot write a checkpoint
+
+
+def make_tokens(folder: Path) -> None:
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 300)
+    prepare([folder / "text.txt"], folder / "tokens", Recipe("bytes", validation_share=0.2))
 
 
 class Run:
@@ -99,9 +106,28 @@ class Run:
             return []
         return [row for row in map(json.loads, filter(None, lines)) if "train/loss" in row]
 
+    def latest(self) -> dict[str, Any] | None:
+        """The last logged step; reads the end of the file only, for it is asked all the time."""
+        try:
+            with (self.folder / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+                lines = file.read().split(b"\n")[:-1]
+        except OSError:
+            return None
+        for line in reversed(lines):
+            if b'"train/loss"' in line and line.startswith(b"{"):
+                row: dict[str, Any] = json.loads(line)
+                return row
+        return None
+
     def reached(self) -> int:
-        rows = self.rows()
-        return int(rows[-1]["step"]) if rows else 0
+        row = self.latest()
+        return 0 if row is None else int(row["step"])
+
+    def stepped(self) -> bool:
+        """Whether the latest start has logged a step."""
+        row = self.latest()
+        return row is not None and row["time"] > self.began
 
     def new_steps(self) -> list[int]:
         """Steps logged by the latest start."""
@@ -112,8 +138,15 @@ class Run:
         found = checkpoints(self.folder / "checkpoints")
         return [int(path.name.removeprefix("step-")) for path in found]
 
-    def output(self) -> str:
-        return (self.folder / "output.txt").read_text(errors="replace")
+    def output(self, start: int = 0) -> str:
+        """What all starts have said, from this byte on."""
+        with (self.folder / "output.txt").open("rb") as file:
+            file.seek(start)
+            return file.read().decode(errors="replace")
+
+    def said(self) -> int:
+        """Bytes up to now."""
+        return (self.folder / "output.txt").stat().st_size
 
     def contents(self) -> dict[str, str]:
         """Checksums of the tensor files of the newest checkpoint."""
@@ -151,12 +184,12 @@ def kill_a_rank(run: Run, dice: random.Random) -> None:
 
 def kill_a_rank_and_look_on(run: Run, dice: random.Random) -> None:
     """The launcher starts again by itself."""
-    said = run.output().count(AGAIN)
+    said = run.said()
     workers = run.workers()
     if workers:
         send(dice.choice(workers), signal.SIGKILL)
-    run.until(lambda: run.output().count(AGAIN) > said)
-    run.began = time.time()
+    if run.until(lambda: AGAIN in run.output(said)):
+        run.began = time.time()
 
 
 def kill_while_saving(run: Run, dice: random.Random) -> None:
@@ -209,10 +242,10 @@ def fill_the_disk(run: Run, dice: random.Random) -> None:
     On the small disk of the benchmark. Without one, the kernel refuses to let the ranks' files
     grow beyond a limit, which is the same error to who writes, but for its number.
     """
-    said = run.output().count(NOT_SAVED)
+    said = run.said()
 
     def failed() -> bool:
-        return run.output().count(NOT_SAVED) > said
+        return NOT_SAVED in run.output(said)
 
     if not run.until(lambda: bool(run.saved())):
         return

@@ -134,7 +134,7 @@ def _lose_node(nodes: Nodes, folder: Path, tokens: Path, way: str) -> Lost:
             lost.started_s = time.monotonic() - began
             # steps of the start before are logged until the loss only
             run.began = time.time()
-            if _until(lambda: bool(run.new_steps())):
+            if _until(run.stepped):
                 lost.trained_s = time.monotonic() - began
         return lost
     finally:
