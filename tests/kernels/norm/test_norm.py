@@ -14,7 +14,8 @@ from tests.kernels.norm.conftest import Platform
 EPS = 1e-5
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "torch"])
 KINDS = pytest.mark.parametrize("kind", ["layernorm", "layernorm without bias", "rmsnorm"])
-SHAPES = [(1, 6), (2, 3, 130), (9, 256)]
+# shape, and which of the results goes on
+USES = [((1, 6), "both"), ((2, 3, 130), "norm"), ((2, 3, 130), "stream"), ((9, 256), "both")]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
@@ -70,8 +71,7 @@ def run(
 @BACKENDS
 @KINDS
 @pytest.mark.parametrize("branch", [True, False])
-@pytest.mark.parametrize("uses", ["both", "norm", "stream"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "uses"), USES)
 def test_as_accurate_as_eager(
     shape: tuple[int, ...], uses: str, branch: bool, kind: str, backend: str, platform: Platform
 ) -> None:
