@@ -217,7 +217,7 @@ def halve_embedding(engine: Engine, mesh: Mesh) -> float:
 
 def run(world: int, layouts: list[Layout], references: dict[str, Reference], folder: Path) -> None:
     configs = [layout.config(world) for layout in layouts]
-    run_ranks(check_layouts, world, folder, layouts, configs, references, folder)
+    run_ranks(check_layouts, world, folder, layouts, configs, references, folder, limit=300)
     for layout in layouts:
         check_files(layout, references[layout.model], folder / layout.name)
 
