@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
 
 from flashtrain.config import Recompute
 from flashtrain.model.gpt import GPT
-from flashtrain.model.mlp import MLP
+from flashtrain.model.mlp import MLP, GeluMLP
 
 # matrix products, and those with their transfers (flashtrain/parallel/overlap.py), by name: some
 # are defined only where they are used
@@ -37,6 +37,8 @@ def recompute_blocks(model: GPT, kind: Recompute) -> None:
     if kind is Recompute.selective:
         keywords["context_fn"] = _selective_contexts
     for block in model.blocks:
+        if kind is Recompute.selective and isinstance(block.mlp, GeluMLP):
+            block.mlp.fused = False  # its first product is kept, GELU is not
         block.forward = functools.partial(checkpoint, block.forward, **keywords)
 
 

@@ -34,7 +34,12 @@ class MLP(nn.Module):
 
 
 class GeluMLP(MLP):
-    """GPT-2's: D -> F, GELU in its tanh form, F -> D."""
+    """GPT-2's: D -> F, GELU in its tanh form, F -> D.
+
+    fused: both products and GELU as one operation; False: as three, each for itself.
+    """
+
+    fused = True
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -45,7 +50,8 @@ class GeluMLP(MLP):
     def run(self, x: Tensor) -> Tensor:
         up, down = self.up, self.down
         # not as a shard, nor with products of another kind (fp8)
-        if x.is_cuda and all(getattr(each, "product", None) is product for each in (up, down)):
+        plain = all(getattr(each, "product", None) is product for each in (up, down))
+        if self.fused and x.is_cuda and plain:
             return gelu_mlp(x, up.weight, up.bias, down.weight, down.bias)
         y: Tensor = down(F.gelu(up(x), approximate="tanh"))
         return y
