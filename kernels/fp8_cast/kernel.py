@@ -73,7 +73,13 @@ def tensorwise_kernel(
     if COLUMNS:
         turned = columns[:, None].to(tl.int64) * M + rows[None, :]
         inside = (columns[:, None] < K) & (rows[None, :] < M)
-        tl.store(qt_ptr + turned, tl.trans(q), mask=inside)
+        if x_ptr.dtype.element_ty == tl.float32:
+            # Triton 3.6 turns an fp8 tile that was loaded as fp32 wrongly: a third of its numbers
+            # stood elsewhere, on an H200
+            qt = (tl.trans(x) * factor).to(qt_ptr.dtype.element_ty)
+        else:
+            qt = tl.trans(q)
+        tl.store(qt_ptr + turned, qt, mask=inside)
     if tile == 0:
         tl.store(scale_ptr, scale)
 

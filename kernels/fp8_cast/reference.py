@@ -39,7 +39,8 @@ def columnwise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _cast(x: Tensor, maximum: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    top, maximum = torch.finfo(dtype).max, maximum.clamp(min=FLOOR)  # which lets NaN pass
-    # not top / maximum, which multiplies by a reciprocal: one rounding more than the kernels have
-    factor = torch.full_like(maximum, top) / maximum
-    return (x.to(torch.float32) * factor).to(dtype), maximum / top
+    maximum = maximum.clamp(min=FLOOR)  # which lets NaN pass
+    # a tensor, since PyTorch divides by or into a number through a reciprocal: one rounding more than
+    # the kernels have
+    top = torch.full_like(maximum, torch.finfo(dtype).max)
+    return (x.to(torch.float32) * (top / maximum)).to(dtype), maximum / top

@@ -93,7 +93,7 @@ def test_a_scale_for_each_row(
     turned = x if cast is cast_rowwise else x.t()
     assert scale.shape == (turned.size(0), 1)
     largest = turned.float().abs().amax(1, keepdim=True).clamp(min=FLOOR)
-    assert torch.equal(scale, largest / torch.finfo(dtype).max)
+    assert torch.equal(scale, largest / torch.full_like(largest, torch.finfo(dtype).max))
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
