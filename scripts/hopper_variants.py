@@ -16,7 +16,7 @@ from supervise import say
 from torch import Tensor
 
 from kernels.attention.hopper import plan
-from kernels.attention.hopper.tiles import BACKWARD, choose_forward
+from kernels.attention.hopper.tiles import BACKWARD, FORWARD, FORWARD_128_ROWS, choose_forward
 
 MIB = 1 << 20
 
@@ -41,48 +41,51 @@ class Shape:
 
 
 SHAPES = [
-    Shape(D, causal, S) for D in (128, 64) for causal in (True, False) for S in (1024, 4096, 16384)
+    Shape(D, causal, S) for S in (1024, 4096, 16384) for D in (128, 64) for causal in (True, False)
 ]
 
 
 def forward_variants(shape: Shape) -> dict[str, Any]:
     base = choose_forward(shape.D, shape.causal, shape.S)
-    found = {"shipped": base}
-    if shape.causal:
-        found["16M"] = replace(base, together=16 * MIB)
-        found["64M"] = replace(base, together=64 * MIB)
-    else:
-        found["draw"] = replace(base, draw=True)
+    found = {
+        "shipped": base,
+        "lazy": replace(base, lazy=True),
+        "pinned": replace(base, pinned=True),
+        "pinned lazy": replace(base, pinned=True, lazy=True),
+        "pinned lazy poly 1": replace(base, pinned=True, lazy=True, poly=1),
+        "pinned lazy chained" if not base.chained else "pinned lazy unchained": replace(
+            base, pinned=True, lazy=True, chained=not base.chained
+        ),
+    }
     if shape.D == 64:
-        found["2x64 4 stages"] = replace(base, consumers=2, stages=4, registers=240)
-        found["3x64 2 stages"] = replace(base, consumers=3, stages=2, registers=160)
-        found["3x64 3 stages"] = replace(base, consumers=3, stages=3, registers=160)
-    for name, tile in list(found.items()):
-        found[f"{name} unchained" if tile.chained else f"{name} chained"] = replace(
-            tile, chained=not tile.chained
-        )
-    return {name: tile for name, tile in found.items() if name == "shipped" or tile != base}
+        found["pinned lazy poly 2"] = replace(base, pinned=True, lazy=True, poly=2)
+        tile = FORWARD_128_ROWS[shape.causal] if base.consumers == 3 else FORWARD[64, shape.causal]
+        found[f"pinned lazy {tile.consumers}x64"] = replace(tile, pinned=True, lazy=True)
+    return found
 
 
 def backward_variants(shape: Shape) -> dict[str, Any]:
     base = BACKWARD[shape.D, shape.causal]
+    direct = replace(base, dq="registers")
+    ring = replace(direct, ring=True, draw=True)
     found = {
         "shipped": base,
-        "1 head": replace(base, together=0),
-        "16M": replace(base, together=16 * MIB),
-        "pdl": replace(base, pdl=not base.pdl),
-        "16 rows": replace(base, rows=16),
-        "32 rows": replace(base, rows=32),
-        "pdl 32 rows": replace(base, rows=32, pdl=not base.pdl),
+        "fragments": replace(base, dq="fragments"),
+        "registers": direct,
+        "ahead fragments": replace(base, dq="fragments", ahead=True),
+        "ahead registers": replace(direct, ahead=True),
+        "ahead registers narrow": replace(direct, ahead=True, narrow=True),
+        "ring": ring,
+        "ring ahead": replace(ring, ahead=True),
+        "ring ahead narrow": replace(ring, ahead=True, narrow=True),
     }
-    if shape.D == 64:
-        found["128 rows"] = replace(base, rows=128)
-        found["64 queries 3 stages"] = replace(base, queries=64, stages=3, early=False)
     if shape.D == 128:
-        found["3 stages" if base.stages == 2 else "2 stages"] = replace(
-            base, stages=5 - base.stages
+        found["ahead registers 3 stages"] = replace(direct, ahead=True, stages=3)
+    else:
+        found["ahead registers narrow 64 queries"] = replace(
+            direct, ahead=True, narrow=True, queries=64, stages=3
         )
-    return {name: tile for name, tile in found.items() if name == "shipped" or tile != base}
+    return found
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def compile_one(job: Job) -> None:
         launches.append(plan.plan_forward(q, k, options, job.forward, 1))
     if job.backward:
         launches += plan.plan_backward(q, k, q, options, job.backward, 1)
-        tensors |= plan.backward_buffers(q, k, job.backward)
+        tensors |= plan.backward_buffers(q, k, job.backward, 1)
     for launch in launches:
         drawn = launch.arguments.get("DRAW")
         tensors["counter"] = torch.zeros(1, dtype=torch.int32) if drawn else None
@@ -142,7 +145,9 @@ def compile_all(shapes: list[Shape], parts: list[str], base: bool) -> None:
                 same = replace(tile, together=0)  # not compiled in
                 if name == "shipped" or (kind in parts and not base):
                     options = plan.Options(shape.causal, 0.1)
-                    jobs[Job(shape.D, options, **{kind: same})] = None
+                    heads = 8 if getattr(tile, "ring", False) else 2  # enough for a ring
+                    sizes = dict(H=heads, H_kv=heads)
+                    jobs[Job(shape.D, options, **sizes, **{kind: same})] = None
     start, n = time.time(), min(14, os.cpu_count() or 1, len(jobs))
     if not jobs:
         return

@@ -37,29 +37,31 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention.hopper.masks import queries_of, query_tiles
-from kernels.attention.hopper.schedule import draw, drawn, following, tile_at
-from kernels.attention.hopper.scores import minus_delta, probabilities
-from kernels.attention.hopper.shim import tma_add, tma_load, tma_store
+from kernels.attention.hopper.backward_ahead import ahead_consumer
+from kernels.attention.hopper.backward_parts import keys_seen, query_at, store_dk_dv
+from kernels.attention.hopper.dq import add_to_dq, half_of_dq
+from kernels.attention.hopper.masks import query_tiles
+from kernels.attention.hopper.ring import PIECE, finisher, signaller, slot_of, wait_for_slot
+from kernels.attention.hopper.schedule import (
+    draw,
+    drawn,
+    first_drawn,
+    first_position,
+    following,
+    tile_at,
+)
+from kernels.attention.hopper.scores import ASK, minus_delta, probabilities
+from kernels.attention.hopper.shim import tma_load
 
 BN = gl.constexpr(128)
 LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def _query_at(i, first, per_head, BM: gl.constexpr, GROUP: gl.constexpr):
-    """(head of the group, first query) of turn i: the heads of a group one after the other."""
-    member = 0
-    if GROUP > 1:
-        member = i // per_head
-    return member, first + (i - member * per_head) * BM
-
-
-@gluon.jit
 def _producer(
-    sources, rings, counter_ptr, sizes, limits,
+    sources, rings, counter_ptr, progress_ptr, sizes, limits,
     BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    LIMITS: gl.constexpr, DRAW: gl.constexpr,
+    LIMITS: gl.constexpr, DRAW: gl.constexpr, RING: gl.constexpr, DEPTH: gl.constexpr,
 ):  # fmt: skip
     """One warp: loads Q, dO and their row statistics, and K and V of each key tile."""
     q_desc, k_desc, v_desc, do_desc, stats_desc = sources
@@ -71,16 +73,20 @@ def _producer(
     rows = (T + BM - 1) // BM  # of lse in `stats_desc`, per head; delta stands behind all lse
     it = 0
     turn = 0
+    FIRST: gl.constexpr = 1 if RING else 0
     position = gl.program_id(0)
+    if RING:
+        position = first_drawn(n_tiles * n_heads, counter_ptr, ticket, DEPTH)
     while position < n_tiles * n_heads:
         number = draw(counter_ptr, DRAW)
         rank, head = tile_at(position, n_tiles, n_heads, chunk)
         b = head // H_kv
         h = head - b * H_kv
+        wait_for_slot(head, progress_ptr, n_heads, n_tiles, chunk, RING)
         first, per_head = query_tiles(rank * BN, b, T, S, limits, BM, BN, CAUSAL, LIMITS)
         for i in range(per_head * GROUP):
             s = it % STAGES
-            member, query = _query_at(i, first, per_head, BM, GROUP)
+            member, query = query_at(i, first, per_head, BM, GROUP)
             row = (head * GROUP + member) * rows + query // BM
             mbarrier.wait(q_empty.index(s), ((it // STAGES) & 1) ^ 1)
             at = [b, query, h * GROUP + member, 0]
@@ -102,50 +108,26 @@ def _producer(
                 stats_desc, [row + n_heads * GROUP * rows, 0], do_full.index(s), delta_smem.index(s)
             )
             it += 1
-        position = drawn(number, position, n_tiles * n_heads, turn, counter_ptr, ticket, DRAW)
+        position = drawn(
+            number, position, n_tiles * n_heads, turn, counter_ptr, ticket, DRAW, DEPTH, FIRST
+        )
         turn += 1
 
 
 @gluon.jit
-def _half_of_dq(ds, k, W: gl.constexpr, BM: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr):
-    """Issue this consumer's part of dS K. ds [BN, BM] and k [BN, D] lie in shared memory."""
-    if BM == 64:
-        k = k.slice(W * (D // 2), D // 2, 1)
-        nothing = gl.zeros([64, D // 2], gl.float32, LAYOUT)
-    else:
-        ds = ds.slice(W * 64, 64, 1)
-        nothing = gl.zeros([64, D], gl.float32, LAYOUT)
-    return warpgroup_mma(ds.permute((1, 0)), k, nothing, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _add_to_dq(
-    dq_desc, dq_smem, dq, row, W: gl.constexpr, BM: gl.constexpr, D: gl.constexpr
-):  # fmt: skip
-    """Add this consumer's part of dQ to the query tile that starts at `row` of the buffer."""
-    tma.store_wait(0)  # the part before has left the staging buffer
-    dq_smem.index(W).store(dq)
-    fence_async_shared()
-    if BM == 64:
-        tma_add(dq_desc, [row, W * (D // 2)], dq_smem.index(W))
-    else:
-        tma_add(dq_desc, [row + W * 64, 0], dq_smem.index(W))
-
-
-@gluon.jit
 def _consumer(
-    results, biases, scale, rings, staging, sizes, limits,
+    results, biases, scale, rings, staging, sizes, limits, ring,
     W: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, LIMITS: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr,
-    SOFTCAP: gl.constexpr, EARLY: gl.constexpr, DRAW: gl.constexpr,
+    SOFTCAP: gl.constexpr, EARLY: gl.constexpr, DQ: gl.constexpr, DRAW: gl.constexpr,
+    RING: gl.constexpr, DEPTH: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: keys [64 W, 64 W + 64) of every key tile."""
-    dq_desc, dk_desc, dv_desc = results
+    dq_to, dk_desc, dv_desc = results
     q_ring, do_ring, kv, ticket = rings
-    ds_ring, dq_smem, places, limits_smem = staging
+    ds_ring, dq_smem, places, limits_smem, turn_done = staging
     slopes_ptr, bend = biases
     DQ_COLS: gl.constexpr = D // 2 if BM == 64 else D
-    ROOM: gl.constexpr = 2 * DQ_COLS // D
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLS, 16])
@@ -157,31 +139,19 @@ def _consumer(
     k_smem, v_smem, kv_full, kv_empty = kv
     ds_smem, ds_full, ds_empty = ds_ring
     H_kv, T, S, n_heads, n_tiles, chunk = sizes
+    FIRST: gl.constexpr = 1 if RING else 0
     past = S - T
     padded = (T + BM - 1) // BM * BM  # rows of a head in the dQ buffer
     nothing = gl.zeros([64, BM], gl.float32, S_LAYOUT)
     it = 0
     turn = 0
-    position = gl.program_id(0)
+    position = first_position(ticket, DRAW, DEPTH, FIRST)
     while position < n_tiles * n_heads:
         rank, head = tile_at(position, n_tiles, n_heads, chunk)
         b = head // H_kv
         first, per_head = query_tiles(rank * BN, b, T, S, limits, BM, BN, CAUSAL, LIMITS)
         key = rank * BN + W * 64
-        seen = (0, 0, 0, 0)
-        if LIMITS:  # the queries that see each key wait in shared memory: registers are short
-            firsts = limits_smem.slice(W * 128, 64)
-            lasts = limits_smem.slice(W * 128 + 64, 64)
-            first_of, last_of = queries_of(
-                key + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT)), b, T, S, limits, LIMITS
-            )
-            firsts.store(first_of)
-            lasts.store(last_of)
-            clear_from, _ = queries_of(key + 63, b, T, S, limits, LIMITS)  # queries all 64 keys see
-            _, clear_to = queries_of(key, b, T, S, limits, LIMITS)
-            if key + 64 > S:
-                clear_to = -1  # keys past the end
-            seen = (firsts, lasts, clear_from, clear_to)
+        seen = keys_seen(key, b, T, S, limits, limits_smem, W, S_LAYOUT, LIMITS)
         row_before = 0
         dk = gl.zeros([64, D], gl.float32, O_LAYOUT)
         dv = gl.zeros([64, D], gl.float32, O_LAYOUT)
@@ -189,7 +159,7 @@ def _consumer(
         for i in range(per_head * GROUP):
             s = it % STAGES
             phase = (it // STAGES) & 1
-            member, query = _query_at(i, first, per_head, BM, GROUP)
+            member, query = query_at(i, first, per_head, BM, GROUP)
             # always 0, but the compiler cannot know: else it keeps the 24 descriptors of the
             # products with K and V in 48 registers through the loop, and spills
             zero = it >> 30
@@ -213,7 +183,7 @@ def _consumer(
             lse = lse_smem.index(s).reshape([BM]).load(COL)
             p, weight = probabilities(
                 st, lse, places, seen, ramp, scale * LOG2_E, bend, key, query, S, past, BM,
-                S_LAYOUT, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, DTYPE, BN - 1 - W * 64,
+                S_LAYOUT, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, DTYPE, BN - 1 - W * 64, ASK,
             )  # fmt: skip
             if not EARLY:
                 mbarrier.wait(do_full.index(s), phase)
@@ -240,50 +210,85 @@ def _consumer(
             dv = warpgroup_mma_wait(1, deps=(dv,))
 
             mbarrier.wait(ds_full.index(other), (((it + 1) // 2) & 1) ^ 1)  # passes at it = 0
-            dq = _half_of_dq(ds_smem.index(other), k_all, W, BM, D, DQ_LAYOUT)
+            dq = half_of_dq(ds_smem.index(other), k_all, W, BM, D, DQ_LAYOUT)
             dk = warpgroup_mma_wait(1, deps=(dk,))
             mbarrier.arrive(q_empty.index(s), count=1)
             dq = warpgroup_mma_wait(0, deps=(dq,))
             mbarrier.arrive(ds_empty.index(other), count=1)
             if i > 0:
-                _add_to_dq(dq_desc, dq_smem, dq, row_before, W, BM, D)
-            row_before = (head * GROUP + member) * padded + query
+                add_to_dq(dq_to, dq_smem, dq, row_before, W, BM, D, DQ)
+            row_before = (slot_of(head, ring, GROUP, RING) + member) * padded + query
             it += 1
 
         last = it - 1
         mbarrier.wait(ds_full.index(last % 2), (last // 2) & 1)
-        dq = _half_of_dq(
+        dq = half_of_dq(
             ds_smem.index(last % 2), k_smem.index(0).reshape([BN, D]), W, BM, D, DQ_LAYOUT
         )
         dq = warpgroup_mma_wait(0, deps=(dq,))
         mbarrier.arrive(kv_empty, count=1)  # the next K and V load under what follows
-        _add_to_dq(dq_desc, dq_smem, dq, row_before, W, BM, D)
-        # dV, then dK leave through the staging buffer of dQ, which has room for one or for both
-        at = [head // H_kv, key, head % H_kv, 0]
-        stage = dq_smem.index(W)._reinterpret(DTYPE, [ROOM, 1, 64, 1, D], dk_desc.layout)
-        tma.store_wait(0)
-        stage.index(0).reshape([64, D]).store(dv.to(DTYPE))
-        fence_async_shared()
-        tma_store(dv_desc, at, stage.index(0))
-        if ROOM == 1:
-            tma.store_wait(0)
-        stage.index(ROOM - 1).reshape([64, D]).store((dk * scale).to(DTYPE))
-        fence_async_shared()
-        tma_store(dk_desc, at, stage.index(ROOM - 1))
+        add_to_dq(dq_to, dq_smem, dq, row_before, W, BM, D, DQ)
+        if RING:
+            mbarrier.arrive(turn_done.index(turn % DEPTH), count=1)
+        store_dk_dv(
+            dk_desc, dv_desc, dk * scale, dv, dq_smem, head // H_kv, key, head % H_kv, W, BM, D
+        )
         turn += 1
-        position = following(position, turn, ticket, DRAW)
+        position = following(position, turn, ticket, DRAW, DEPTH, FIRST)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["before", "after", "H_kv", "T", "S", "n_heads", "n_tiles", "chunk"])
+@gluon.jit
+def _work(
+    results, biases, scale, rings, staging, sizes, limits, ring,
+    W: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, LIMITS: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr,
+    SOFTCAP: gl.constexpr, EARLY: gl.constexpr, AHEAD: gl.constexpr, NARROW: gl.constexpr,
+    DQ: gl.constexpr, DRAW: gl.constexpr,
+    RING: gl.constexpr, DEPTH: gl.constexpr,
+):  # fmt: skip
+    """A consumer, of either kind."""
+    if AHEAD:
+        ahead_consumer(
+            results, biases, scale, rings, staging, sizes, limits, ring, W, D, BM, GROUP, STAGES,
+            CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, NARROW, DQ, DRAW,
+            RING, DEPTH,
+        )  # fmt: skip
+    else:
+        _consumer(
+            results, biases, scale, rings, staging, sizes, limits, ring, W, D, BM, GROUP, STAGES,
+            CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, DQ, DRAW, RING,
+            DEPTH,
+        )  # fmt: skip
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "before",
+        "after",
+        "H_kv",
+        "T",
+        "S",
+        "n_heads",
+        "n_tiles",
+        "chunk",
+        "ring",
+        "out_row",
+    ]
+)
 def attention_bwd_kernel(
     q_desc, k_desc, v_desc, do_desc,  # [B, T or S, H or H_kv, D], blocks [1, rows, 1, D]
     stats_desc,  # [2 * B * H * tiles of BM queries, BM] fp32: lse in log2 units, then -delta
-    dq_desc,  # [B * H * T padded to BM, D] fp32, zero; gets dQ / scale
+    dq_desc, dq_ptr,  # [B * H * T padded to BM, D] fp32, zero; gets dQ / scale; see dq.py
     dk_desc, dv_desc,  # [B, S, H_kv, D]
     slopes_ptr,  # [H] fp32
     bounds_ptr,  # [B, 2, T] int32: where each token's document starts and ends
     counter_ptr,  # [1] int32, zero before and after; not read unless DRAW
+    out_ptr,  # dq [B, T, H, D_OUT]; this and the next four are for RING only
+    out_row,  # from a token to the next in dq, in eights
+    progress_ptr,  # [heads + groups of them] int32, zero: see ring.py
+    piece_desc,  # as dq_desc, in blocks of PIECE numbers
+    ring,  # heads of which there is room in dq_ptr
     scale,
     cap,  # the soft cap in log2 units
     inner,  # scale / cap: what the products are multiplied by before tanh
@@ -296,12 +301,16 @@ def attention_bwd_kernel(
     CAUSAL: gl.constexpr,  # and nothing else: no window, no documents
     LIMITS: gl.constexpr,  # see masks.py
     RAGGED: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, EARLY: gl.constexpr,
-    DRAW: gl.constexpr, PDL: gl.constexpr,
+    AHEAD: gl.constexpr,  # see backward_ahead.py
+    NARROW: gl.constexpr,
+    DQ: gl.constexpr,  # see dq.py
+    DRAW: gl.constexpr, PDL: gl.constexpr, RING: gl.constexpr, D_OUT: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of the key tiles this program gets, and what they add to dQ."""
     DTYPE: gl.constexpr = q_desc.dtype
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    DEPTH: gl.constexpr = 8 if RING else 1  # turns that signaller and finisher may lag
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BM], DTYPE)
     DQ_COLS: gl.constexpr = D // 2 if BM == 64 else D
     k_smem = gl.allocate_shared_memory(DTYPE, [1, 1, BN, 1, D], k_desc.layout)
@@ -311,7 +320,10 @@ def attention_bwd_kernel(
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM], stats_desc.layout)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM], stats_desc.layout)
     ds_smem = gl.allocate_shared_memory(DTYPE, [2, BN, BM], DS_LAYOUT)
-    dq_smem = gl.allocate_shared_memory(gl.float32, [2, 64, DQ_COLS], dq_desc.layout)
+    if DQ == "tiles":
+        dq_smem = gl.allocate_shared_memory(gl.float32, [2, 64, DQ_COLS], dq_desc.layout)
+    else:
+        dq_smem = gl.allocate_shared_memory(gl.float32, [2, 2 * DQ_COLS, 32], dq_desc.layout)
     places = gl.allocate_shared_memory(gl.int32, [128], FLAT)
     places.store(gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])))
     limits_smem = places
@@ -324,9 +336,10 @@ def attention_bwd_kernel(
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    slot = gl.allocate_shared_memory(gl.int32, [1], FLAT)
-    ticket_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    ticket_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    slots = gl.allocate_shared_memory(gl.int32, [DEPTH, 1], FLAT)
+    ticket_full = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], BARRIER)
+    ticket_empty = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], BARRIER)
+    turn_done = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], BARRIER)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(do_full.index(i), count=1)
@@ -336,18 +349,23 @@ def attention_bwd_kernel(
         mbarrier.init(ds_empty.index(i), count=2)
     mbarrier.init(kv_full, count=1)
     mbarrier.init(kv_empty, count=2)
-    mbarrier.init(ticket_full, count=1)
-    mbarrier.init(ticket_empty, count=2)
+    for i in gl.static_range(DEPTH):
+        mbarrier.init(ticket_full.index(i), count=1)
+        mbarrier.init(ticket_empty.index(i), count=4 if RING else 2)
+        mbarrier.init(turn_done.index(i), count=2)
 
     rings = (
         (q_smem, lse_smem, q_full, q_empty),
         (do_smem, delta_smem, do_full),
         (k_smem, v_smem, kv_full, kv_empty),
-        (slot, ticket_full, ticket_empty),
+        (slots, ticket_full, ticket_empty),
     )
-    staging = ((ds_smem, ds_full, ds_empty), dq_smem, places, limits_smem)
+    staging = ((ds_smem, ds_full, ds_empty), dq_smem, places, limits_smem, turn_done)
     sources = (q_desc, k_desc, v_desc, do_desc, stats_desc)
-    results = (dq_desc, dk_desc, dv_desc)
+    dq_to = dq_desc
+    if DQ == "registers":
+        dq_to = dq_ptr
+    results = (dq_to, dk_desc, dv_desc)
     sizes = (H_kv, T, S, n_heads, n_tiles, chunk)
     biases = (slopes_ptr, (cap, inner))
     limits = (before, after, bounds_ptr)
@@ -355,12 +373,35 @@ def attention_bwd_kernel(
         gdc_launch_dependents()
         gdc_wait()
     # fmt: off
-    gl.warp_specialize([
-        (_consumer, (results, biases, scale, rings, staging, sizes, limits, 0, D, BM, GROUP,
-                     STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, DRAW)),
-        (_consumer, (results, biases, scale, rings, staging, sizes, limits, 1, D, BM, GROUP,
-                     STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, DRAW)),
-        (_producer, (sources, rings, counter_ptr, sizes, limits,
-                     BM, GROUP, STAGES, CAUSAL, LIMITS, DRAW)),
-    ], [4, 1], [240, 24])
+    if RING:
+        piece_smem = gl.allocate_shared_memory(gl.float32, [2, PIECE // 32, 32], piece_desc.layout)
+        piece_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+        for i in gl.static_range(2):
+            mbarrier.init(piece_full.index(i), count=1)
+        pieces = (piece_smem, piece_full)
+        ticket = (slots, ticket_full, ticket_empty)
+        gl.warp_specialize([
+            (_work, (results, biases, scale, rings, staging, sizes, limits, ring, 0, D, BM, GROUP,
+                     STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, NARROW, DQ,
+                     DRAW, RING, DEPTH)),
+            (_work, (results, biases, scale, rings, staging, sizes, limits, ring, 1, D, BM, GROUP,
+                     STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, NARROW, DQ,
+                     DRAW, RING, DEPTH)),
+            (finisher, (piece_desc, dq_ptr, out_ptr, out_row * 8, progress_ptr, ticket, pieces,
+                        sizes, ring, scale, D, D_OUT, BM, GROUP, DRAW, DEPTH)),
+            (_producer, (sources, rings, counter_ptr, progress_ptr, sizes, limits,
+                         BM, GROUP, STAGES, CAUSAL, LIMITS, DRAW, RING, DEPTH)),
+            (signaller, (progress_ptr, ticket, turn_done, sizes, DRAW, DEPTH)),
+        ], [4, 2, 1, 1], [240, 24, 24, 24])
+    else:
+        gl.warp_specialize([
+            (_work, (results, biases, scale, rings, staging, sizes, limits, ring, 0, D, BM, GROUP,
+                     STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, NARROW, DQ,
+                     DRAW, RING, DEPTH)),
+            (_work, (results, biases, scale, rings, staging, sizes, limits, ring, 1, D, BM, GROUP,
+                     STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, NARROW, DQ,
+                     DRAW, RING, DEPTH)),
+            (_producer, (sources, rings, counter_ptr, progress_ptr, sizes, limits,
+                         BM, GROUP, STAGES, CAUSAL, LIMITS, DRAW, RING, DEPTH)),
+        ], [4, 1], [240, 24])
     # fmt: on

@@ -48,6 +48,7 @@ from kernels.attention.hopper.softmax import (
     bias_scores,
     hide,
     pass_by,
+    shrink_rows,
     softmax_step,
 )
 
@@ -104,7 +105,8 @@ def _consumer(
     W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr, EDGE: gl.constexpr,
     SKIP: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
-    DRAW: gl.constexpr, SHARE: gl.constexpr,
+    DRAW: gl.constexpr, SHARE: gl.constexpr, LAZY: gl.constexpr, POLY: gl.constexpr,
+    PINNED: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     out_desc, lse_ptr = results
@@ -176,7 +178,7 @@ def _consumer(
         qk = bias_scores(qk, cols + key, row + past, ramp, bend, SOFTCAP, ALIBI)
         if EDGE > 0:
             qk = hide(qk, cols + key, first, limit, LIMITS)
-        p, peak, total, shrink = softmax_step(qk, peak, total, scale)
+        p, peak, total, shrink = softmax_step(qk, peak, total, scale, LAZY, POLY)
         p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
         it += 1
         for i in range(1, n_iter):
@@ -198,10 +200,12 @@ def _consumer(
             elif EDGE > 1:
                 if i < EDGE:
                     qk = hide(qk, cols + key, first, limit, LIMITS)
-            p, peak, total, shrink = softmax_step(qk, peak, total, scale)
+            p, peak, total, shrink = softmax_step(qk, peak, total, scale, LAZY, POLY)
+            if PINNED:  # passes at once, and ptxas moves no instruction across: see softmax.py
+                mbarrier.wait(v_full.index(before), ((it - 1) // STAGES) & 1)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(v_empty.index(before), count=1)
-            acc = acc * gl.convert_layout(shrink, ROW_O)[:, None]
+            acc = shrink_rows(acc, gl.convert_layout(shrink, ROW_O), LAZY)
             p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
             it += 1
         if not SHARE:
@@ -237,18 +241,20 @@ def _work(
     W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr, EDGE: gl.constexpr,
     SKIP: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
-    DRAW: gl.constexpr, SHARE: gl.constexpr, CHAINED: gl.constexpr,
+    DRAW: gl.constexpr, SHARE: gl.constexpr, CHAINED: gl.constexpr, LAZY: gl.constexpr,
+    POLY: gl.constexpr, PINNED: gl.constexpr,
 ):  # fmt: skip
     """A consumer, of either kind."""
     if CHAINED:
         chained_consumer(
             results, biases, scale, rings, out_smem, sizes, limits, W, D, CONSUMERS, BN,
-            STAGES, CAUSAL, EDGE, SKIP, ALIBI, SOFTCAP, SINKS, DRAW,
+            STAGES, CAUSAL, EDGE, SKIP, ALIBI, SOFTCAP, SINKS, DRAW, LAZY, POLY, PINNED,
         )  # fmt: skip
     else:
         _consumer(
             results, biases, scale, rings, out_smem, sizes, limits, W, D, CONSUMERS, BN,
-            STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS, DRAW, SHARE,
+            STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS, DRAW, SHARE, LAZY,
+            POLY, PINNED,
         )  # fmt: skip
 
 
@@ -277,6 +283,7 @@ def attention_fwd_kernel(
     ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, DRAW: gl.constexpr,
     SHARE: gl.constexpr,  # out leaves through the place of Q
     CHAINED: gl.constexpr,  # see forward_chained.py
+    LAZY: gl.constexpr, POLY: gl.constexpr, PINNED: gl.constexpr,  # see softmax.py
 ):  # fmt: skip
     """out and lse of the tiles this program gets; one launch has at most one program per SM."""
     DTYPE: gl.constexpr = q_desc.dtype
@@ -295,9 +302,9 @@ def attention_fwd_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    slot = gl.allocate_shared_memory(gl.int32, [1], FLAT)
-    ticket_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    ticket_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    slots = gl.allocate_shared_memory(gl.int32, [1, 1], FLAT)
+    ticket_full = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
+    ticket_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
@@ -306,14 +313,14 @@ def attention_fwd_kernel(
     for i in gl.static_range(PLACES * CONSUMERS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
-    mbarrier.init(ticket_full, count=1)
-    mbarrier.init(ticket_empty, count=CONSUMERS)
+    mbarrier.init(ticket_full.index(0), count=1)
+    mbarrier.init(ticket_empty.index(0), count=CONSUMERS)
 
     rings = (
         (q_smem, q_full, q_empty),
         (k_smem, k_full, k_empty),
         (v_smem, v_full, v_empty),
-        (slot, ticket_full, ticket_empty),
+        (slots, ticket_full, ticket_empty),
     )
     sources = (q_desc, k_desc, v_desc)
     results = (out_desc, lse_ptr)
@@ -325,10 +332,10 @@ def attention_fwd_kernel(
         gl.warp_specialize([
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, 0, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED)),
+                         DRAW, SHARE, CHAINED, LAZY, POLY, PINNED)),
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, 1, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED)),
+                         DRAW, SHARE, CHAINED, LAZY, POLY, PINNED)),
             (_producer, (sources, rings, counter_ptr, sizes, limits,
                          GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, DRAW, PLACES)),
         ], [4, 1], [REGISTERS, 24])
@@ -336,13 +343,13 @@ def attention_fwd_kernel(
         gl.warp_specialize([
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, 0, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED)),
+                         DRAW, SHARE, CHAINED, LAZY, POLY, PINNED)),
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, 1, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED)),
+                         DRAW, SHARE, CHAINED, LAZY, POLY, PINNED)),
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, 2, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED)),
+                         DRAW, SHARE, CHAINED, LAZY, POLY, PINNED)),
             (_producer, (sources, rings, counter_ptr, sizes, limits,
                          GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, DRAW, PLACES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])

@@ -34,6 +34,7 @@ from kernels.attention.hopper.softmax import (
     bias_scores,
     hide,
     pass_by,
+    shrink_rows,
     softmax_step,
 )
 
@@ -63,7 +64,8 @@ def _rows_of(
 def _first_softmax(
     qk, head, row, n_iter, biases, scale, sizes,
     BN: gl.constexpr, LAYOUT: gl.constexpr, CAUSAL: gl.constexpr, EDGE: gl.constexpr,
-    ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
+    ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, LAZY: gl.constexpr,
+    POLY: gl.constexpr,
 ):  # fmt: skip
     """P, peak, total and ALiBi's ramp after the first key tile of a tile of rows."""
     slopes_ptr, sinks_ptr, bend = biases
@@ -88,7 +90,7 @@ def _first_softmax(
         if CAUSAL:
             limit = gl.minimum(limit, rows + (S - T + 1))
         qk = hide(qk, keys, limit, limit, 0)
-    p, peak, total, _ = softmax_step(qk, peak, total, scale)
+    p, peak, total, _ = softmax_step(qk, peak, total, scale, LAZY, POLY)
     return p, peak, total, ramp
 
 
@@ -98,6 +100,7 @@ def chained_consumer(
     W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, EDGE: gl.constexpr, SKIP: gl.constexpr,
     ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, DRAW: gl.constexpr,
+    LAZY: gl.constexpr, POLY: gl.constexpr, PINNED: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     out_desc, lse_ptr = results
@@ -134,7 +137,7 @@ def chained_consumer(
     mbarrier.arrive(k_empty.index(it % STAGES), count=1)
     p, peak, total, ramp = _first_softmax(
         qk, head, row, n_iter, biases, scale, sizes,
-        BN, S_LAYOUT, CAUSAL, EDGE, ALIBI, SOFTCAP, SINKS,
+        BN, S_LAYOUT, CAUSAL, EDGE, ALIBI, SOFTCAP, SINKS, LAZY, POLY,
     )  # fmt: skip
     p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
     it += 1
@@ -160,10 +163,12 @@ def chained_consumer(
                     if CAUSAL:
                         limit = gl.minimum(limit, row + gl.arange(0, 64, ROW) + (past + 1))
                     qk = hide(qk, cols + key, limit, limit, 0)
-            p, peak, total, shrink = softmax_step(qk, peak, total, scale)
+            p, peak, total, shrink = softmax_step(qk, peak, total, scale, LAZY, POLY)
+            if PINNED:  # passes at once, and ptxas moves no instruction across: see softmax.py
+                mbarrier.wait(v_full.index(before), ((it - 1) // STAGES) & 1)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(v_empty.index(before), count=1)
-            acc = acc * gl.convert_layout(shrink, ROW_O)[:, None]
+            acc = shrink_rows(acc, gl.convert_layout(shrink, ROW_O), LAZY)
             p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
             it += 1
         mbarrier.arrive(q_empty.index(place), count=1)
@@ -199,8 +204,10 @@ def chained_consumer(
         share = gl.convert_layout(1.0 / total, ROW_O)
         p, peak, total, ramp = _first_softmax(
             qk, next_head, next_row, next_n_iter, biases, scale, sizes,
-            BN, S_LAYOUT, CAUSAL, EDGE, ALIBI, SOFTCAP, SINKS,
+            BN, S_LAYOUT, CAUSAL, EDGE, ALIBI, SOFTCAP, SINKS, LAZY, POLY,
         )  # fmt: skip
+        if PINNED:
+            mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_empty.index(last % STAGES), count=1)
         p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)

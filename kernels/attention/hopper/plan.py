@@ -13,6 +13,7 @@ from kernels.attention.hopper.backward import BN, attention_bwd_kernel
 from kernels.attention.hopper.forward import attention_fwd_kernel
 from kernels.attention.hopper.launch import Blocks, Launch, Pointer
 from kernels.attention.hopper.masks import AFTER, BEFORE, DOCUMENTS
+from kernels.attention.hopper.ring import PIECE, RINGS
 from kernels.attention.hopper.rows import cast_dq_kernel, prepare_rows_kernel
 from kernels.attention.hopper.tiles import (
     BackwardTile,
@@ -151,36 +152,74 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
         DRAW=tile.draw,
         SHARE=BD == 256,
         CHAINED=tile.chained and not masks["LIMITS"] and BD != 256,
+        LAZY=tile.lazy,
+        POLY=tile.poly,
+        PINNED=tile.pinned,
         **masks,
         **options.caps(),
     )
     return _launch(attention_fwd_kernel, min(n_sm, n_tiles * B * H), values)
 
 
+class Heads(NamedTuple):
+    """How kv heads stand together in the backward, and of how many the sums of dQ have room."""
+
+    chunk: int  # stand together
+    room: int  # have a place in the sums
+    left: int  # from this one on dQ is left to the last kernel
+
+    @property
+    def ring(self) -> bool:
+        """Whether places are used again, see ring.py."""
+        return self.left > 0
+
+
+def heads_together(q: Tensor, k: Tensor, tile: BackwardTile, n_sm: int) -> Heads:
+    B, T, H, D = q.shape
+    S, H_kv = k.shape[1], k.shape[2]
+    n_heads, n_tiles = B * H_kv, -(-S // BN.value)
+    chunk = _together(tile.together, 8 * T * D * H // H_kv, 1, n_heads)
+    if not tile.ring:
+        return Heads(chunk, n_heads, 0)
+    chunk = min(n_heads, max(chunk, -(-n_sm // n_tiles)))  # a group has tiles for every program
+    n_groups = -(-n_heads // chunk)
+    if n_groups <= RINGS.value:
+        return Heads(chunk, n_heads, 0)
+    return Heads(chunk, RINGS.value * chunk, (n_groups - 2) * chunk)
+
+
 def backward_buffers(
-    q: Tensor, k: Tensor, tile: BackwardTile, packed: bool = False
-) -> dict[str, Tensor]:
+    q: Tensor, k: Tensor, tile: BackwardTile, n_sm: int, packed: bool = False
+) -> dict[str, Any]:
     """What the backward writes: dq, dk, dv, and its scratch, whose rows are padded to tiles.
 
     packed: the first three are parts of one tensor, "dqkv" [B, T, H + 2 H_kv, D].
     """
     B, T, H, D = q.shape
+    H_kv = k.shape[2]
     rows = B * H * _padded(T, tile)
+    made: dict[str, Any]
     if packed:
-        heads = [H, k.shape[2], k.shape[2]]
-        dqkv = torch.empty((B, T, sum(heads), D), dtype=q.dtype, device=q.device)
-        made = dict(zip(("dq", "dk", "dv"), dqkv.split(heads, dim=2), strict=True))
+        parts = [H, H_kv, H_kv]
+        dqkv = torch.empty((B, T, sum(parts), D), dtype=q.dtype, device=q.device)
+        made = dict(zip(("dq", "dk", "dv"), dqkv.split(parts, dim=2), strict=True))
         made["dqkv"] = dqkv
     else:
         made = {
             name: torch.empty_like(x, memory_format=torch.contiguous_format)
             for name, x in (("dq", q), ("dk", k), ("dv", k))
         }
+    heads = heads_together(q, k, tile, n_sm)
+    sums = _dq_shape(heads.room * (H // H_kv) * _padded(T, tile), D, tile)
+    made["progress"] = None
+    if heads.ring:
+        size = B * H_kv + -(-B * H_kv // heads.chunk)
+        made["progress"] = torch.empty(size, dtype=torch.int32, device=q.device)
     return made | {
         "stats": torch.empty(
             (2 * rows // tile.queries, tile.queries), dtype=torch.float32, device=q.device
         ),
-        "dq_sum": torch.empty((rows, D), dtype=torch.float32, device=q.device),
+        "dq_sum": torch.empty(sums, dtype=torch.float32, device=q.device),
     }
 
 
@@ -200,8 +239,14 @@ def plan_backward(
     S, H_kv = k.shape[1], k.shape[2]
     BM, BD, group, n_tiles = tile.queries, padded_head(D), H // H_kv, -(-S // BN.value)
     n_rows = B * H * _padded(T, tile)
+    heads, n_heads = heads_together(q, k, tile, n_sm), B * H_kv
+    assert not heads.ring or (tile.dq == "registers" and tile.draw)
+    row = (H + 2 * H_kv if packed else H) * D  # of dq
     masks = options.masks(T, S)
+    columns = BD // 2 if BM == 64 else BD  # of dQ that a consumer makes
+    as_held = tile.dq != "tiles"
     around = dict(T=T, H=H, D=D, BD=BD, BM=BM, BR=tile.rows, PDL=tile.pdl)
+    around |= dict(D_SUM=BD if as_held else D)
     prepare = dict(
         out_ptr=Pointer("out"),
         d_out_ptr=Pointer("d_out"),
@@ -213,6 +258,9 @@ def plan_backward(
         d_out_t=d_out.stride(1),
         d_out_h=d_out.stride(2),
         n_stats=n_rows,
+        progress_ptr=Pointer("progress"),
+        n_zeros=heads.room * group * _padded(T, tile),
+        n_progress=n_heads + -(-n_heads // heads.chunk),
         **around,
     )
     values = dict(
@@ -221,7 +269,15 @@ def plan_backward(
         v_desc=Blocks("v", (1, BN.value, 1, BD)),
         do_desc=Blocks("d_out", (1, BM, 1, BD)),
         stats_desc=Blocks("stats", (1, BM)),
-        dq_desc=Blocks("dq_sum", (64, BD // 2 if BM == 64 else BD)),
+        dq_desc=Blocks("dq_sum", (2 * columns, 32) if as_held else (64, columns)),
+        dq_ptr=Pointer("dq_sum"),
+        out_ptr=Pointer("dq"),
+        out_row=row // 8,
+        progress_ptr=Pointer("progress"),
+        piece_desc=Blocks("dq_sum", (PIECE.value // 32, 32)) if heads.ring else None,
+        ring=heads.room,
+        RING=heads.ring,
+        D_OUT=D,
         dk_desc=Blocks("dk", (1, 64, 1, BD)),
         dv_desc=Blocks("dv", (1, 64, 1, BD)),
         slopes_ptr=Pointer("slopes"),
@@ -230,9 +286,9 @@ def plan_backward(
         H_kv=H_kv,
         T=T,
         S=S,
-        n_heads=B * H_kv,
+        n_heads=n_heads,
         n_tiles=n_tiles,
-        chunk=_together(tile.together, 8 * T * D * group, 1, B * H_kv),
+        chunk=heads.chunk,
         D=BD,
         BM=BM,
         GROUP=group,
@@ -240,12 +296,14 @@ def plan_backward(
         RAGGED=not (masks["CAUSAL"] or masks["LIMITS"]) and S % BN.value != 0,
         ALIBI=options.alibi,
         EARLY=tile.early,
+        AHEAD=tile.ahead,
+        NARROW=tile.narrow,
+        DQ=tile.dq,
         DRAW=tile.draw,
         PDL=tile.pdl,
         **masks,
         **options.caps(),
     )
-    row = (H + 2 * H_kv if packed else H) * D
     cast = dict(
         sum_ptr=Pointer("dq_sum"),
         dq_ptr=Pointer("dq"),
@@ -254,12 +312,17 @@ def plan_backward(
         dq_h=D,
         scale=options.scale,
         **around,
+        GROUP=group,
+        HELD=columns if as_held else 0,
+        skip=heads.left * group,
+        ring=heads.room,
     )
     n_programs = n_rows // tile.rows
+    n_left = (n_heads - heads.left) * group * _padded(T, tile) // tile.rows
     return (
         _launch(prepare_rows_kernel, n_programs, prepare),
-        _launch(attention_bwd_kernel, min(n_sm, n_tiles * B * H_kv), values, pdl=tile.pdl),
-        _launch(cast_dq_kernel, n_programs, cast, pdl=tile.pdl),
+        _launch(attention_bwd_kernel, min(n_sm, n_tiles * n_heads), values, pdl=tile.pdl),
+        _launch(cast_dq_kernel, n_left, cast, pdl=tile.pdl),
     )
 
 
@@ -269,6 +332,11 @@ def _launch(kernel: Any, n_programs: int, values: dict[str, Any], pdl: bool = Fa
     assert len(arguments) == len(values)
     options = {"num_warps": 4, "launch_pdl": True} if pdl else {"num_warps": 4}
     return Launch(kernel, (n_programs, 1, 1), arguments, options)
+
+
+def _dq_shape(rows: int, D: int, tile: BackwardTile) -> tuple[int, int]:
+    """Of the fp32 dQ; in the order of the threads it is no matrix, and padded columns are there."""
+    return (rows, D) if tile.dq == "tiles" else (rows * padded_head(D) // 32, 32)
 
 
 def _padded(T: int, tile: BackwardTile) -> int:

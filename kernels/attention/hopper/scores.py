@@ -11,6 +11,8 @@ from triton.experimental.gluon import language as gl
 
 from kernels.attention.hopper.masks import tanh
 
+NEVER, ALWAYS, ASK = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+
 
 @gluon.jit
 def minus_delta(delta, nothing, BM: gl.constexpr, COL: gl.constexpr):
@@ -34,15 +36,44 @@ def _keep(seen, p, weight, SOFTCAP: gl.constexpr):
 
 
 @gluon.jit
+def _mask(
+    p, weight, places, ahead, left, BM: gl.constexpr, LAYOUT: gl.constexpr, CAUSAL: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+):  # fmt: skip
+    """Hide keys after the queries, which are `ahead` places ahead of them, or past the end."""
+    keys = places.slice(0, 64).load(gl.SliceLayout(1, LAYOUT))
+    if CAUSAL:
+        queries = places.slice(0, BM).load(gl.SliceLayout(0, LAYOUT))
+        inside = (queries + ahead)[None, :] >= keys[:, None]
+    else:
+        inside = (keys < left)[:, None]
+    return _keep(inside, p, weight, SOFTCAP)
+
+
+@gluon.jit
+def clear_of_masks(key, query, S, past, LAST: gl.constexpr, CAUSAL: gl.constexpr):
+    """Whether all queries from `query` on see all keys of the tile, which ends LAST after `key`.
+
+    Keys past the end are after all queries, so a causal mask hides them too.
+    """
+    if CAUSAL:
+        clear = query + past >= key + LAST
+    else:
+        clear = key + 64 <= S
+    return clear
+
+
+@gluon.jit
 def probabilities(
     s, lse, places, seen, ramp, scale, bend, key, query, S, past,
     BM: gl.constexpr, LAYOUT: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr,
     RAGGED: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, DTYPE: gl.constexpr,
-    LAST: gl.constexpr,
+    LAST: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """P' of S' [64 keys, BM queries], and the factor of dP' in dS': P' times the slope of the cap.
 
-    The keys start at `key`, the key tile ends LAST later.
+    The keys start at `key`, the key tile ends LAST later. MASK says whether a causal mask or the
+    end of the keys hides any: NEVER, ALWAYS, or ASK.
     """
     if SOFTCAP:
         cap, inner = bend
@@ -70,14 +101,13 @@ def probabilities(
             high = last.load(gl.SliceLayout(1, LAYOUT))
             inside = (queries[None, :] >= low[:, None]) & (queries[None, :] <= high[:, None])
             p, weight = _keep(inside, p, weight, SOFTCAP)
-    elif CAUSAL:
-        if query + past < key + LAST:  # also hides keys past the end: they are after all queries
-            keys = places.slice(0, 64).load(gl.SliceLayout(1, LAYOUT))
-            queries = places.slice(0, BM).load(gl.SliceLayout(0, LAYOUT))
-            inside = (queries + (query + past - key))[None, :] >= keys[:, None]
-            p, weight = _keep(inside, p, weight, SOFTCAP)
-    elif RAGGED:
-        if key + 64 > S:
-            keys = places.slice(0, 64).load(gl.SliceLayout(1, LAYOUT))
-            p, weight = _keep((keys < S - key)[:, None], p, weight, SOFTCAP)
+    elif (CAUSAL or RAGGED) and MASK == ALWAYS:
+        p, weight = _mask(
+            p, weight, places, query + past - key, S - key, BM, LAYOUT, CAUSAL, SOFTCAP
+        )  # fmt: skip
+    elif (CAUSAL or RAGGED) and MASK == ASK:
+        if not clear_of_masks(key, query, S, past, LAST, CAUSAL):
+            p, weight = _mask(
+                p, weight, places, query + past - key, S - key, BM, LAYOUT, CAUSAL, SOFTCAP
+            )  # fmt: skip
     return p, weight

@@ -7,6 +7,8 @@ Triton 3.6 and 3.7 say `async_copy_global_to_shared`; later versions say `async_
 from typing import Any
 
 from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
@@ -25,3 +27,28 @@ def _reduce_add(desc: Any, coord: Any, src: Any, _semantic: Any = None) -> None:
 
 
 tma_add = getattr(tma, "async_atomic_add", _reduce_add)
+
+
+@builtin
+def counting(x: Any, _semantic: Any = None) -> Any:
+    """0, 1, 2, ... in the layout of the vector x."""
+    return _semantic.arange(0, x.type.get_block_shapes()[0], x.type.layout)
+
+
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # of the threads of a partition
+
+
+@gluon.jit
+def fence_async_global():
+    """What ordinary instructions wrote to global memory is there for the copy engine."""
+    gl.inline_asm_elementwise(
+        "fence.proxy.async.global; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def wait_for(ptr, value):
+    """Until the number at `ptr` is `value` or more; what was written before that is seen then."""
+    seen = gl.atomic_add(ptr, 0, sem="acquire")
+    while seen < value:
+        seen = gl.atomic_add(ptr, 0, sem="acquire")

@@ -19,6 +19,9 @@ class ForwardTile:
     draw: bool  # tiles from a counter, see schedule.py
     together: int  # bytes of K and V that the tiles standing together may span; 0: one head
     chained: bool = False  # no gap between tiles, see forward_chained.py; plain masks only
+    lazy: bool = False  # rescale only where the maximum grew by more than 2 ** 8, see softmax.py
+    pinned: bool = False  # the softmax before the wait for P V, also in machine code
+    poly: int = 0  # of 8 exponentials, how many by a polynomial
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,10 @@ class BackwardTile:
     together: int  # bytes of Q, dO and dQ that the tiles standing together may span; 0: one head
     rows: int = 64  # of a program of the two small kernels; divides `queries`
     pdl: bool = False  # programmatic dependent launch: each kernel starts while the last one ends
+    ahead: bool = False  # issue S of the next tile before this one is done, see backward_ahead.py
+    narrow: bool = False  # dS = P dP in bf16 or fp16; with `ahead` only
+    dq: str = "tiles"  # how dQ is added up, see dq.py
+    ring: bool = False  # dQ in a ring that stays in L2, see ring.py; with `draw` and "registers"
 
 
 LARGEST_HEAD = {"forward": 256, "backward": 128}

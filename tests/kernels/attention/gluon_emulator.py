@@ -30,7 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import JITFunction
 
-from kernels.attention.hopper import masks, shim
+from kernels.attention.hopper import masks, shim, softmax
 from kernels.attention.hopper.launch import Launch, Tensors
 
 PATIENCE = 20.0  # seconds a wait may take
@@ -318,11 +318,20 @@ def _gl_store(pointer: Pointer, value: Any, mask: Any = None) -> None:
     pointer.memory[at[mask]] = value[mask]
 
 
-def _atomic_add(pointer: Pointer, value: int, sem: str = "") -> Tensor:
+def _atomic_add(pointer: Pointer, value: Any, sem: str = "") -> Tensor:
+    at = torch.as_tensor(pointer.offset)
     with _atomic:
-        before = pointer.memory[pointer.offset].clone()
-        pointer.memory[pointer.offset] += value
+        before = pointer.memory[at].clone()
+        pointer.memory[at] += value
     return before
+
+
+def _wait_for(pointer: Pointer, value: Any) -> None:
+    """Like any other wait, it must end."""
+    deadline = time.monotonic() + PATIENCE
+    while pointer.memory[pointer.offset] < value:
+        assert time.monotonic() < deadline, "a wait for a number in global memory never ended"
+        time.sleep(1e-4)
 
 
 def _atomic_exchange(pointer: Pointer, value: int, sem: str = "") -> None:
@@ -342,6 +351,16 @@ def _pair(function: Callable[..., Tensor], plain: Callable[..., Any]) -> Callabl
 def _tanh(x: Tensor) -> Tensor:
     """As wrong as the instruction may be: 2 ** -11 of the value, now up, now down."""
     return x.tanh() * (1 + 2.0**-11 * (2 * torch.rand(x.shape) - 1))
+
+
+def _exp2(x: Tensor, poly: int) -> Tensor:
+    """As wrong as the polynomial, for all of x."""
+    if poly == 0:
+        return torch.exp2(x)
+    x = x.clamp(min=-127)
+    r = x - x.floor()
+    p = 1 + r * (0.69511679 + r * (0.22764499 + r * 0.07706704))
+    return torch.ldexp(p, x.floor())
 
 
 def _no_layout(*_: Any, **__: Any) -> None:
@@ -364,6 +383,7 @@ _GL = types.SimpleNamespace(
     maximum=_pair(torch.maximum, max),
     minimum=_pair(torch.minimum, min),
     max=lambda value, axis: value.amax(axis),
+    min=lambda value, axis: value.amin(axis),
     sum=lambda value, axis: value.sum(axis),
     cast=lambda value, dtype: torch.as_tensor(value, dtype=dtype),
     broadcast=torch.broadcast_tensors,
@@ -396,8 +416,14 @@ _REPLACED = {
     id(gdc_launch_dependents): lambda: None,
     id(gdc_wait): lambda: None,
     id(masks.tanh): _tanh,
+    id(softmax.exp2_of): _exp2,
+    id(softmax.shrink_rows): lambda acc, shrink, lazy: acc * shrink[:, None],
     id(shim.tma_load): _load,
     id(shim.tma_store): _store,
+    id(shim.barrier): lambda: None,  # the threads of a partition are one
+    id(shim.fence_async_global): lambda: None,
+    id(shim.wait_for): _wait_for,
+    id(shim.counting): lambda x: torch.arange(x.numel()),
     id(shim.tma_add): lambda desc, at, source: _store(desc, at, source, add=True),
 }
 

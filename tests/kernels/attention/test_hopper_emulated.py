@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels.attention.hopper.api import sink_gradient
 from kernels.attention.hopper.launch import Blocks, Launch
+from kernels.attention.hopper.plan import heads_together
 from kernels.attention.hopper.shim import tma_load, tma_store
 from kernels.attention.hopper.softmax import MASKED
 from kernels.attention.hopper.tiles import (
@@ -27,6 +28,7 @@ from kernels.attention.hopper.tiles import (
     FORWARD_128_ROWS,
     BackwardTile,
     ForwardTile,
+    choose_backward,
     choose_forward,
 )
 from tests.accuracy import assert_as_accurate
@@ -168,6 +170,57 @@ def test_scores_of_a_row_that_is_masked_so_far_cancel_exactly() -> None:
     """On the GPU s * scale - peak * scale is one rounding and then a fused multiply-add."""
     mantissa, _ = math.frexp(-MASKED.value)
     assert mantissa == 0.5
+
+
+@pytest.mark.parametrize(
+    "case", ["causal", "ragged, grouped", "window", "padded head", "everything"]
+)
+@pytest.mark.parametrize("chained", [False, True])
+def test_other_softmaxes_are_right(case: str, chained: bool) -> None:
+    rows_differ = CASES[case].options["causal"]
+    tile = choose_forward(CASES[case].D, rows_differ, CASES[case].T, documents=case == "everything")
+    changes = dict(lazy=True, pinned=True, poly=2, chained=chained)
+    check(inputs_of(CASES[case], "cpu", torch.bfloat16), forward=replace(tile, **changes))
+
+
+@pytest.mark.parametrize(
+    "case", ["causal", "ragged, grouped, alibi", "ragged, grouped", "padded head", "everything"]
+)
+@pytest.mark.parametrize("dq", ["fragments", "registers"])
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_other_ways_to_dq_are_right(case: str, dq: str, ahead: bool, narrow: bool) -> None:
+    options = CASES[case].options
+    tile = choose_backward(CASES[case].D, options["causal"], limits=case == "everything")
+    changes = dict(dq=dq, ahead=ahead, narrow=narrow)
+    check(inputs_of(CASES[case], "cpu", torch.bfloat16), backward=replace(tile, **changes))
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(
+    ("case", "n_sm", "heads"),
+    [  # heads: of a group, of the ring, left to the last kernel from
+        (Case(T=256, S=256, D=128, B=2, H=4, H_kv=4, options={"causal": True}), 3, (2, 6, 4)),
+        (Case(T=200, S=330, D=64, B=3, H=4, options={"causal": False}), 2, (1, 3, 4)),
+        (Case(T=130, S=130, D=96, H=7, H_kv=7, options={"causal": True}), 1, (1, 3, 5)),
+        (Case(T=130, S=130, D=128, B=2, H=8, H_kv=4, options={"causal": True}), 7, (4, 8, 0)),
+        (
+            Case(T=300, S=300, D=64, B=2, H=6, H_kv=6, options={"causal": True, "window": (90, 0)}),
+            5,
+            (2, 6, 8),
+        ),
+    ],
+)
+def test_sums_of_dq_go_round_in_a_ring(
+    case: Case, n_sm: int, heads: tuple[int, int, int], ahead: bool
+) -> None:
+    tile = choose_backward(case.D, True, limits="window" in case.options)
+    tile = replace(tile, ring=True, ahead=ahead, dq="registers", draw=True, together=0)
+    q = torch.empty(case.B, case.T, case.H, case.D)
+    k = torch.empty(case.B, case.S, case.H_kv, case.D)
+    assert heads_together(q, k, tile, n_sm) == heads
+    packed = case.T == case.S  # dq is then a part of a larger tensor
+    check(inputs_of(case, "cpu", torch.bfloat16), backward=tile, n_sm=n_sm, packed=packed)
 
 
 @pytest.mark.parametrize("D", [64, 128])

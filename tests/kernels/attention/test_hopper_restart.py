@@ -165,7 +165,7 @@ def test_kernels_without_descriptors_restart_too(card: Card) -> None:
     cast = launches[2]
     cast.kernel = card.kernel(cast.kernel.arg_names)
     for _ in range(2):
-        made: dict[str, Tensor | None] = {**plan.backward_buffers(q, q, tile)}
+        made: dict[str, Tensor | None] = {**plan.backward_buffers(q, q, tile, 3)}
         cast.run(made)
     assert isinstance(cast.again, Restart)
     cast.again.whole(made)
