@@ -43,10 +43,12 @@ COUNTERS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--table", type=Path, help="what ncu printed; print what it says")
     parser.add_argument("--variant", default="shipped", help="name in hopper_variants.py")
-    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
     arguments = parser.parse_args()
     if arguments.table:
         table(arguments.table)
