@@ -40,7 +40,6 @@ def columnwise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _cast(x: Tensor, maximum: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     maximum = maximum.clamp(min=FLOOR)  # which lets NaN pass
-    # a tensor, since PyTorch divides by or into a number through a reciprocal: one rounding more than
-    # the kernels have
+    # a tensor: PyTorch divides by a number through its reciprocal, a rounding more than the kernels
     top = torch.full_like(maximum, torch.finfo(dtype).max)
     return (x.to(torch.float32) * (top / maximum)).to(dtype), maximum / top
