@@ -124,7 +124,8 @@ def prepare_theirs(text: Path, tokenizer: Path, folder: Path, workers: int, libr
     )
     # beside other processes, threads inside each of them are for the one process alone
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers == 1 else "false"
-    ids = rows.map(encode, batched=True, remove_columns=["text"], num_proc=workers)
+    processes = workers if workers > 1 else None  # a pool of one would turn the threads off
+    ids = rows.map(encode, batched=True, remove_columns=["text"], num_proc=processes)
     dtype = np.dtype("<u2") if inner.get_vocab_size() <= 1 << 16 else np.dtype("<u4")
     with (folder / "ids.bin").open("wb") as stream:
         for batch in ids.with_format("arrow").iter(1024):
