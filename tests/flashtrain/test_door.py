@@ -61,7 +61,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown dtype": (damage_manifest("dtype", "float16"), "float16"),
     "unknown format": (damage_manifest("format", 999), "999"),
     "missing shard": (lambda f: (f / "train-00000.bin").unlink(), "not there"),
-    "empty shard": (lambda f: (f / "train-00000.bin").write_bytes(b""), "empty"),
+    "empty shard": (lambda f: (f / "train-00000.bin").write_bytes(b""), "0 bytes"),
     "truncated shard": (
         lambda f: (f / "train-00000.bin").write_bytes((f / "train-00000.bin").read_bytes()[:-7]),
         "truncated",
