@@ -74,9 +74,11 @@ def tensorwise_kernel(
         turned = columns[:, None].to(tl.int64) * M + rows[None, :]
         inside = (columns[:, None] < K) & (rows[None, :] < M)
         if x_ptr.dtype.element_ty == tl.float32:
-            # Triton 3.6 turns an fp8 tile that was loaded as fp32 wrongly: a third of its numbers
-            # stood elsewhere, on an H200
-            qt = (tl.trans(x) * factor).to(qt_ptr.dtype.element_ty)
+            # read again, from L1, as it is to be written: with both layouts stored, Triton 3.6 gets the
+            # turned tile wrong on an H200 (4 of 10 numbers stood elsewhere where 16 divides M)
+            at = rows[None, :].to(tl.int64) * K + columns[:, None]
+            x = tl.load(x_ptr + at, mask=inside, other=0.0)
+            qt = (x * factor).to(qt_ptr.dtype.element_ty)
         else:
             qt = tl.trans(q)
         tl.store(qt_ptr + turned, qt, mask=inside)
