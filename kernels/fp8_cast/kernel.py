@@ -74,8 +74,8 @@ def tensorwise_kernel(
         turned = columns[:, None].to(tl.int64) * M + rows[None, :]
         inside = (columns[:, None] < K) & (rows[None, :] < M)
         if x_ptr.dtype.element_ty == tl.float32:
-            # read again, from L1, as it is to be written: with both layouts stored, Triton 3.6 gets the
-            # turned tile wrong on an H200 (4 of 10 numbers stood elsewhere where 16 divides M)
+            # read again, from L1, as it is to be written: where both layouts are stored and M is a
+            # multiple of 16, Triton 3.6 turns the tile wrongly (4 of 10 numbers, on an H200)
             at = rows[None, :].to(tl.int64) * K + columns[:, None]
             x = tl.load(x_ptr + at, mask=inside, other=0.0)
             qt = (x * factor).to(qt_ptr.dtype.element_ty)
