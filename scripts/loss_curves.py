@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from flashtrain.launch import ENDED
+from flashtrain.tracking.compare import read_rows
 
 LAST_SHARE = 0.1  # of the steps, over which the final training loss is meant
 
@@ -64,8 +65,7 @@ def read(folder: Path) -> dict[str, Any]:
     loss: dict[int, float] = {}
     validation: dict[int, float] = {}
     speeds = []
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_rows(folder):
         if row.get("train/loss") is not None:
             loss[row["step"]] = row["train/loss"]
         if row.get("validation/loss") is not None:

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -92,3 +93,12 @@ def test_perplexity_is_that_of_the_mean_over_all_tokens(model: GPT) -> None:
     assert found.loss == pytest.approx(-total / found.tokens, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(found.loss))
     assert found.bits_per_byte == pytest.approx(-total / math.log(2) / len(TEXT * 4), rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_gpu_scores_as_the_cpu_does(model: GPT) -> None:
+    here = copy.deepcopy(model).cuda()
+    requests = [(list(range(n)), list(range(n, 12))) for n in (1, 5, 11)]
+    found = Scorer(Decoder(here), LENGTH, 2).score(requests)
+    for score, expected in zip(found, Scorer(Decoder(model), LENGTH).score(requests), strict=True):
+        assert score.log_probability == pytest.approx(expected.log_probability, rel=1e-3)
