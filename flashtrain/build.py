@@ -10,6 +10,7 @@ from flashtrain.config import Config, EngineKind
 from flashtrain.data.tokenizer import Tokenizer
 from flashtrain.engine.base import Engine
 from flashtrain.engine.native import NativeEngine
+from flashtrain.layout import overlap_of
 from flashtrain.model.dtypes import DTYPES
 from flashtrain.model.float8 import use_float8
 from flashtrain.model.gpt import GPT
@@ -21,7 +22,7 @@ from flashtrain.parallel.mesh import Axis, Mesh
 from flashtrain.parallel.overlap import overlap_layers
 from flashtrain.parallel.pipeline import cut_stages
 from flashtrain.parallel.plan import apply_plan, gpt_plan
-from flashtrain.precision import is_fp8, overlap_of
+from flashtrain.precision import is_fp8
 
 
 def build_model(
@@ -60,7 +61,7 @@ def build_engine(config: Config, mesh: Mesh, device: torch.device) -> Engine:
         from flashtrain.engine.deepspeed import DeepSpeedEngine  # an extra: not installed by all
 
         model = plan_model(config, mesh.tensor).to(compute)
-        overlap_layers(model, mesh.tensor, config.parallel.overlap, device)
+        overlap_layers(model, mesh.tensor, overlap_of(config), device)
         materialize(model, device)
         return DeepSpeedEngine(model, config, mesh, device)
 

@@ -26,9 +26,6 @@ def is_fp8(config: Config) -> bool:
     return config.precision.linear is not LinearKind.compute
 
 
-def overlap_of(config: Config) -> Overlap:
-    """`parallel.overlap`, but off with fp8 layers: their products wait for their transfers."""
-    return Overlap.off if is_fp8(config) else config.parallel.overlap
 
 
 def check_precision(config: Config) -> None:

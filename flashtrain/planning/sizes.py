@@ -17,7 +17,7 @@ from flashtrain.config import (
     PositionKind,
     Target,
 )
-from flashtrain.layout import data_ranks
+from flashtrain.layout import data_ranks, overlap_of
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def sizes_of(config: Config) -> Sizes:
         + model.bias * (q + 2 * kv + up + 2 * width),
         ends=vectors + table + norm,
         itemsize=2 if config.precision.compute is Compute.bf16 else 4,
-        overlap=n > 1 and parallel.overlap is not Overlap.off,
+        overlap=n > 1 and overlap_of(config) is not Overlap.off,
         fp8=_fp8_share(config),
     )
 

@@ -4,7 +4,7 @@ import pytest
 
 from flashtrain.compose import load
 from flashtrain.config import ConfigError, EngineKind, ParallelConfig
-from flashtrain.layout import describe_layout, resolve_parallel
+from flashtrain.layout import describe_layout, overlap_of, resolve_parallel
 
 SMALL = [
     "experiment=null", "data=random", "model.vocabulary=64", "data.batch_size=32",
@@ -162,3 +162,16 @@ def test_a_layout_in_words() -> None:
     assert words == "8 processes: pipeline 2 (1f1b) x tensor 2 x data 2"
     words = describe_layout(ParallelConfig(context=2), 8)
     assert words == "8 processes: tensor 1 x context 2 (gather, zero 3) x data 4"
+
+
+def test_transfers_hide_behind_large_products_only() -> None:
+    def overlap(case: str) -> str:
+        config = load([*case.split(), "data=random", "parallel=tensor2"], 2)
+        return overlap_of(config).name
+
+    wide = "model=llama_8b data.micro_batch_size=2 data.batch_size=2 data.sequence_length=8192"
+    assert overlap(wide) == "auto"
+    assert overlap(f"{wide} precision=fp8_tensorwise") == "off"
+    small = "model=gpt_1.3b data.micro_batch_size=8 data.batch_size=8 data.sequence_length=2048"
+    assert overlap(small) == "off"
+    assert overlap(f"{small} parallel.overlap=on") == "on"

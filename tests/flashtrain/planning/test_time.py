@@ -68,7 +68,7 @@ def test_recomputation_costs_a_forward_pass_or_a_part_of_it() -> None:
 
 
 def test_overlap_hides_transfers_of_tensor_ranks() -> None:
-    on, off = (step(f"parallel=tensor8 parallel.overlap={o}", 8) for o in ("auto", "off"))
+    on, off = (step(f"parallel=tensor8 parallel.overlap={o}", 8) for o in ("on", "off"))
     assert on.tensor < off.tensor
     assert on.products == off.products
 
