@@ -1,6 +1,6 @@
 """What fp8 linear layers and bf16 moments ask of a config.
 
-The layers: flashtrain/model/float8.py; the moments: flashtrain/optim/adamw_bf16.py.
+The layers: flashtrain/model/float8.py; the moments: flashtrain/optim/adamw_kernel.py.
 """
 
 from flashtrain.config import (

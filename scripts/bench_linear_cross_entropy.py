@@ -38,7 +38,13 @@ from kernels.linear_cross_entropy.tiles import Tile, chunk_tokens
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, labels -> summed loss
 CHECKED = 512  # tokens whose results are compared with float64
 CHUNKS = (512, 1024, 1536, 2048, 3072, 4096, 8192)
-TILES = tuple(Tile(*t) for t in ((4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32)))
+TILES = tuple(
+    Tile(*each)
+    for each in (
+        (4096, 16, 2, 1), (4096, 16, 2, 3), (4096, 16, 3, 1), (4096, 16, 0, 1), (4096, 16, 0, 3),
+        (8192, 16, 2, 1), (8192, 16, 0, 1), (8192, 32, 1, 2), (2048, 8, 4, 3), (2048, 8, 0, 3),
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -243,7 +249,7 @@ def sweep_rows(words: int, tile: Tile, chosen: bool, repeats: int) -> dict[str, 
     labels = torch.randint(words, (chunk,), device="cuda")
     statistics = torch.empty(2, chunk, device="cuda")
     terms = Terms(-100, 0.0, 0.0, 0)
-    row: dict[str, Any] = {"words": words, "block": tile.block, "warps": tile.warps}
+    row: dict[str, Any] = {"words": words, **asdict(tile)}
     for name, does in (("both", (True, True)), ("loss alone", (True, False))):
         keys = dict(zip(("measures", "differentiates"), does, strict=True))
 
@@ -255,8 +261,9 @@ def sweep_rows(words: int, tile: Tile, chosen: bool, repeats: int) -> dict[str, 
         row[f"{name} GB/s"] = chunk * words * 2 * sum(does) / ms / 1e6
     mark = "  <- default" if chosen else ""
     print(
-        f"rows V={words} block {tile.block:5} warps {tile.warps:2}  {row['both ms']:7.3f} ms"
-        f" {row['both GB/s']:6.0f} GB/s, loss alone {row['loss alone GB/s']:6.0f} GB/s{mark}",
+        f"rows V={words} block {tile.block:5} warps {tile.warps:2} programs {tile.programs}"
+        f" unroll {tile.unroll}  {row['both ms']:7.3f} ms {row['both GB/s']:6.0f} GB/s,"
+        f" loss alone {row['loss alone GB/s']:6.0f} GB/s{mark}",
         flush=True,
     )
     return row

@@ -17,6 +17,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,6 +29,7 @@ from flashtrain.compose import load
 from flashtrain.config import ConfigError
 from flashtrain.data.loader import Batch
 from flashtrain.engine.native import NativeEngine
+from flashtrain.model.mlp import joined
 from flashtrain.parallel.mesh import build_mesh
 from flashtrain.tracking.charts import Curve, line_chart
 
@@ -70,13 +72,21 @@ def changes(kind: str, width: int, base: int, steps: int, rate: float, *more: st
 
 @torch.no_grad()
 def activations(engine: NativeEngine, tokens: Tensor) -> list[Tensor]:
-    """What each of PARTS gives: the last block's attention and MLP stand for all."""
+    """What each of PARTS gives: what the last block's attention and MLP add to the stream stands
+    for all of them."""
     model, seen = engine.model, {}
     last = model.blocks[-1]
-    parts = {"embedding": model.embedding, "attention": last.attention, "mlp": last.mlp}
+
+    def attention(_module: object, given: Any, out: Any) -> None:  # (norm, x, ..) -> what it is now
+        seen["attention"] = joined(*out) - given[1]
+
+    def mlp(_module: object, given: Any, out: Tensor) -> None:  # (norm, x, branch)
+        seen["mlp"] = out - joined(*given[1:])
+
     handles = [
-        part.register_forward_hook(lambda _m, _x, out, name=name: seen.update({name: out}))
-        for name, part in parts.items()
+        model.embedding.register_forward_hook(lambda _m, _x, out: seen.update(embedding=out)),
+        last.attention.register_forward_hook(attention),
+        last.mlp.register_forward_hook(mlp),
     ]
     seen["logits"] = model.logits(model(tokens))
     for handle in handles:

@@ -38,6 +38,7 @@ from flashtrain.engine.zero_config import zero_config
 from flashtrain.model.attention import Attention
 from flashtrain.model.gpt import GPT
 from flashtrain.model.init import init_parameters
+from flashtrain.model.linear import Linear
 from flashtrain.model.shard import Span, whole
 from flashtrain.optim.adamw import build_adamw
 from flashtrain.parallel.loss import IGNORED
@@ -105,6 +106,9 @@ class DeepSpeedEngine:
         _prepare_process(device)
         refuse_buffers(model)
         self.loss = SummedLoss(model, mesh.tensor, config.loss)
+        for layer in model.blocks.modules():
+            if isinstance(layer, Linear):
+                layer.fuses = False  # ZeRO 3 gathers a module's weights around its own forward
         if config.trainer.recompute is not Recompute.none:
             recompute_blocks(model, config.trainer.recompute)
         compiles = config.trainer.compile
@@ -120,7 +124,7 @@ class DeepSpeedEngine:
         try:
             self.engine, *_ = deepspeed.initialize(
                 model=self.loss,
-                optimizer=build_adamw(named, config.optimizer, config.model),
+                optimizer=build_adamw(named, config.optimizer, config.model, ours=False),
                 config=zero_config(config),
                 mpu=Groups(mesh),
                 dist_init_required=False,

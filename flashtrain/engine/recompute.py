@@ -1,8 +1,11 @@
 """Activation checkpointing: forget a block's activations in forward, make them again in backward.
 
-`full` keeps a block's input only. `selective` also keeps what is dear to make again for its size:
-attention outputs and every second matrix product (Korthikanti et al. 2022, arXiv:2205.05198, with
-the per-operator choice of PyTorch's selective checkpointing). The MLP alone may run chunk by chunk.
+`light` forgets what a pass over memory makes again: GELU's output, within a kernel that runs
+anyhow, and weights in the compute dtype (kernels/linear); where layers are not plain ones
+(flashtrain/model/linear.py), nothing. `full` keeps a block's input only. `selective` also keeps
+what is dear to make again for its size: attention outputs and every second matrix product
+(Korthikanti et al. 2022, arXiv:2205.05198, with the per-operator choice of PyTorch's selective
+checkpointing). The MLP alone may run chunk by chunk.
 """
 
 import functools
@@ -16,7 +19,8 @@ from torch.utils.checkpoint import (
 
 from flashtrain.config import Recompute
 from flashtrain.model.gpt import GPT
-from flashtrain.model.mlp import MLP, GeluMLP
+from flashtrain.model.linear import Linear
+from flashtrain.model.mlp import MLP
 
 # matrix products, and those with their transfers (flashtrain/parallel/overlap.py), by name: some
 # are defined only where they are used
@@ -36,9 +40,14 @@ def recompute_blocks(model: GPT, kind: Recompute) -> None:
     keywords: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if kind is Recompute.selective:
         keywords["context_fn"] = _selective_contexts
+    layers = [layer for layer in model.blocks.modules() if isinstance(layer, Linear)]
+    if kind is Recompute.light:
+        for layer in layers:
+            layer.remakes = True
+        return
+    for layer in layers if kind is Recompute.selective else ():
+        layer.fuses = False  # each operation for itself, to be kept or not
     for block in model.blocks:
-        if kind is Recompute.selective and isinstance(block.mlp, GeluMLP):
-            block.mlp.fused = False  # its first product is kept, GELU is not
         block.forward = functools.partial(checkpoint, block.forward, **keywords)
 
 

@@ -1,4 +1,4 @@
-"""The attention half of a block: projections and positions around the fused kernel.
+"""The attention half of a block: norm, projections and positions around the fused kernel.
 
 Dims: B batch, T tokens, D head size, H query heads and K key/value heads *of this rank*.
 """
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from flashtrain.config import ModelConfig, PositionConfig, PositionKind, Target
 from flashtrain.model.cache import LayerCache
-from flashtrain.model.linear import Linear
-from flashtrain.model.norm import head_norm
+from flashtrain.model.linear import Linear, behind_norm, onto_stream
+from flashtrain.model.norm import StreamNorm, head_norm
 from flashtrain.model.parametrization import query_ratio
 from flashtrain.model.rope import rotate
 from kernels.attention import attention, attention_packed
@@ -54,17 +54,20 @@ class Attention(nn.Module):
 
     def forward(
         self,
+        norm: StreamNorm,
         x: Tensor,
         position: Tensor | None,
         documents: Tensor | None = None,
         cache: LayerCache | None = None,
-    ) -> Tensor:
-        """`x [B, T, d_model]` (or its part of the sequence), `position` as in `position.py`,
-        `cache` as in `GPT.forward`; `documents [B, 2, T]` are `document_bounds`.
+    ) -> tuple[Tensor, Tensor | None]:
+        """x + attention(norm(x)), as their sum and None or still as two.
+
+        `x [B, T, d_model]` (or its part of the sequence), `position` as in `position.py`, `cache`
+        as in `GPT.forward`; `documents [B, 2, T]` are `document_bounds`.
 
         T is that of the projection's output: under tensor parallelism x holds fewer tokens.
         """
-        fused: Tensor = self.qkv(x)
+        fused, x = behind_norm(self.qkv, norm, x)
         own = None
         if self.slopes:
             assert position is not None
@@ -72,8 +75,7 @@ class Attention(nn.Module):
             own = position[self.first_head : self.first_head + count]
         if cache is None and self._stays_packed(position):
             mixed = self._mix_packed(fused, position, own, documents)
-            packed: Tensor = self.out(mixed.flatten(2))
-            return packed
+            return onto_stream(self.out, mixed.flatten(2), x)
         q, k, v = self._heads(fused, position)
         if cache is not None and not cache.filling:
             mixed = cache.attend(q, k, v, own, self.backend)
@@ -82,8 +84,7 @@ class Attention(nn.Module):
                 cache.fill(k, v)
             attend = partial(attention, causal=True) if self.attend is None else self.attend
             mixed = attend(q, k, v, alibi_slopes=own, documents=documents, backend=self.backend)
-        y: Tensor = self.out(mixed.flatten(2))
-        return y
+        return onto_stream(self.out, mixed.flatten(2), x)
 
     def _stays_packed(self, position: Tensor | None) -> bool:
         """Whether nothing tells q from k on their way to attention: their gradients then come back

@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from kernels.embedding import embedding
 
 
 class Embedding(nn.Module):
@@ -14,7 +15,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocabulary, d_model, dtype=torch.float32))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight).to(self.dtype)
+        return embedding(tokens, self.weight, self.dtype)
 
     def add(self, x: Tensor, vectors: Tensor) -> Tensor:
         """`x [B, T, D]` with a vector per position, [T, D] or [B, T, D], added."""

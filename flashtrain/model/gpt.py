@@ -37,9 +37,8 @@ class Block(nn.Module):
         documents: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        normed, x = self.norm_attention.add(x, None)
-        normed, x = self.norm_mlp.add(x, self.attention(normed, position, documents, cache))
-        y: Tensor = x + self.mlp(normed)
+        x, branch = self.attention(self.norm_attention, x, position, documents, cache)
+        y: Tensor = self.mlp(self.norm_mlp, x, branch)
         return y
 
 

@@ -1,11 +1,18 @@
-"""The matrix product of every layer: fp32 master weights, activations decide the compute dtype."""
+"""The matrix product of every layer, with the norm before it and the stream after it: fp32 master
+weights, activations decide the compute dtype.
+
+Layers that hold all of their weight and multiply in the compute dtype are *plain*; kernels/linear
+then computes norm, product and sum as one operation. Others (tensor-parallel, fp8) run one by one.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kernels.linear import linear
+from flashtrain.model.norm import StreamNorm
+from kernels.linear import linear, norm_linear
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -23,7 +30,12 @@ class Linear(nn.Module):
 
     The weight is cast on use, so bf16 training needs no autocast and the optimizer sees fp32
     gradients. Values come from `init_weights`: the module may be built on the meta device.
+
+    fuses: whether it may be computed in one with what is around it; then its own forward is not
+        called. remakes: make again in backward what a pass over memory makes (kernels/linear).
     """
+
+    fuses, remakes = True, False
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
@@ -39,3 +51,28 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"
+
+
+def is_plain(layer: Any) -> bool:
+    return getattr(layer, "product", None) is product and layer.fuses
+
+
+def behind_norm(
+    layer: Any, norm: StreamNorm, x: Tensor, branch: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """layer(norm(x + branch)), and x + branch, the stream (branch None: x)."""
+    if branch is None and is_plain(layer):
+        return norm_linear(
+            x, norm.weight, norm.bias, layer.weight, layer.bias,
+            eps=norm.eps, centers=norm.centers, remakes=layer.remakes,
+        )  # fmt: skip
+    normed, x = norm.add(x, branch)
+    y: Tensor = layer(normed)
+    return y, x
+
+
+def onto_stream(layer: Any, x: Tensor, stream: Tensor) -> tuple[Tensor, Tensor | None]:
+    """stream + layer(x), as their sum and None or still as two."""
+    if is_plain(layer):
+        return linear(x, layer.weight, layer.bias, stream, remakes=layer.remakes), None
+    return stream, layer(x)

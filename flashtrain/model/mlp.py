@@ -6,12 +6,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from flashtrain.config import Mlp, ModelConfig
-from flashtrain.model.linear import Linear, product
-from kernels.linear import gelu_mlp
+from flashtrain.model.linear import Linear, behind_norm, is_plain, onto_stream
+from flashtrain.model.norm import StreamNorm
+from kernels.linear import norm_gelu_mlp
 
 
 class MLP(nn.Module):
-    """[B, T, D] -> [B, T, D], each token on its own: all at once, or in `chunks` parts.
+    """s + mlp(norm(s)) [B, T, D] with s = x + branch, each token on its own: all at once, or in
+    `chunks` parts.
 
     In parts, one after the other, what is inside is made again in backward, part by part too, so
     that [tokens, F] never exists whole. The output is the same; a weight's gradient is a sum over
@@ -20,26 +22,29 @@ class MLP(nn.Module):
 
     chunks = 1
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, norm: StreamNorm, x: Tensor, branch: Tensor | None = None) -> Tensor:
+        """branch None: s is x."""
         if self.chunks == 1:
-            return self.run(x)
+            return self.run(norm, x, branch)
+        both = [x] if branch is None else [x, branch]
         parts = [
-            checkpoint(self.run, part.unsqueeze(0), use_reentrant=False, preserve_rng_state=False)
-            for part in x.flatten(0, 1).chunk(self.chunks)
-        ]
+            checkpoint(
+                self._part, norm, *(t.unsqueeze(0) for t in part),
+                use_reentrant=False, preserve_rng_state=False,
+            )
+            for part in zip(*(t.flatten(0, 1).chunk(self.chunks) for t in both), strict=True)
+        ]  # fmt: skip
         return torch.cat(parts, 1).view_as(x)
 
-    def run(self, x: Tensor) -> Tensor:
+    def _part(self, norm: StreamNorm, x: Tensor, branch: Tensor | None = None) -> Tensor:
+        return self.run(norm, x, branch)
+
+    def run(self, norm: StreamNorm, x: Tensor, branch: Tensor | None) -> Tensor:
         raise NotImplementedError
 
 
 class GeluMLP(MLP):
-    """GPT-2's: D -> F, GELU in its tanh form, F -> D.
-
-    fused: both products and GELU as one operation; False: as three, each for itself.
-    """
-
-    fused = True
+    """GPT-2's: D -> F, GELU in its tanh form, F -> D."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -47,14 +52,15 @@ class GeluMLP(MLP):
         self.up = Linear(model.d_model, model.d_ff, model.bias)
         self.down = Linear(model.d_ff, model.d_model, model.bias)
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, norm: StreamNorm, x: Tensor, branch: Tensor | None) -> Tensor:
         up, down = self.up, self.down
-        # not as a shard, nor with products of another kind (fp8)
-        plain = all(getattr(each, "product", None) is product for each in (up, down))
-        if self.fused and x.is_cuda and plain:
-            return gelu_mlp(x, up.weight, up.bias, down.weight, down.bias)
-        y: Tensor = down(F.gelu(up(x), approximate="tanh"))
-        return y
+        if branch is None and is_plain(up) and is_plain(down):
+            return norm_gelu_mlp(
+                x, norm.weight, norm.bias, up.weight, up.bias, down.weight, down.bias,
+                eps=norm.eps, centers=norm.centers, remakes=up.remakes,
+            )  # fmt: skip
+        middle, x = behind_norm(up, norm, x, branch)
+        return joined(*onto_stream(down, F.gelu(middle, approximate="tanh"), x))
 
 
 class SquaredReluMLP(MLP):
@@ -66,9 +72,9 @@ class SquaredReluMLP(MLP):
         self.up = Linear(model.d_model, model.d_ff, model.bias)
         self.down = Linear(model.d_ff, model.d_model, model.bias)
 
-    def run(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down(F.relu(self.up(x)).square())
-        return y
+    def run(self, norm: StreamNorm, x: Tensor, branch: Tensor | None) -> Tensor:
+        middle, x = behind_norm(self.up, norm, x, branch)
+        return joined(*onto_stream(self.down, F.relu(middle).square(), x))
 
 
 class SwigluMLP(MLP):
@@ -80,10 +86,14 @@ class SwigluMLP(MLP):
         self.gate_up = Linear(model.d_model, 2 * model.d_ff, model.bias)  # rows [gate | up]
         self.down = Linear(model.d_ff, model.d_model, model.bias)
 
-    def run(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        y: Tensor = self.down(F.silu(gate) * up)
-        return y
+    def run(self, norm: StreamNorm, x: Tensor, branch: Tensor | None) -> Tensor:
+        middle, x = behind_norm(self.gate_up, norm, x, branch)
+        gate, up = middle.chunk(2, dim=-1)
+        return joined(*onto_stream(self.down, F.silu(gate) * up, x))
+
+
+def joined(x: Tensor, branch: Tensor | None) -> Tensor:
+    return x if branch is None else x + branch
 
 
 MLPS: dict[Mlp, type[GeluMLP | SquaredReluMLP | SwigluMLP]] = {

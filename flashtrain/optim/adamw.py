@@ -1,6 +1,8 @@
 """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with weight decay on matrices only."""
 
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,13 +10,18 @@ from torch.optim import AdamW, Optimizer
 
 from flashtrain.config import ModelConfig, Moments, OptimizerConfig
 from flashtrain.model.parametrization import rate_ratio
-from flashtrain.optim.adamw_bf16 import AdamWBf16
+from flashtrain.optim.adamw_kernel import KernelAdamW
 
 
 def build_adamw(
-    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, model: ModelConfig
+    parameters: Mapping[str, nn.Parameter],
+    config: OptimizerConfig,
+    model: ModelConfig,
+    ours: bool = True,
 ) -> AdamW:
-    """AdamW over the model's parameters by name; on CUDA one fused kernel per group.
+    """AdamW over the model's parameters by name, on CUDA in fused kernels.
+
+    ours: of adamw_kernel.py, which bf16 moments need anyhow; false: of PyTorch's.
 
     Decay pulls weights of products and the token embedding to zero. Norm weights and biases have a
     natural scale of their own, and a position table is read row by row at every step, so neither
@@ -26,9 +33,13 @@ def build_adamw(
     for name, parameter in parameters.items():
         decays = parameter.dim() >= 2 and not name.startswith("position.")
         groups.setdefault((decays, rate_ratio(name, model)), []).append(parameter)
-    kind = AdamWBf16 if config.moments is Moments.bf16 else AdamW
     on_gpu = all(p.is_cuda for p in parameters.values())
-    optimizer = kind(
+    kind: Any = AdamW
+    if config.moments is Moments.bf16:
+        kind = partial(KernelAdamW, moments=torch.bfloat16)
+    elif on_gpu and ours:
+        kind = partial(KernelAdamW, moments=torch.float32)
+    optimizer: AdamW = kind(
         [
             {"params": own, "lr_ratio": ratio, "weight_decay": config.weight_decay / ratio * decays}
             for (decays, ratio), own in sorted(groups.items(), reverse=True)

@@ -12,6 +12,7 @@ from flashtrain.config import (
     OptimizerKind,
     Recompute,
 )
+from flashtrain.planning.activations import is_plain
 from flashtrain.planning.gpus import Gpu
 from flashtrain.planning.rates import FP8, ROWS, STREAM, attention_rates, product_share
 from flashtrain.planning.sizes import Sizes, rotated
@@ -83,6 +84,9 @@ def block_work(config: Config, sizes: Sizes, gpu: Gpu) -> BlockWork:
     again = Work()
     if config.trainer.recompute is Recompute.full:
         again = forward
+    elif config.trainer.recompute is Recompute.light and is_plain(config, sizes):
+        gelu = tokens * sizes.hidden * sizes.itemsize if config.model.mlp is Mlp.gelu else 0
+        again = Work(0.0, 0.0, (casts + gelu) / bandwidth)
     elif config.trainer.recompute is Recompute.selective:
         # attention and every second product are kept: that after attention is made again
         again = Work(_products(tokens, (out,), gpu), 0.0, forward.hbm)

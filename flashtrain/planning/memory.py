@@ -49,13 +49,15 @@ class Memory:
         )  # fmt: skip
 
 
-def predict_memory(config: Config, *, compiled: bool = True) -> Memory:
-    """Of the fullest rank; `config` is resolved. ValueError for what is not predicted."""
+def predict_memory(config: Config, *, compiled: bool = True, plain: bool | None = None) -> Memory:
+    """Of the fullest rank; `config` is resolved. compiled, plain: as in activations.py. ValueError
+    for what is not predicted."""
     sizes = sizes_of(config)
     weights, optimizer = 4 * sizes.held, moment_bytes(config, sizes)
     gradients = 4 * sizes.held
     lasting = _lasting_gradients(config, sizes)
-    activations = in_flight(config, sizes) * sizes.layers * kept(config, sizes, compiled=compiled)
+    block = kept(config, sizes, compiled=compiled, plain=plain)
+    activations = in_flight(config, sizes) * sizes.layers * block
     activations += sizes.tokens / sizes.tensor * sizes.width * sizes.itemsize  # the last norm's
     loss, after = _loss(config, sizes)
     gathered, gathering = _sharded(config, sizes)

@@ -123,8 +123,8 @@ def _tensor(config: Config, sizes: Sizes, group: Group, block: BlockWork) -> flo
     if group.size == 1:
         return 0.0
     once = group.gather(sizes.tokens * sizes.width * sizes.itemsize)
-    again = {Recompute.none: 0, Recompute.selective: 3, Recompute.full: 4}
-    forward = (4 + again[config.trainer.recompute]) * once
+    again = {Recompute.selective: 3, Recompute.full: 4}
+    forward = (4 + again.get(config.trainer.recompute, 0)) * once
     if sizes.overlap:
         return (1 - HIDDEN) * (forward + 6 * once)
     # the compiler keeps the gathered input

@@ -1,12 +1,10 @@
 """The step of AdamW as one pass over parameter, gradient and moments. See reference."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.device import on_device
 
 # numbers of a program: 8 a thread, two 16-byte accesses of fp32 and one of bf16
 BLOCK, WARPS = 1024, 4
@@ -66,14 +64,9 @@ def launch(
 ) -> None:
     """All contiguous and on one device."""
     n = parameter.numel()
-    with _on_device(parameter):
+    with on_device(parameter):
         adamw_kernel[(triton.cdiv(n, BLOCK),)](
             parameter, gradient, m, v, step, skip, scale, lr if isinstance(lr, Tensor) else None,
             n, 0.0 if isinstance(lr, Tensor) else lr, log2_beta1, log2_beta2, rest1, rest2, eps,
             weight_decay, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
-
-
-def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,5 +1,5 @@
-"""Matrix products of layers with what surrounds them: `linear`, `gelu_mlp`."""
+"""Matrix products of layers with what surrounds them: `linear`, `norm_linear`, `norm_gelu_mlp`."""
 
-from kernels.linear.op import gelu_mlp, linear, parameter_gradients
+from kernels.linear.op import linear, norm_gelu_mlp, norm_linear, parameter_gradients
 
-__all__ = ["gelu_mlp", "linear", "parameter_gradients"]
+__all__ = ["linear", "norm_gelu_mlp", "norm_linear", "parameter_gradients"]

@@ -6,9 +6,8 @@ its GELU and keep what went in, multiply by GELU's derivative, add up a gradient
 cuBLASLt counts matrices by columns. A row-major [N, F] is a column-major [F, N] with leading
 dimension F, so D = Z^T is what is computed: its rows are features, its columns tokens.
 
-    Z = X W^T       D [F, N] = W [F, K] X^T [K, N]        aux Z, out gelu(Z)
-    dZ = dY W       D [F, N] = W^T [F, E] dY^T [E, N]     times gelu'(aux); sums over columns
-    dW = dY^T X     D [K, F] = X^T [K, N] dY [N, F]       sums of dY over the tokens
+    Z = X W^T       D [F, N] = W [F, K] X^T [K, N]        plus C; or aux Z, out gelu(Z)
+    dW = dY^T X     D [K, F] = X^T [K, N] dY [N, F]       in fp32
 """
 
 import ctypes
@@ -29,11 +28,9 @@ KINDS = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
 
 class Epilogue(IntEnum):
     none = 1
-    bgradb = 512
+    bias = 4
     gelu_aux = 160
     gelu_aux_bias = 164
-    dgelu = 192
-    dgelu_bgrad = 208
 
 
 class _Of(IntEnum):
@@ -78,7 +75,7 @@ def row_major(x: Tensor, transposed: bool = False) -> Matrix:
 
 
 class Plan:
-    """D = op(A) op(B) with an epilogue, for matrices of these sizes; see the module's text.
+    """D = op(A) op(B) + C with an epilogue, for matrices of these sizes; see the module's text.
 
     choice: which of the library's ranked ways to take.
     """
@@ -93,10 +90,10 @@ class Plan:
         self._set(_Of.transpose_a, c_int32(int(a.transposed)))
         self._set(_Of.transpose_b, c_int32(int(b.transposed)))
         self._set(_Of.epilogue, c_uint32(epilogue))
-        if epilogue not in (Epilogue.none, Epilogue.bgradb):
+        if epilogue not in (Epilogue.none, Epilogue.bias):
             self._set(_Of.aux_ld, c_int64(d.rows))
             self._set(_Of.aux, c_void_p(256))  # any address of that alignment
-        if epilogue in (Epilogue.bgradb, Epilogue.gelu_aux_bias, Epilogue.dgelu_bgrad):
+        if epilogue in (Epilogue.bias, Epilogue.gelu_aux_bias):
             self._set(_Of.bias, c_void_p(256))
         self.a, self.b, self.d = (_layout(matrix) for matrix in (a, b, d))
         found = self._ways(alignment, choice + 1)
@@ -106,9 +103,10 @@ class Plan:
         self.one, self.zero = c_float(1.0), c_float(0.0)
 
     def run(
-        self, a: Tensor, b: Tensor, d: Tensor, aux: Tensor | None = None, bias: Tensor | None = None
-    ) -> None:
-        """On the current stream. `bias` is read or written, as the epilogue says."""
+        self, a: Tensor, b: Tensor, d: Tensor, *,
+        c: Tensor | None = None, aux: Tensor | None = None, bias: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """On the current stream. c: of d's shape and dtype, added."""
         size = self.way.workspace
         workspace = torch.empty(size, dtype=torch.uint8, device=d.device) if size else None
         stream = torch.cuda.current_stream(d.device).cuda_stream
@@ -120,7 +118,8 @@ class Plan:
             _check(
                 "Matmul",
                 self.handle, self.description, byref(self.one), c_void_p(a.data_ptr()), self.a,
-                c_void_p(b.data_ptr()), self.b, byref(self.zero), c_void_p(d.data_ptr()), self.d,
+                c_void_p(b.data_ptr()), self.b, byref(self.zero if c is None else self.one),
+                c_void_p((d if c is None else c).data_ptr()), self.d,
                 c_void_p(d.data_ptr()), self.d, byref(self.way),
                 c_void_p(0 if workspace is None else workspace.data_ptr()), c_size_t(size),
                 c_void_p(stream),

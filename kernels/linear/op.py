@@ -1,124 +1,224 @@
-"""A linear layer and a GELU MLP as differentiable ops: fp32 gradients, nothing between products.
+"""Linear layers and the GELU MLP with the norm before and the stream after, as differentiable ops.
 
-The products of backward are three `torch.library` ops; on Hopper cuBLASLt computes them with their
-epilogues (cublaslt.py), elsewhere plain PyTorch does (reference.py). Everything else is PyTorch.
+    linear          stream + x W^T + b
+    norm_linear     norm(x) W^T + b, and x, which goes on as the residual stream
+    norm_gelu_mlp   x + gelu(norm(x) U^T + u) D^T + d
+
+What they keep for backward is the stream and the results of products: a norm's output is written
+again by the kernel that differentiates the norm. Gradients of weights leave their products in the
+weights' dtype, fp32 for master weights, and are never rounded on the way.
 
 Dims: N tokens, K input features, F output features (hidden ones of an MLP), E those after an MLP.
 """
 
-import logging
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.linear import reference
-from kernels.linear.cublaslt import Epilogue, Matrix, Plan, UnsupportedError, available, row_major
-
-log = logging.getLogger("kernels.linear")
-
-BACKENDS = ("auto", "cublaslt", "torch")
-HOPPER = (9, 0)  # where the epilogues were measured; before, some run as kernels of their own
-ALIGNMENTS = (256, 16)  # bytes, of all addresses
+from kernels.linear import products, reference
+from kernels.linear.products import BACKENDS, resolve
+from kernels.norm import add_norm
+from kernels.norm import op as norm
+from kernels.norm.tiles import LONGEST
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str = "auto") -> Tensor:
-    """x weight^T + bias [.., F] in x's dtype; the weight is cast to it.
-
-    In backward the weight's gradient leaves its product in the weight's dtype, fp32 for master
-    weights, and on Hopper that product adds up the bias's gradient on its way.
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stream: Tensor | None = None,
+    *,
+    remakes: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """stream + x weight^T + bias [.., F] in x's dtype, to which the weight is cast.
 
     Args:
-        x: [.., K]; weight: [F, K]; bias: [F] or None.
-        backend: of backward's products: cublaslt, torch, or auto (cublaslt on Hopper).
+        x: [.., K]; weight: [F, K]; bias: [F] or None; stream: [.., F] in x's dtype, or None.
+        remakes: cast the weight once more in backward, where the cast one is kept otherwise.
+        backend: cublaslt (passes over memory in Triton, products with epilogues by cuBLASLt),
+            triton (products by PyTorch), torch (all by PyTorch); auto is cublaslt on Hopper, triton
+            on other GPUs, both for 16 bits, torch elsewhere.
 
     Raises:
         ValueError: arguments that make no sense.
     """
     _check(x, backend, weight=weight, bias=bias)
-    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, backend)
+    rows = x.reshape(-1, x.shape[-1])
+    if stream is not None:
+        if stream.shape != (*x.shape[:-1], weight.shape[0]) or stream.dtype != x.dtype:
+            raise ValueError(
+                f"stream is {stream.dtype} {list(stream.shape)}: it must be {x.dtype} "
+                f"{[*x.shape[:-1], weight.shape[0]]}"
+            )
+        stream = stream.reshape(-1, weight.shape[0])
+    y: Tensor = _Linear.apply(rows, weight, bias, stream, remakes, resolve(x, backend))
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def gelu_mlp(
+def norm_linear(
     x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    centers: bool,
+    remakes: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(norm(x) weight^T + bias [.., F], x [.., K]): what comes back along x in backward is added by
+    the kernel that differentiates the norm.
+
+    Args:
+        norm_weight, norm_bias, eps, centers: as in `kernels.norm.add_norm`.
+        x, weight, bias, remakes, backend: as in `linear`.
+
+    Raises:
+        ValueError: arguments that make no sense.
+    """
+    _check(x, backend, weight=weight, bias=bias)
+    backend = resolve(x, backend)
+    if backend == "torch" or x.shape[-1] > LONGEST:
+        y, x = add_norm(x, None, norm_weight, norm_bias, eps=eps, centers=centers)
+        return linear(y, weight, bias, remakes=remakes, backend=backend), x
+    y, rows = _NormLinear.apply(
+        x.reshape(-1, x.shape[-1]), norm_weight, norm_bias, weight, bias, eps, centers, remakes,
+        backend,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], weight.shape[0]), rows.view(x.shape)
+
+
+def norm_gelu_mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
     up: Tensor,
     up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
     *,
-    keeps: bool = True,
+    eps: float,
+    centers: bool,
+    remakes: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """gelu(x up^T + up_bias) down^T + down_bias [.., E] in x's dtype, GELU in its tanh form.
+    """x + gelu(norm(x) up^T + up_bias) down^T + down_bias [.., K], GELU in its tanh form.
 
     Args:
-        x: [.., K]; up: [F, K]; down: [E, F]; the biases: [F] and [E], or None.
-        keeps: whether gelu's output is kept for backward beside its input, [N, F] both; False
-            makes it again there.
+        x: [.., K]; up: [F, K]; down: [K, F]; the biases: [F] and [K], or None.
+        norm_weight, norm_bias, eps, centers: as in `kernels.norm.add_norm`.
+        remakes: GELU's output and the cast weights are made again in backward, where otherwise they
+            are kept: [N, F], half of what this keeps.
         backend: as in `linear`.
 
     Raises:
         ValueError: arguments that make no sense.
     """
     _check(x, backend, up=up, up_bias=up_bias, down=down, down_bias=down_bias)
-    y: Tensor = _GeluMLP.apply(
-        x.reshape(-1, x.shape[-1]), up, up_bias, down, down_bias, keeps, backend
-    )
-    return y.view(*x.shape[:-1], down.shape[0])
+    if down.shape[0] != x.shape[-1]:
+        raise ValueError(f"down {list(down.shape)} must give back the {x.shape[-1]} features of x")
+    backend = resolve(x, backend)
+    if backend == "torch" or x.shape[-1] > LONGEST:
+        y, x = add_norm(x, None, norm_weight, norm_bias, eps=eps, centers=centers)
+        middle = F.gelu(linear(y, up, up_bias, backend=backend), approximate="tanh")
+        return linear(middle, down, down_bias, x, backend=backend)
+    made: Tensor = _NormGeluMLP.apply(
+        x.reshape(-1, x.shape[-1]), norm_weight, norm_bias, up, up_bias, down, down_bias,
+        eps, centers, remakes, backend,
+    )  # fmt: skip
+    return made.view(x.shape)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        cast = weight.to(x.dtype)
-        ctx.save_for_backward(x, cast)
-        ctx.dtypes = [weight.dtype, None if bias is None else bias.dtype]
-        ctx.backend = backend
-        return F.linear(x, cast, None if bias is None else bias.to(x.dtype))
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor | None,
+        remakes: bool, backend: str,
+    ) -> Tensor:  # fmt: skip
+        cast, bias16 = _cast(x, weight, bias, backend)
+        ctx.save_for_backward(x, weight if remakes else cast)
+        ctx.dtypes, ctx.backend = _dtypes(weight, bias), backend
+        if stream is None:
+            return F.linear(x, cast, bias16)
+        return products.add_product(x, cast, bias16, stream, backend)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, *needs = ctx.needs_input_grad[:3]
-        dx = dy @ weight if needs_x else None
+        needs_x, *needs, needs_stream = ctx.needs_input_grad[:4]
         of_weight, of_bias = _wanted(ctx.dtypes, needs)
+        dx = dy @ _again(x, weight, ctx.backend) if needs_x else None
         dw, db = parameter_gradients(dy, x, of_weight, of_bias, ctx.backend)
-        return dx, dw, db, None
+        return dx, dw, db, dy if needs_stream else None, None, None
 
 
-class _GeluMLP(torch.autograd.Function):
+class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
-        down_bias: Tensor | None, keeps: bool, backend: str,
-    ) -> Tensor:  # fmt: skip
-        up16, down16 = up.to(x.dtype), down.to(x.dtype)
-        z, a = _gelu_forward(x, up16, None if up_bias is None else up_bias.to(x.dtype), backend)
-        ctx.save_for_backward(x, z, up16, down16, *([a] if keeps else []))
-        ctx.dtypes = [None if p is None else p.dtype for p in (up, up_bias, down, down_bias)]
-        ctx.backend = backend
-        return F.linear(a, down16, None if down_bias is None else down_bias.to(x.dtype))
+        ctx: Any, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor,
+        bias: Tensor | None, eps: float, centers: bool, remakes: bool, backend: str,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        y, _, mean, rstd = norm.forward(x, None, norm_weight, norm_bias, eps, centers)
+        cast, bias16 = _cast(x, weight, bias, backend)
+        ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, weight if remakes else cast)
+        ctx.set_materialize_grads(False)
+        ctx.dtypes, ctx.centers, ctx.backend = _dtypes(weight, bias), centers, backend
+        return F.linear(y, cast, bias16), x
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, z, up, down, *kept = ctx.saved_tensors
-        needs_x, *needs = ctx.needs_input_grad[:5]
-        of_up, of_up_bias, of_down, of_down_bias = _wanted(ctx.dtypes, needs)
-        dz, total = _gelu_backward(dy, down, z, of_up_bias is not None, ctx.backend)
-        a = kept[0] if kept else F.gelu(z, approximate="tanh")
-        d_down, d_down_bias = parameter_gradients(dy, a, of_down, of_down_bias, ctx.backend)
-        dx = dz @ up if needs_x else None
-        d_up, _ = parameter_gradients(dz, x, of_up, None, ctx.backend)
-        d_up_bias = None if of_up_bias is None else total.to(of_up_bias)
-        return dx, d_up, d_up_bias, d_down, d_down_bias, None, None
+    def backward(ctx: Any, dz: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, norm_weight, norm_bias, mean, rstd, weight = ctx.saved_tensors
+        rest = [None] * 4
+        if dz is None:  # only the stream went on
+            return ds, None, None, None, None, *rest
+        of_weight, of_bias = _wanted(ctx.dtypes, ctx.needs_input_grad[3:5])
+        dy = dz @ _again(x, weight, ctx.backend)
+        dx, total, y = norm.backward(
+            dy, ds, x, norm_weight, norm_bias, mean, rstd, ctx.centers, of_weight is not None
+        )
+        dw, db = parameter_gradients(dz, y, of_weight, of_bias, ctx.backend)
+        return dx, total[0], None if norm_bias is None else total[1], dw, db, *rest
 
 
-def _wanted(dtypes: list[Any], needs: list[bool]) -> list[Any]:
-    """The dtypes of those gradients that are needed, None for the others."""
-    return [dtype if need else None for dtype, need in zip(dtypes, needs, strict=True)]
+class _NormGeluMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, up: Tensor,
+        up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, eps: float, centers: bool,
+        remakes: bool, backend: str,
+    ) -> Tensor:  # fmt: skip
+        y, _, mean, rstd = norm.forward(x, None, norm_weight, norm_bias, eps, centers)
+        up16, up_bias16 = _cast(x, up, up_bias, backend)
+        down16, down_bias16 = _cast(x, down, down_bias, backend)
+        z, a = products.gelu_product(y, up16, up_bias16, backend)
+        kept = [up, down] if remakes else [up16, down16, a]
+        ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, z, *kept)
+        ctx.dtypes = _dtypes(up, up_bias, down, down_bias)
+        ctx.centers, ctx.backend = centers, backend
+        return products.add_product(a, down16, down_bias16, x, backend)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight, norm_bias, mean, rstd, z, up, down, *kept = ctx.saved_tensors
+        of_up, of_up_bias, of_down, of_down_bias = _wanted(ctx.dtypes, ctx.needs_input_grad[3:7])
+        dz, sums, a = products.gelu_gradient(
+            dx, _again(x, down, ctx.backend), z, of_up_bias is not None, not kept
+        )
+        d_down, d_down_bias = parameter_gradients(
+            dx, kept[0] if kept else a, of_down, of_down_bias, ctx.backend
+        )
+        d_up_bias = None if of_up_bias is None else sums.to(of_up_bias)
+        dx, total, y = norm.backward(
+            dz @ _again(x, up, ctx.backend), dx, x, norm_weight, norm_bias, mean, rstd,
+            ctx.centers, of_up is not None,
+        )  # fmt: skip
+        d_up, _ = parameter_gradients(dz, y, of_up, None, ctx.backend)
+        d_norm_bias = None if norm_bias is None else total[1]
+        return dx, total[0], d_norm_bias, d_up, d_up_bias, d_down, d_down_bias, *[None] * 4
 
 
 def parameter_gradients(
@@ -130,129 +230,42 @@ def parameter_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dW = dy^T x [F, K] and db = the sum of dy [F], each in its dtype; None: not wanted.
 
-    For who computes them apart from the rest of backward. dy [N, F], x [N, K].
+    Also for who computes them apart from the rest of backward. dy [N, F], x [N, K].
     """
-    if of_weight is None:
-        return None, None if of_bias is None else dy.sum(0, dtype=of_bias)
-    dw, db = _weight_gradient(dy, x, of_weight, of_bias is not None, backend)
-    return dw, None if of_bias is None else db.to(of_bias)
+    backend = resolve(dy, backend)
+    dw = db = None
+    if of_weight is not None:
+        dw = products.weight_gradient(dy, x, of_weight, backend)
+    if of_bias is not None:
+        sums = reference.column_sums if backend == "torch" else products.column_sums
+        db = sums(dy, of_bias)
+    return dw, db
 
 
-# A namespace of their own: what attention registers is kept through activation checkpointing.
-
-
-@torch.library.custom_op("flashtrain_linear::gelu_forward", mutates_args=())
-def _gelu_forward(
+def _cast(
     x: Tensor, weight: Tensor, bias: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    """As reference.gelu_forward."""
-    if _takes_cublaslt(x, backend):
-        z, a = (x.new_empty(x.shape[0], weight.shape[0]) for _ in "za")
-        epilogue = Epilogue.gelu_aux if bias is None else Epilogue.gelu_aux_bias
-        plan = _plan(row_major(weight, True), row_major(x), row_major(a), epilogue,
-                     _alignment(x, weight, z, a, bias), backend)  # fmt: skip
-        if plan is not None:
-            plan.run(weight, x, a, z, bias)
-            return z, a
-    return reference.gelu_forward(x, weight, bias)
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in x's dtype."""
+    if backend == "torch" or weight.dtype == x.dtype:
+        return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    cast, bias16 = products.cast(weight, bias, x.dtype, False)
+    return cast, None if bias is None else bias16
 
 
-@_gelu_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    shape = x.shape[0], weight.shape[0]
-    return x.new_empty(shape), x.new_empty(shape)
+def _again(x: Tensor, weight: Tensor, backend: str) -> Tensor:
+    """What backward multiplies with: a kept weight that was not cast is cast now."""
+    if backend == "torch" or weight.dtype == x.dtype:
+        return weight.to(x.dtype)
+    return products.cast(weight, None, x.dtype, True)[0]
 
 
-@torch.library.custom_op("flashtrain_linear::gelu_backward", mutates_args=())
-def _gelu_backward(
-    dy: Tensor, weight: Tensor, z: Tensor, sums: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    """As reference.gelu_backward, and with `sums` the sum of that over tokens [F], else [0]."""
-    dy = dy.contiguous()
-    if _takes_cublaslt(dy, backend):
-        dz, total = torch.empty_like(z), z.new_empty(z.shape[1] if sums else 0)
-        epilogue = Epilogue.dgelu_bgrad if sums else Epilogue.dgelu
-        plan = _plan(row_major(weight), row_major(dy), row_major(dz), epilogue,
-                     _alignment(dy, weight, z, dz), backend)  # fmt: skip
-        if plan is not None:
-            plan.run(weight, dy, dz, z, total if sums else None)
-            return dz, total
-    dz = reference.gelu_backward(dy, weight, z)
-    return dz, reference.bias_gradient(dz, z.dtype) if sums else z.new_empty(0)
+def _dtypes(*parameters: Tensor | None) -> list[torch.dtype | None]:
+    return [None if parameter is None else parameter.dtype for parameter in parameters]
 
 
-@_gelu_backward.register_fake
-def _(dy: Tensor, weight: Tensor, z: Tensor, sums: bool, backend: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z), z.new_empty(z.shape[1] if sums else 0)
-
-
-@torch.library.custom_op("flashtrain_linear::weight_gradient", mutates_args=())
-def _weight_gradient(
-    dy: Tensor, x: Tensor, dtype: torch.dtype, sums: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    """As reference.weight_gradient, and with `sums` reference.bias_gradient, else [0]."""
-    dy, x = dy.contiguous(), x.contiguous()
-    if _takes_cublaslt(dy, backend):
-        dw = dy.new_empty(dy.shape[1], x.shape[1], dtype=dtype)
-        total = dy.new_empty(dy.shape[1] if sums else 0, dtype=dtype)
-        epilogue = Epilogue.bgradb if sums else Epilogue.none
-        plan = _plan(row_major(x), row_major(dy, True), row_major(dw), epilogue,
-                     _alignment(dy, x, dw), backend)  # fmt: skip
-        if plan is not None:
-            plan.run(x, dy, dw, bias=total if sums else None)
-            return dw, total
-    dw = reference.weight_gradient(dy, x, dtype)
-    return dw, reference.bias_gradient(dy, dtype) if sums else dw.new_empty(0)
-
-
-@_weight_gradient.register_fake
-def _(dy: Tensor, x: Tensor, dtype: torch.dtype, sums: bool, backend: str) -> tuple[Tensor, Tensor]:
-    total = dy.new_empty(dy.shape[1] if sums else 0, dtype=dtype)
-    return dy.new_empty(dy.shape[1], x.shape[1], dtype=dtype), total
-
-
-_plans: dict[tuple[object, ...], Plan | None] = {}
-MOST_PLANS = 1024
-
-
-def _plan(
-    a: Matrix, b: Matrix, d: Matrix, epilogue: Epilogue, alignment: int, backend: str
-) -> Plan | None:
-    """Made once for each product; None where the library has no way and another backend may."""
-    key = (a, b, d, epilogue, alignment, torch.cuda.current_device())
-    if key not in _plans:
-        if len(_plans) >= MOST_PLANS:
-            _plans.clear()
-        try:
-            _plans[key] = Plan(a, b, d, epilogue, alignment)
-        except UnsupportedError as error:
-            if backend == "cublaslt":
-                raise
-            log.warning("%s: PyTorch's operations compute it", error)
-            _plans[key] = None
-    return _plans[key]
-
-
-def _takes_cublaslt(x: Tensor, backend: str) -> bool:
-    """Rows of 16 bytes are the library's wish for its fast kernels, and no row at all is nothing
-    it computes."""
-    if backend == "cublaslt":
-        return True
-    fits = x.dtype in (torch.bfloat16, torch.float16) and x.shape[1] % 8 == 0 and x.shape[0] > 0
-    return backend == "auto" and x.is_cuda and fits and _is_hopper(x.device) and available()
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == HOPPER
-
-
-def _alignment(*tensors: Tensor | None) -> int:
-    together = 0
-    for tensor in tensors:
-        if tensor is not None:
-            together |= tensor.data_ptr()
-    return next((n for n in ALIGNMENTS if together % n == 0), 2)
+def _wanted(dtypes: list[Any], needs: Any) -> list[Any]:
+    """The dtypes of those gradients that are needed, None for the others."""
+    return [dtype if need else None for dtype, need in zip(dtypes, needs, strict=True)]
 
 
 def _check(x: Tensor, backend: str, **parameters: Tensor | None) -> None:

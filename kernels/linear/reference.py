@@ -1,4 +1,5 @@
-"""The products in plain PyTorch: what they mean, and what runs where cuBLASLt is not used.
+"""What the products and passes compute, in plain PyTorch: their meaning, and what runs where
+nothing faster does.
 
 Dims: N tokens, K input features, F output features (of an MLP: hidden), E features after it.
 """
@@ -8,13 +9,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def gelu_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def add_product(x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor) -> Tensor:
+    """stream + x W^T + b. x [N, K], W [F, K], b [F], stream [N, F]; [N, F]."""
+    return stream + F.linear(x, weight, bias)
+
+
+def gelu_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """z = x W^T + b and a = gelu(z) in its tanh form. x [N, K], W [F, K], b [F]; [N, F] both."""
     z = F.linear(x, weight, bias)
     return z, F.gelu(z, approximate="tanh")
 
 
-def gelu_backward(dy: Tensor, weight: Tensor, z: Tensor) -> Tensor:
+def gelu_gradient(dy: Tensor, weight: Tensor, z: Tensor) -> Tensor:
     """dz = (dy W) gelu'(z). dy [N, E], W [E, F], z [N, F]; [N, F]."""
     dz: Tensor = torch.ops.aten.gelu_backward(dy @ weight, z, approximate="tanh")
     return dz
@@ -29,6 +35,6 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return dy.t().to(dtype) @ x.to(dtype)
 
 
-def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+def column_sums(dy: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over tokens [F] in dtype."""
     return dy.sum(0, dtype=dtype)

@@ -1,4 +1,5 @@
-"""The rows of a chunk in Triton: one program owns one row and walks its columns, once or twice.
+"""The rows of a chunk in Triton: a program takes row after row and walks its columns, once or
+twice.
 
 Dims: n rows of the chunk, V words of this shard. With x the (capped) logits of a row, and t the
 value of tanh:
@@ -6,22 +7,26 @@ value of tanh:
     lse = log sum exp(x)        dx = exp(x - lse) (1 + 2 z lse) - [column is the label]
     dlogits = dx (1 - t^2)
 
-The second walk finds the row in L2 while all rows in flight together fit there.
-"""
+Maxima and sums are those of groups of neighbours, which one thread holds, until the end of the row:
+no block of columns waits for all threads.
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+The second walk finds the row in L2 while all rows in flight together fit there: so there are no
+more programs than that.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.device import on_device, processors
 from kernels.linear_cross_entropy.problem import Terms
 from kernels.linear_cross_entropy.tiles import Tile, choose
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3e38)  # no infinity, whose difference to itself is no number
+GROUP = tl.constexpr(8)  # neighbours, 16 bytes of bf16: a thread has them all
 SCALE_BLOCK = 4096  # numbers of a program of the scaling kernel
 
 
@@ -54,10 +59,10 @@ def add_block(
     peak, total, row_ptr, cols, V, stride, cap,
     SOFTCAP: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """The running maximum (one number) and sums of 2^(x - peak) (one per lane), a block later."""
+    """The running maximum and the sum of 2^(x - peak), both for each GROUP, a block later."""
     x, _ = load_scores(row_ptr, cols, V, stride, cap, SOFTCAP, MASKED, KEEP)
-    new_peak = tl.maximum(peak, tl.max(x, 0))
-    total = total * tl.exp2(peak - new_peak) + tl.exp2(x - new_peak)
+    new_peak = tl.maximum(peak, tl.max(x, 1))
+    total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(x - new_peak[:, None]), 1)
     return new_peak, total
 
 
@@ -84,57 +89,59 @@ def cross_entropy_rows_kernel(
     logits_ptr,  # [n, V], becomes dlogits with DIFFERENTIATE; rows `stride` apart, padding between
     labels_ptr,  # [n] integers
     lse_ptr, target_ptr,  # [n] fp32: written with MEASURE, else lse is read
-    stride, V, first_word, ignore_index, cap, z_loss,
-    BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
+    n, stride, V, first_word, ignore_index, cap, z_loss,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr, SOFTCAP: tl.constexpr,
     MEASURE: tl.constexpr, DIFFERENTIATE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    row_ptr = logits_ptr + row.to(tl.int64) * stride
-    label = tl.load(labels_ptr + row).to(tl.int64)
-    local = label - first_word
-    lanes = tl.arange(0, BLOCK)
+    lanes = tl.arange(0, BLOCK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     whole = V // BLOCK * BLOCK  # the columns after these need a mask
-    if label == ignore_index:
-        if MEASURE:
-            tl.store(lse_ptr + row, 0.0)
-            tl.store(target_ptr + row, 0.0)
-        if DIFFERENTIATE:
-            zeros = tl.zeros([BLOCK], logits_ptr.dtype.element_ty)
-            for start in tl.range(0, whole, BLOCK):
-                tl.store(row_ptr + start + lanes, zeros)
-            tl.store(row_ptr + whole + lanes, zeros, mask=whole + lanes < stride)
-    else:
-        if MEASURE:
-            here = (local >= 0) & (local < V)
-            target = tl.load(row_ptr + local, mask=here, other=0.0).to(tl.float32)
-            if SOFTCAP:
-                target = cap * (1.0 - 2.0 / (tl.exp2(target * (2.0 * LOG2_E / cap)) + 1.0))
-            tl.store(target_ptr + row, target)
-            peak, total = float("-inf"), tl.zeros([BLOCK], tl.float32)
-            for start in tl.range(0, whole, BLOCK):
-                peak, total = add_block(
-                    peak, total, row_ptr, start + lanes, V, stride, cap,
-                    SOFTCAP, False, DIFFERENTIATE,
-                )  # fmt: skip
-            if whole < V:
-                peak, total = add_block(
-                    peak, total, row_ptr, whole + lanes, V, stride, cap,
-                    SOFTCAP, True, DIFFERENTIATE,
-                )  # fmt: skip
-            level = peak + tl.log2(tl.sum(total, 0))
-            tl.store(lse_ptr + row, level * LN_2)
+    for row in tl.range(tl.program_id(0), n, tl.num_programs(0)):
+        row_ptr = logits_ptr + (row + tl.zeros([], tl.int64)) * stride
+        label = tl.load(labels_ptr + row).to(tl.int64)
+        local = label - first_word
+        if label == ignore_index:
+            if MEASURE:
+                tl.store(lse_ptr + row, 0.0)
+                tl.store(target_ptr + row, 0.0)
+            if DIFFERENTIATE:
+                zeros = tl.zeros([BLOCK // GROUP, GROUP], logits_ptr.dtype.element_ty)
+                for start in tl.range(0, whole, BLOCK):
+                    tl.store(row_ptr + start + lanes, zeros)
+                tl.store(row_ptr + whole + lanes, zeros, mask=whole + lanes < stride)
         else:
-            level = tl.load(lse_ptr + row) * LOG2_E
-        if DIFFERENTIATE:
-            factor = 1.0 + 2.0 * z_loss * level * LN_2
-            for start in tl.range(0, whole, BLOCK):
-                write_gradient(
-                    row_ptr, start + lanes, V, stride, cap, level, factor, local, SOFTCAP, False
-                )
-            if whole < V:
-                write_gradient(
-                    row_ptr, whole + lanes, V, stride, cap, level, factor, local, SOFTCAP, True
-                )
+            if MEASURE:
+                here = (local >= 0) & (local < V)
+                target = tl.load(row_ptr + local, mask=here, other=0.0).to(tl.float32)
+                if SOFTCAP:
+                    target = cap * (1.0 - 2.0 / (tl.exp2(target * (2.0 * LOG2_E / cap)) + 1.0))
+                tl.store(target_ptr + row, target)
+                peak = tl.full([BLOCK // GROUP], LOWEST, tl.float32)
+                total = tl.zeros([BLOCK // GROUP], tl.float32)
+                for start in tl.range(0, whole, BLOCK, loop_unroll_factor=UNROLL):
+                    peak, total = add_block(
+                        peak, total, row_ptr, start + lanes, V, stride, cap,
+                        SOFTCAP, False, DIFFERENTIATE,
+                    )  # fmt: skip
+                if whole < V:
+                    peak, total = add_block(
+                        peak, total, row_ptr, whole + lanes, V, stride, cap,
+                        SOFTCAP, True, DIFFERENTIATE,
+                    )  # fmt: skip
+                highest = tl.max(peak, 0)
+                level = highest + tl.log2(tl.sum(total * tl.exp2(peak - highest), 0))
+                tl.store(lse_ptr + row, level * LN_2)
+            else:
+                level = tl.load(lse_ptr + row) * LOG2_E
+            if DIFFERENTIATE:
+                factor = 1.0 + 2.0 * z_loss * level * LN_2
+                for start in tl.range(0, whole, BLOCK, loop_unroll_factor=UNROLL):
+                    write_gradient(
+                        row_ptr, start + lanes, V, stride, cap, level, factor, local, SOFTCAP, False
+                    )
+                if whole < V:
+                    write_gradient(
+                        row_ptr, whole + lanes, V, stride, cap, level, factor, local, SOFTCAP, True
+                    )
 
 
 @triton.jit
@@ -169,7 +176,7 @@ def scale_into(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
     grid = (triton.cdiv(x.numel(), SCALE_BLOCK),)
     if x.numel():
-        with _on_device(x):
+        with on_device(x):
             scale_kernel[grid](
                 x, out, factor, x.numel(), BLOCK=SCALE_BLOCK, IN_PLACE=x.dtype == dtype
             )
@@ -188,17 +195,15 @@ def launch(
 ) -> None:
     """logits [n, V] with rows stride(0) apart, of which the padding may be overwritten; labels [n]
     contiguous; statistics [2, n] fp32, rows contiguous."""
-    tile = tile or choose(logits.device)
-    with _on_device(logits):
-        cross_entropy_rows_kernel[(logits.size(0),)](
+    tile = tile or choose(logits.device, logits.dtype)
+    programs = logits.size(0)
+    if tile.programs:
+        programs = min(programs, tile.programs * processors(logits.device))
+    with on_device(logits):
+        cross_entropy_rows_kernel[(programs,)](
             logits, labels, statistics[0], statistics[1],
-            logits.stride(0), logits.size(1), terms.first_word, terms.ignore_index,
+            logits.size(0), logits.stride(0), logits.size(1), terms.first_word, terms.ignore_index,
             terms.softcap, terms.z_loss,
-            BLOCK=tile.block, SOFTCAP=terms.softcap > 0,
+            BLOCK=tile.block, UNROLL=tile.unroll, SOFTCAP=terms.softcap > 0,
             MEASURE=measures, DIFFERENTIATE=differentiates, num_warps=tile.warps,
         )  # fmt: skip
-
-
-def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

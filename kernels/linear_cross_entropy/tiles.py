@@ -18,21 +18,29 @@ PADDING = 64  # logits rows start at multiples of so many columns: 128 bytes in 
 
 @dataclass(frozen=True)
 class Tile:
-    """A program reads one row, `block` columns at a time, with `warps` warps."""
+    """A program reads row after row, `block` columns at a time and `unroll` of those at once, with
+    `warps` warps; `programs` of them for each multiprocessor, 0: one for each row."""
 
     block: int
     warps: int
+    programs: int = 0
+    unroll: int = 1
 
 
-# 16 numbers a thread, two 16-byte loads, and four programs on an SM keep enough bytes on the way:
-# 2,578 GB/s read and written on an H200, 4,096 columns 2,334 and 16,384 columns 1,939
-_GPU = Tile(block=8192, warps=16)
-_INTERPRETER = Tile(block=32, warps=1)  # a few dozen words then cross several blocks
+# Rows in flight are to stay in 50 MB of L2 between the two walks: two programs on a multiprocessor
+# are 264 rows of 100 kB on an H200. Three loads of 16 bytes a thread are on their way at a time (of
+# fp32 two), in registers that let two such programs run
+_SMALL = Tile(block=4096, warps=16, programs=2, unroll=3)
+_FP32 = Tile(block=4096, warps=16, programs=2, unroll=1)
+# a few dozen words then cross several blocks, and a program takes several rows
+_INTERPRETER = Tile(block=32, warps=1, programs=3)
 
 
-def choose(device: torch.device) -> Tile:
-    """The row kernel's tile."""
-    return _INTERPRETER if device.type == "cpu" else _GPU
+def choose(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tile:
+    """The row kernel's tile for logits of this dtype."""
+    if device.type == "cpu":
+        return _INTERPRETER
+    return _SMALL if dtype.itemsize == 2 else _FP32
 
 
 def chunk_tokens(tokens: int) -> int:

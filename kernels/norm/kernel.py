@@ -5,7 +5,7 @@ Dims: N rows, D columns, BLOCK = D padded to a power of two, R rows of a turn.
     s = x + branch         h = (s - mean) rstd        y = h w + b        RMSNorm: mean = 0, no b
 
     g = dy w               ds = rstd (g - avg(g) - h avg(g h)) + what comes along the stream
-    dw = sum of dy h       db = sum of dy              over all rows
+    dw = sum of dy h       db = sum of dy              over all rows; y again, if wished
 
 In backward a program walks over its share of the rows and keeps dw and db in registers; what each
 has at its end is added up by a second, small kernel, in a fixed order.
@@ -13,15 +13,12 @@ has at its end is added up by a second, small kernel, in a fixed order.
 
 # mypy: allow-untyped-defs, allow-untyped-calls
 
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.device import on_device, processors
 from kernels.norm.tiles import Tile, backward_tile, forward_tile
 
 
@@ -62,18 +59,19 @@ def norm_forward_kernel(
 def norm_backward_kernel(
     dy_ptr, ds_ptr,  # [N, D]; ds, of the stream, may be None
     stream_ptr,  # [N, D]
-    weight_ptr,  # [D]
+    weight_ptr, bias_ptr,  # [D]; bias may be None
     mean_ptr, rstd_ptr,  # [N] fp32
-    dx_ptr,  # [N, D]
-    sums_ptr,  # [programs, 1 or 2, D] fp32: of dw, and of db with BIAS
+    dx_ptr, y_ptr,  # [N, D]; y, which forward had, may be None
+    sums_ptr,  # [programs, 1 or 2, D] fp32: of dw, and of db
     N, D,
-    CENTERS: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    CENTERS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < D
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if y_ptr is not None and bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK], tl.float32)
     db = tl.zeros([BLOCK], tl.float32)
     for turn in tl.range(program, tl.cdiv(N, R), programs, num_stages=STAGES):
@@ -87,10 +85,15 @@ def norm_backward_kernel(
         if CENTERS:
             h -= tl.load(mean_ptr + rows, mask=valid, other=0.0)[:, None]
         h *= rstd[:, None]
+        if y_ptr is not None:
+            y = h * weight[None, :]
+            if bias_ptr is not None:
+                y += bias[None, :]
+            tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=here)
         g = dy * weight[None, :]  # 0 in columns past the end, where h is not
         dw += tl.sum(dy * h, 0)
         ds = g - h * (tl.sum(g * h, 1) / D)[:, None]
-        if BIAS:
+        if bias_ptr is not None:
             db += tl.sum(dy, 0)
         if CENTERS:
             ds -= (tl.sum(g, 1) / D)[:, None]
@@ -98,9 +101,9 @@ def norm_backward_kernel(
         if ds_ptr is not None:
             ds += tl.load(ds_ptr + at, mask=here, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, ds.to(dx_ptr.dtype.element_ty), mask=here)
-    own = sums_ptr + program.to(tl.int64) * (2 * D if BIAS else D)
+    own = sums_ptr + program.to(tl.int64) * (D if bias_ptr is None else 2 * D)
     tl.store(own + columns, dw, mask=inside)
-    if BIAS:
+    if bias_ptr is not None:
         tl.store(own + D + columns, db, mask=inside)
 
 
@@ -140,7 +143,7 @@ def forward(
     mean = torch.empty(N if centers else 0, dtype=torch.float32, device=x.device)
     rstd = torch.empty(N, dtype=torch.float32, device=x.device)
     tile = tile or forward_tile(D, x.device)
-    with _on_device(x):
+    with on_device(x):
         norm_forward_kernel[(triton.cdiv(N, tile.rows),)](
             x, branch, weight, bias, y, stream, mean, rstd, N, D, eps,
             CENTERS=centers, R=tile.rows, BLOCK=triton.next_power_of_2(D), num_warps=tile.warps,
@@ -153,40 +156,38 @@ def backward(
     ds: Tensor | None,
     stream: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    has_bias: bool,
     centers: bool,
+    again: bool = False,
     tile: Tile | None = None,
-) -> tuple[Tensor, Tensor]:
-    """dy, ds, stream [N, D] contiguous -> dx [N, D] and dw, db [1 or 2, D] in weight's dtype."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dy, ds, stream [N, D] contiguous -> dx [N, D], dw and db [1 or 2, D] in weight's dtype, and
+    with `again` forward's y (else [0])."""
     N, D = dy.shape
     tile = tile or backward_tile(D, dy.device)
-    programs = min(tile.programs * _processors(dy.device), triton.cdiv(N, tile.rows))
+    programs = min(tile.programs * processors(dy.device), triton.cdiv(N, tile.rows))
     dx = torch.empty_like(stream)
-    kinds = 2 if has_bias else 1
+    y = torch.empty_like(stream) if again else stream.new_empty(0)
+    kinds = 1 if bias is None else 2
     sums = torch.empty((programs, kinds, D), dtype=torch.float32, device=dy.device)
     total = torch.empty((kinds, D), dtype=weight.dtype, device=dy.device)
-    rows, columns = (16, 16) if dy.device.type == "cpu" else (64, 32)
-    with _on_device(dy):
+    with on_device(dy):
         norm_backward_kernel[(programs,)](
-            dy, ds, stream, weight, mean, rstd, dx, sums, N, D,
-            CENTERS=centers, BIAS=has_bias, R=tile.rows, BLOCK=triton.next_power_of_2(D),
-            STAGES=tile.stages, num_warps=tile.warps,
+            dy, ds, stream, weight, bias, mean, rstd, dx, y if again else None, sums, N, D,
+            CENTERS=centers, R=tile.rows, BLOCK=triton.next_power_of_2(D), STAGES=tile.stages,
+            num_warps=tile.warps,
         )  # fmt: skip
-        add_up_kernel[(triton.cdiv(kinds * D, columns),)](
-            sums, total, programs, kinds * D, ROWS=rows, COLUMNS=columns, num_warps=4
+    add_up(sums.view(programs, -1), total.view(-1))
+    return dx, total, y
+
+
+def add_up(sums: Tensor, total: Tensor) -> None:
+    """total [width] = the sum over programs of sums [programs, width] fp32, contiguous both."""
+    programs, width = sums.shape
+    rows, columns = (16, 16) if sums.device.type == "cpu" else (64, 32)
+    with on_device(sums):
+        add_up_kernel[(triton.cdiv(width, columns),)](
+            sums, total, programs, width, ROWS=rows, COLUMNS=columns, num_warps=4
         )
-    return dx, total
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -72,36 +72,37 @@ class _AddNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None,
         eps: float, centers: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        y, stream, mean, rstd = _forward(x, branch, weight, bias, eps, centers)
+        y, stream, mean, rstd = forward(x, branch, weight, bias, eps, centers)
         stream = x if branch is None else stream
-        ctx.save_for_backward(stream, weight, mean, rstd)
+        ctx.save_for_backward(stream, weight, bias, mean, rstd)
         ctx.set_materialize_grads(False)
-        ctx.kinds = branch is not None, bias is not None, centers
+        ctx.has_branch, ctx.centers = branch is not None, centers
         return y, stream
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
-        stream, weight, mean, rstd = ctx.saved_tensors
-        has_branch, has_bias, centers = ctx.kinds
+        stream, weight, bias, mean, rstd = ctx.saved_tensors
         if dy is None:  # only the stream went on
-            return ds, ds if has_branch else None, None, None, None, None
-        dx, total = _backward(dy, ds, stream, weight, mean, rstd, has_bias, centers)
-        return dx, dx if has_branch else None, total[0], total[1] if has_bias else None, None, None
+            return ds, ds if ctx.has_branch else None, None, None, None, None
+        dx, total, _ = backward(dy, ds, stream, weight, bias, mean, rstd, ctx.centers, False)
+        db = None if bias is None else total[1]
+        return dx, dx if ctx.has_branch else None, total[0], db, None, None
 
 
-# A namespace of their own: what attention registers is kept through activation checkpointing.
+# kernels/linear builds on these, too. A namespace of their own: what attention registers is kept
+# through activation checkpointing.
 
 
 @torch.library.custom_op("flashtrain_norm::forward", mutates_args=())
-def _forward(
+def forward(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centers: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, stream ([0] without a branch), mean ([0] for RMSNorm), rstd."""
+    """y, stream ([0] without a branch), mean ([0] for RMSNorm), rstd. x, branch [N, D]."""
     branch = None if branch is None else branch.contiguous()
     return _kernels().forward(x.contiguous(), branch, weight, bias, eps, centers)
 
 
-@_forward.register_fake
+@forward.register_fake
 def _(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centers: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -112,23 +113,25 @@ def _(
 
 
 @torch.library.custom_op("flashtrain_norm::backward", mutates_args=())
-def _backward(
-    dy: Tensor, ds: Tensor | None, stream: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
-    has_bias: bool, centers: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dx [N, D] and dw, db [1 or 2, D]."""
+def backward(
+    dy: Tensor, ds: Tensor | None, stream: Tensor, weight: Tensor, bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, centers: bool, again: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx [N, D], dw and db [1 or 2, D], and with `again` forward's y, which then need not be kept
+    ([0] without)."""
     ds = None if ds is None else ds.contiguous()
     return _kernels().backward(
-        dy.contiguous(), ds, stream.contiguous(), weight, mean, rstd, has_bias, centers
+        dy.contiguous(), ds, stream.contiguous(), weight, bias, mean, rstd, centers, again
     )
 
 
-@_backward.register_fake
+@backward.register_fake
 def _(
-    dy: Tensor, ds: Tensor | None, stream: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
-    has_bias: bool, centers: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return dy.new_empty(dy.shape), weight.new_empty(2 if has_bias else 1, dy.shape[1])
+    dy: Tensor, ds: Tensor | None, stream: Tensor, weight: Tensor, bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, centers: bool, again: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    total = weight.new_empty(1 if bias is None else 2, dy.shape[1])
+    return dy.new_empty(dy.shape), total, dy.new_empty(dy.shape if again else 0)
 
 
 def _kernels() -> Any:

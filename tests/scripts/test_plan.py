@@ -36,7 +36,9 @@ def test_layouts_come_with_memory_by_part_and_speed(
     said = capsys.readouterr().out
     assert "llama_8b: 8.03 billion parameters, 512 x 8192 tokens a step" in said
     assert "weights" in said and "optimizer" in said and "tensor" in said
-    assert re.search(r"recompute: none \d+\.\d, selective \d+\.\d, full \d+\.\d", said)
+    assert re.search(
+        r"recompute: none \d+\.\d, light \d+\.\d, selective \d+\.\d, full \d+\.\d", said
+    )
     rows = json.loads(path.read_text())["rows"]
     assert len(rows) == 2
     assert all("parallel.tensor=2" in row["layout"] for row in rows)

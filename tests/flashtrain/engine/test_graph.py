@@ -252,8 +252,9 @@ def test_on_a_gpu_weights_loaded_later_are_used() -> None:
         engine.step(0.001)
         engine.forward_backward(batches)
         engine.step(0.001)
-        for name, view in engine.state().tensors.items():
-            view.tensor.copy_(state[name])
+        with torch.no_grad():
+            for name, view in engine.state().tensors.items():
+                view.tensor.copy_(state[name])
         engine.loaded()
         assert torch.equal(engine.forward_backward(batches), before)
         assert before < first

@@ -1,6 +1,7 @@
-"""Linear layers and the GELU MLP are as accurate as eager PyTorch, in every way they compute."""
+"""Linear layers and the GELU MLP, with norm and stream, are as accurate as eager PyTorch, in every
+way they compute."""
 
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,95 +9,136 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.linear import gelu_mlp, linear
-from kernels.linear.op import HOPPER, _plans
+from kernels.linear import linear, norm_gelu_mlp, norm_linear, products
+from kernels.linear.products import HOPPER
 from tests.accuracy import assert_as_accurate
+from tests.kernels.linear.conftest import Place
 
-PLACES = [
-    pytest.param(("cpu", torch.float32, "torch"), id="cpu-float32"),
-    pytest.param(("cpu", torch.bfloat16, "torch"), id="cpu-bfloat16"),
-    pytest.param(("cuda", torch.float32, "torch"), id="cuda-float32", marks=pytest.mark.gpu),
-    pytest.param(("cuda", torch.bfloat16, "torch"), id="cuda-bfloat16", marks=pytest.mark.gpu),
-    pytest.param(("cuda", torch.bfloat16, "cublaslt"), id="cublaslt-bf16", marks=pytest.mark.gpu),
-    pytest.param(("cuda", torch.float16, "cublaslt"), id="cublaslt-fp16", marks=pytest.mark.gpu),
-]
-Place = tuple[str, torch.dtype, str]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+EPS = 1e-5
+Results = tuple[Tensor, ...]
 
 
-@pytest.fixture(params=PLACES)
-def place(request: pytest.FixtureRequest) -> Place:
-    found: Place = request.param
-    if found[2] == "cublaslt" and torch.cuda.get_device_capability() != HOPPER:
-        pytest.skip("cuBLASLt's epilogues are for Hopper")
-    return found
+def eager_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor | None = None
+) -> Results:
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return (y if stream is None else stream + y,)
 
 
-def numbers(place: Place, weights: torch.dtype, bias: bool, sizes: tuple[int, ...]) -> list[Any]:
-    """x [.., K] in the dtype of the place, then weight and bias of each layer."""
-    device, dtype, _ = place
-    shape, *features = sizes[:2], *sizes[2:]
-    made: list[Any] = [torch.randn(*shape, features[0], device=device, dtype=dtype)]
-    for into, out in pairwise(features):
-        made.append(torch.randn(out, into, device=device, dtype=weights) / into**0.5)
-        made.append(torch.randn(out, device=device, dtype=weights) if bias else None)
-    return made
+def eager_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    weight = weight.to(x.dtype)
+    return F.layer_norm(x, weight.shape, weight, None if bias is None else bias.to(x.dtype), EPS)
 
 
-def eager_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+def eager_norm_linear(x: Tensor, norm: Tensor, norm_bias: Any, *rest: Any) -> Results:
+    return *eager_linear(eager_norm(x, norm, norm_bias), *rest), x.clone()
 
 
 def eager_mlp(
-    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None
-) -> Tensor:
-    return eager_linear(F.gelu(eager_linear(x, up, up_bias), approximate="tanh"), down, down_bias)
+    x: Tensor, norm: Tensor, norm_bias: Any, up: Tensor, up_bias: Any, down: Tensor, down_bias: Any
+) -> Results:
+    (middle,) = eager_linear(eager_norm(x, norm, norm_bias), up, up_bias)
+    return eager_linear(F.gelu(middle, approximate="tanh"), down, down_bias, x)
+
+
+def ours_linear(*given: Any, **options: Any) -> Results:
+    return (linear(*given, **options),)
+
+
+def ours_norm_linear(*given: Any, **options: Any) -> Results:
+    return norm_linear(*given, eps=EPS, centers=True, **options)
+
+
+def ours_mlp(*given: Any, **options: Any) -> Results:
+    return (norm_gelu_mlp(*given, eps=EPS, centers=True, **options),)
+
+
+def given_for(kind: str, place: Place, weights: torch.dtype, bias: bool) -> list[Any]:
+    """x [.., K] (and the stream) in the dtype of the place, norm, then each layer's parameters."""
+    batch, tokens, K, hidden = (8, 504, 256, 1024) if place.on_gpu else (2, 23, 16, 48)
+    out = 320 if place.on_gpu else 24
+
+    def vector(size: int, about: float) -> Tensor | None:
+        made = (about + 0.5 * torch.randn(size, device=place.device)).to(weights)
+        return made if bias or about else None
+
+    def layer(into: int, out: int) -> list[Any]:
+        weight = torch.randn(out, into, device=place.device, dtype=weights) / into**0.5
+        return [weight, vector(out, 0)]
+
+    x, stream = (
+        torch.randn(batch, tokens, size, device=place.device).to(place.dtype) for size in (K, out)
+    )
+    norm = [vector(K, 1), vector(K, 0)]
+    return {
+        "linear": [x, *layer(K, out)],
+        "added": [x, *layer(K, out), stream],
+        "norm": [x, *norm, *layer(K, out)],
+        "mlp": [x, *norm, *layer(K, hidden), *layer(hidden, K)],
+    }[kind]
+
+
+KINDS: dict[str, tuple[Callable[..., Results], Callable[..., Results]]] = {
+    "linear": (ours_linear, eager_linear),
+    "added": (ours_linear, eager_linear),
+    "norm": (ours_norm_linear, eager_norm_linear),
+    "mlp": (ours_mlp, eager_mlp),
+}
 
 
 def run(function: Any, inputs: list[Any], dtype: torch.dtype | None, **options: Any) -> list[Any]:
-    """Output and all gradients."""
+    """Results and all gradients."""
     inputs = [
         None if x is None else (x if dtype is None else x.to(dtype)).detach().clone()
         for x in inputs
     ]
     leaves = [x.requires_grad_() for x in inputs if x is not None]
-    y = function(*inputs, **options)
+    results = function(*inputs, **options)
     torch.manual_seed(1)
-    seed = torch.randn(y.shape, device=y.device).to(y.dtype)
-    return [y, *torch.autograd.grad(y, leaves, seed)]
+    seeds = [torch.randn(y.shape, device=y.device).to(y.dtype) for y in results]
+    return [*results, *torch.autograd.grad(results, leaves, seeds)]
 
 
-def check(function: Any, eager: Any, inputs: list[Any], **options: Any) -> None:
-    ours = run(function, inputs, None, **options)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("weights", ["fp32", "own"])
+@pytest.mark.parametrize("remakes", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_accurate_as_eager(
+    kind: str, remakes: bool, weights: str, bias: bool, place: Place
+) -> None:
+    ours, eager = KINDS[kind]
+    inputs = given_for(kind, place, torch.float32 if weights == "fp32" else place.dtype, bias)
+    mine = run(ours, inputs, None, remakes=remakes, backend=place.backend)
     # weights that are rounded on use count as they are used
-    rounded = [None if x is None else x.to(inputs[0].dtype) for x in inputs]
+    rounded = [None if x is None else x.to(place.dtype) for x in inputs]
     low, exact = run(eager, inputs, None), run(eager, rounded, torch.float64)
     size = max(float(x.detach().abs().max()) for x in exact)
-    for number, (mine, theirs, right) in enumerate(zip(ours, low, exact, strict=True)):
-        assert mine.dtype == theirs.dtype and mine.shape == right.shape
-        terms = size if mine.dtype == torch.float32 else 0.0
-        assert_as_accurate(
-            mine.detach(), theirs.detach(), right.detach(), name=f"result {number}", terms=terms
-        )
+    for number, (a, b, c) in enumerate(zip(mine, low, exact, strict=True)):
+        assert a.dtype == b.dtype
+        terms = size if a.dtype == torch.float32 else 0.0
+        assert_as_accurate(a.detach(), b.detach(), c.detach(), name=f"result {number}", terms=terms)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("weights", ["fp32", "own"])
-@pytest.mark.parametrize("sizes", [(2, 24, 32, 16), (1, 5, 8, 24)])
-def test_a_layer(sizes: tuple[int, ...], weights: str, bias: bool, place: Place) -> None:
-    if place[0] == "cuda":
-        sizes = (4 * sizes[0], 32 * sizes[1], 16 * sizes[2], 16 * sizes[3])
-    dtype = torch.float32 if weights == "fp32" else place[1]
-    check(linear, eager_linear, numbers(place, dtype, bias, sizes), backend=place[2])
+def test_sums_over_tokens_do_not_stop_growing(place: Place) -> None:
+    """As they would in 16 bits."""
+    rows = 70_000 if place.on_gpu else 4000
+    x = torch.ones(rows, 8, device=place.device).to(place.dtype)
+    bias = torch.zeros(24, device=place.device).requires_grad_()
+    y = linear(x, torch.zeros(24, 8, device=place.device), bias, backend=place.backend)
+    y.backward(torch.ones_like(y))
+    assert bias.grad is not None
+    assert bias.grad.tolist() == [rows] * 24
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("weights", ["fp32", "own"])
-@pytest.mark.parametrize("keeps", [True, False])
-def test_an_mlp(keeps: bool, weights: str, bias: bool, place: Place) -> None:
-    sizes = (8, 512, 256, 1024, 256) if place[0] == "cuda" else (2, 24, 16, 48, 24)
-    dtype = torch.float32 if weights == "fp32" else place[1]
-    inputs = numbers(place, dtype, bias, sizes)
-    check(gelu_mlp, eager_mlp, inputs, keeps=keeps, backend=place[2])
+def test_what_is_made_again_is_what_was(place: Place) -> None:
+    inputs = given_for("mlp", place, torch.float32, True)
+    kept = run(ours_mlp, inputs, None, remakes=False, backend=place.backend)
+    made = run(ours_mlp, inputs, None, remakes=True, backend=place.backend)
+    rounding = torch.finfo(place.dtype).eps
+    for a, b in zip(kept, made, strict=True):
+        # cuBLASLt's GELU need not round as ours does
+        torch.testing.assert_close(a, b, rtol=0, atol=rounding * float(b.detach().abs().max()))
 
 
 @pytest.mark.gpu
@@ -105,11 +147,20 @@ def test_an_mlp(keeps: bool, weights: str, bias: bool, place: Place) -> None:
     reason="cuBLASLt's epilogues are for Hopper",
 )
 def test_on_hopper_the_library_has_a_way_for_all() -> None:
-    _plans.clear()
-    place = ("cuda", torch.bfloat16, "auto")
+    products._plans.clear()
+    place = Place("cuda", torch.bfloat16, "auto")
     for bias in (True, False):
-        run(gelu_mlp, numbers(place, torch.float32, bias, (8, 512, 256, 1024, 256)), None)
-    assert _plans and all(plan is not None for plan in _plans.values())
+        run(ours_mlp, given_for("mlp", place, torch.float32, bias), None)
+    assert products._plans and all(plan is not None for plan in products._plans.values())
+
+
+@pytest.mark.gpu
+def test_gradients_do_not_vary() -> None:
+    inputs = given_for("mlp", Place("cuda", torch.bfloat16, "auto"), torch.float32, True)
+    first = run(ours_mlp, inputs, None)
+    for _ in range(10):
+        for a, b in zip(run(ours_mlp, inputs, None), first, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_only_what_is_asked_for_is_computed() -> None:
@@ -123,24 +174,59 @@ def test_only_what_is_asked_for_is_computed() -> None:
         assert torch.equal(linear(x, weight, None), F.linear(x, weight))
 
 
+def kept(function: Any, inputs: list[Any], **options: Any) -> int:
+    """Numbers that backward needs beside inputs and parameters."""
+    inputs = [None if x is None else x.clone().requires_grad_() for x in inputs]
+    given = {x.untyped_storage().data_ptr() for x in inputs if x is not None}
+    found: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in given:
+            found[tensor.untyped_storage().data_ptr()] = tensor  # keeps it: no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        function(*inputs, **options)
+    return sum(tensor.numel() for tensor in found.values())
+
+
+def test_no_norm_is_kept_and_no_gelu_that_is_made_again(place: Place) -> None:
+    if place.backend == "torch":
+        pytest.skip("PyTorch keeps what it keeps")
+    inputs = given_for("mlp", place, torch.float32, True)
+    tokens = inputs[0].shape[0] * inputs[0].shape[1]
+    hidden, weights = inputs[3].shape[0], inputs[3].numel() + inputs[5].numel()
+    if place.dtype == torch.float32:
+        weights = 0  # nothing is cast
+    options = {"backend": place.backend}
+    assert kept(ours_mlp, inputs, remakes=True, **options) == tokens * (hidden + 2)
+    assert kept(ours_mlp, inputs, **options) == tokens * (2 * hidden + 2) + weights
+    inputs = given_for("norm", place, torch.float32, True)
+    assert kept(ours_norm_linear, inputs, remakes=True, **options) == 2 * tokens
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_compiled_without_a_break(device: str) -> None:
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    inputs = numbers((device, dtype, "auto"), torch.float32, True, (2, 32, 16, 64, 16))
-
-    def both(*given: Any) -> Tensor:
-        return gelu_mlp(*given) + linear(given[0], given[1][:16], given[2][:16])
-
-    compiled = torch.compile(both, fullgraph=True)
-    for ours, plain in zip(run(compiled, inputs, None), run(both, inputs, None), strict=True):
-        size = float(plain.abs().max())
-        torch.testing.assert_close(ours, plain, rtol=0.02, atol=0.02 * size)
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_without_a_break(kind: str, device: str) -> None:
+    place = Place(device, torch.bfloat16 if device == "cuda" else torch.float32, "auto")
+    inputs = given_for(kind, place, torch.float32, True)
+    function = KINDS[kind][0]
+    compiled = torch.compile(function, fullgraph=True)
+    for a, b in zip(run(compiled, inputs, None), run(function, inputs, None), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.detach().abs().max()))
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "backend": ({"backend": "cutlass"}, "backend='cutlass' is not one of auto, cublaslt, torch"),
+    "backend": (
+        {"backend": "cutlass"},
+        "backend='cutlass' is not one of auto, cublaslt, triton, torch",
+    ),
     "features": ({"weight": torch.zeros(4, 7)}, r"weight \[4, 7\] takes 7 features, and gets 8"),
     "bias": ({"bias": torch.zeros(5)}, r"bias \[5\] must be \[4\]"),
+    "stream": (
+        {"stream": torch.zeros(3, 8)},
+        r"stream is torch.float32 \[3, 8\]: it must be torch.float32 \[3, 4\]",
+    ),
 }
 
 
@@ -150,3 +236,12 @@ def test_refusals_say_what_and_why(name: str) -> None:
     given = {"x": torch.zeros(3, 8), "weight": torch.zeros(4, 8), "bias": torch.zeros(4)}
     with pytest.raises(ValueError, match=sentence):
         linear(**{**given, **changes})
+
+
+def test_an_mlp_gives_back_as_many_features() -> None:
+    ones = torch.ones(8)
+    with pytest.raises(ValueError, match=r"down \[6, 12\] must give back the 8 features of x"):
+        norm_gelu_mlp(
+            torch.zeros(3, 8), ones, None, torch.zeros(12, 8), None, torch.zeros(6, 12), None,
+            eps=EPS, centers=True,
+        )  # fmt: skip

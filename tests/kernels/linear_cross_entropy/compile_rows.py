@@ -29,10 +29,11 @@ ALIGNED = ("logits_ptr", "labels_ptr", "stride")  # a padded row; the vocabulary
 def compile_for(
     capability: int, dtype: str, mode: str, softcap: bool, ones: bool = False
 ) -> dict[str, object]:
-    tile = choose(torch.device("cuda"))
+    tile = choose(torch.device("cuda"), torch.float32 if dtype == "fp32" else torch.bfloat16)
     measures, differentiates = MODES[mode]
     constants = {
         "BLOCK": tile.block,
+        "UNROLL": tile.unroll,
         "SOFTCAP": softcap,
         "MEASURE": measures,
         "DIFFERENTIATE": differentiates,
@@ -41,7 +42,7 @@ def compile_for(
         constants |= {"V": 1, "first_word": 1}
     signature = {
         "logits_ptr": f"*{dtype}", "labels_ptr": "*i64", "lse_ptr": "*fp32", "target_ptr": "*fp32",
-        "stride": "i32", "V": "i32", "first_word": "i32", "ignore_index": "i32",
+        "n": "i32", "stride": "i32", "V": "i32", "first_word": "i32", "ignore_index": "i32",
         "cap": "fp32", "z_loss": "fp32", **dict.fromkeys(constants, "constexpr"),
     }  # fmt: skip
     names = list(signature)
@@ -51,10 +52,11 @@ def compile_for(
     compiled = triton.compile(source, target=target, options={"num_warps": tile.warps})
     # accesses of one number, beside the label's logit: what a mask or a stride has split
     narrow = re.findall(r"(?:ld|st)\.global(?!\S*\.v[24])\S*\.b16", compiled.asm["ptx"])
-    _, spilled = resources(compiled.asm["cubin"])
+    registers, spilled = resources(compiled.asm["cubin"])
     return {
         "capability": capability, "dtype": dtype, "mode": mode, "softcap": softcap,
         "ones": ones, "spilled": spilled, "narrow": len(narrow),
+        "registers": registers, "shared": compiled.metadata.shared,
     }  # fmt: skip
 
 

@@ -26,8 +26,10 @@ GPU = torch.device("cuda")
 
 
 def compile_for(
-    capability: int, name: str, width: int, x: str, tile: Tile | None = None
+    capability: int, kind: str, width: int, x: str, tile: Tile | None = None
 ) -> dict[str, object]:
+    """kind: forward, backward, or again: backward that writes the norm once more."""
+    name = "forward" if kind == "forward" else "backward"
     tile = tile or (forward_tile if name == "forward" else backward_tile)(width, GPU)
     signature = {
         "forward": {
@@ -37,14 +39,14 @@ def compile_for(
         },
         "backward": {
             "dy_ptr": f"*{x}", "ds_ptr": f"*{x}", "stream_ptr": f"*{x}", "weight_ptr": "*fp32",
-            "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "dx_ptr": f"*{x}", "sums_ptr": "*fp32",
-            "N": "i32", "D": "i32",
+            "bias_ptr": "*fp32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "dx_ptr": f"*{x}",
+            "y_ptr": f"*{x}", "sums_ptr": "*fp32", "N": "i32", "D": "i32",
         },
     }[name]  # fmt: skip
     constants = {"CENTERS": True, "R": tile.rows, "BLOCK": triton.next_power_of_2(width)}
     if name == "backward":
-        constants |= {"BIAS": True, "STAGES": tile.stages}
-    signature |= dict.fromkeys(constants, "constexpr")
+        constants |= {"STAGES": tile.stages} | ({} if kind == "again" else {"y_ptr": None})
+    signature |= dict.fromkeys(constants, "constexpr")  # keeps the order of arguments
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, kind in enumerate(signature.values())
@@ -56,13 +58,15 @@ def compile_for(
     words = re.findall(r"ld\.global\S*\.v(\d)\.b32", compiled.asm["ptx"])
     registers, spilled = resources(compiled.asm["cubin"])
     return {
-        "capability": capability, "kernel": name, "width": width, "x": x, "rows": tile.rows,
+        "capability": capability, "kernel": kind, "width": width, "x": x, "rows": tile.rows,
         "warps": tile.warps, "registers": registers, "spilled": spilled,
         "words a load": max(map(int, words), default=1), "shared": compiled.metadata.shared,
     }  # fmt: skip
 
 
 if __name__ == "__main__":
-    kernels = itertools.product(map(int, sys.argv[1:]), ("forward", "backward"), WIDTHS, ("bf16",))
+    kernels = itertools.product(
+        map(int, sys.argv[1:]), ("forward", "backward", "again"), WIDTHS, ("bf16",)
+    )
     for case in kernels:
         sys.stdout.write(json.dumps(compile_for(*case)) + "\n")

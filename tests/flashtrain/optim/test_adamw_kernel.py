@@ -1,4 +1,5 @@
-"""bf16 moments: what is kept, what a bad step leaves, what a checkpoint holds, how it trains."""
+"""Our own step: as PyTorch's; bf16 moments: what is kept, what a bad step leaves, what a checkpoint
+holds, how it trains."""
 
 from pathlib import Path
 
@@ -11,13 +12,13 @@ from flashtrain.checkpoint.state import collect, prepare
 from flashtrain.config import ModelConfig, Moments, OptimizerConfig
 from flashtrain.optim import step_unless_bad
 from flashtrain.optim.adamw import build_adamw
-from flashtrain.optim.adamw_bf16 import AdamWBf16
+from flashtrain.optim.adamw_kernel import KernelAdamW
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 MODEL = ModelConfig(n_layers=1, n_heads=1, d_model=8)
 
 
-def made(moments: Moments, device: str = "cpu", lr: float = 0.01) -> tuple[nn.Module, AdamWBf16]:
+def made(moments: Moments, device: str = "cpu", lr: float = 0.01) -> tuple[nn.Module, KernelAdamW]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)).to(device)
     config = OptimizerConfig(lr=lr, moments=moments)
@@ -75,6 +76,29 @@ def test_a_bad_step_leaves_weights_moments_and_counts(device: str) -> None:
         assert torch.equal(parameter, old)
         for key, value in state.items():
             assert torch.equal(optimizer.state[parameter][key], value), key
+
+
+@pytest.mark.gpu
+def test_fp32_moments_step_as_pytorch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large parameters by our kernel, small ones together by PyTorch's."""
+    monkeypatch.setattr("flashtrain.optim.adamw_kernel.LARGE", 100)
+    results = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)).to("cuda")
+        parameters = dict(model.named_parameters())
+        assert {p.numel() < 100 for p in parameters.values()} == {True, False}
+        optimizer = build_adamw(parameters, OptimizerConfig(lr=0.01), MODEL, ours=ours)
+        assert isinstance(optimizer, KernelAdamW) == ours
+        for step in range(5):
+            for parameter in parameters.values():
+                parameter.grad = torch.randn_like(parameter)
+            norm = torch.full((), 3.0 if step != 2 else float("nan"), device="cuda")
+            step_unless_bad(optimizer, norm, clip_norm=1.0)
+        assert all(state["step"].item() == 4 for state in optimizer.state.values())
+        results.append([*parameters.values()])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
 
 
 def test_a_checkpoint_keeps_the_dtype_and_resumes_bit_for_bit(tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""What stands between the products: passes over memory, in Triton.
+
+Dims: N tokens, F features. A program owns a range of rows and BLOCK columns and walks down its rows
+R at a time, so that sums over tokens stay in registers; what each has is added up by a second
+kernel in a fixed order (kernels/norm).
+
+GELU in its tanh form is z times a sigmoid, and so is its derivative, with u = sqrt(2 / pi) (z +
+0.044715 z^3):
+
+    s = 1 / (1 + exp(-2 u))        gelu(z) = z s        gelu'(z) = s (1 + 2 z u' (1 - s))
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.device import on_device, processors
+from kernels.linear.tiles import Tile, cast_block, pass_tile
+from kernels.norm.kernel import add_up
+
+# exp(-2 u) = 2^(z (A + B z^2)); 2 z u' = z (C + E z^2)
+ROOT = math.sqrt(2 / math.pi)
+A = tl.constexpr(-2 * ROOT * math.log2(math.e))
+B = tl.constexpr(-2 * ROOT * math.log2(math.e) * 0.044715)
+C = tl.constexpr(2 * ROOT)
+E = tl.constexpr(2 * ROOT * 3 * 0.044715)
+
+
+@triton.jit
+def gelu_backward_kernel(
+    d_ptr,  # [N, F]: of gelu's output; of its input afterwards
+    z_ptr,  # [N, F]
+    a_ptr,  # [N, F]: gelu(z) again; may be None
+    sums_ptr,  # [ranges, F] fp32: of d; may be None
+    N, F, rows_each,
+    R: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * rows_each
+    last = tl.minimum(first + rows_each, N)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < F
+    total = tl.zeros([R, BLOCK], tl.float32)
+    for start in tl.range(first, last, R, num_stages=STAGES):
+        rows = (start + tl.arange(0, R)).to(tl.int64)
+        here = (rows < last)[:, None] & inside[None, :]
+        at = rows[:, None] * F + columns[None, :]
+        d = tl.load(d_ptr + at, mask=here, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + at, mask=here, other=0.0).to(tl.float32)
+        square = z * z
+        s = 1.0 / (1.0 + tl.exp2(z * (A + B * square)))
+        if a_ptr is not None:
+            tl.store(a_ptr + at, (z * s).to(a_ptr.dtype.element_ty), mask=here)
+        d *= s * (1.0 + z * (C + E * square) * (1.0 - s))
+        tl.store(d_ptr + at, d.to(d_ptr.dtype.element_ty), mask=here)
+        if sums_ptr is not None:
+            total += d
+    if sums_ptr is not None:
+        own = sums_ptr + tl.program_id(0).to(tl.int64) * F
+        tl.store(own + columns, tl.sum(total, 0), mask=inside)
+
+
+@triton.jit
+def column_sums_kernel(
+    x_ptr,  # [N, F]
+    sums_ptr,  # [ranges, F] fp32
+    N, F, rows_each,
+    R: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * rows_each
+    last = tl.minimum(first + rows_each, N)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < F
+    total = tl.zeros([R, BLOCK], tl.float32)
+    for start in tl.range(first, last, R, num_stages=STAGES):
+        rows = (start + tl.arange(0, R)).to(tl.int64)
+        here = (rows < last)[:, None] & inside[None, :]
+        at = rows[:, None] * F + columns[None, :]
+        total += tl.load(x_ptr + at, mask=here, other=0.0).to(tl.float32)
+    own = sums_ptr + tl.program_id(0).to(tl.int64) * F
+    tl.store(own + columns, tl.sum(total, 0), mask=inside)
+
+
+@triton.jit
+def cast_kernel(
+    weight_ptr, to_ptr,  # [n]
+    bias_ptr, bias_to_ptr,  # [m]; may be None
+    n, m,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The last programs cast the bias."""
+    program, of_weight = tl.program_id(0), tl.cdiv(n, BLOCK)
+    lanes = tl.arange(0, BLOCK)
+    if program < of_weight:
+        at = program.to(tl.int64) * BLOCK + lanes
+        x = tl.load(weight_ptr + at, mask=at < n, other=0.0)
+        tl.store(to_ptr + at, x.to(to_ptr.dtype.element_ty), mask=at < n)
+    elif bias_ptr is not None:
+        at = (program - of_weight).to(tl.int64) * BLOCK + lanes
+        x = tl.load(bias_ptr + at, mask=at < m, other=0.0)
+        tl.store(bias_to_ptr + at, x.to(bias_to_ptr.dtype.element_ty), mask=at < m)
+
+
+def gelu_backward(
+    d: Tensor, z: Tensor, sums: bool, again: bool, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:
+    """d [N, F] times gelu'(z), in place; all contiguous.
+
+    Returns the sum of that over tokens [F] fp32 and gelu(z) [N, F], each [0] if not wished.
+    """
+    N, F = z.shape
+    tile, ranges = _ranges(N, F, d.device, tile)
+    a = torch.empty_like(z) if again else z.new_empty(0)
+    partial = torch.empty((ranges if sums else 0, F), dtype=torch.float32, device=d.device)
+    total = d.new_empty(F if sums else 0, dtype=torch.float32)
+    with on_device(d):
+        gelu_backward_kernel[(ranges, triton.cdiv(F, tile.columns))](
+            d, z, a if again else None, partial if sums else None, N, F, triton.cdiv(N, ranges),
+            R=tile.rows, BLOCK=tile.columns, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+    if sums:
+        add_up(partial, total)
+    return total, a
+
+
+def column_sums(x: Tensor, dtype: torch.dtype, tile: Tile | None = None) -> Tensor:
+    """The sum over tokens [F] of x [N, F], contiguous."""
+    N, F = x.shape
+    tile, ranges = _ranges(N, F, x.device, tile)
+    partial = torch.empty((ranges, F), dtype=torch.float32, device=x.device)
+    total = x.new_empty(F, dtype=dtype)
+    with on_device(x):
+        column_sums_kernel[(ranges, triton.cdiv(F, tile.columns))](
+            x, partial, N, F, triton.cdiv(N, ranges),
+            R=tile.rows, BLOCK=tile.columns, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+    add_up(partial, total)
+    return total
+
+
+def cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both in dtype, in one launch; the bias [0] if there is none. Contiguous."""
+    to = torch.empty_like(weight, dtype=dtype)
+    bias_to = weight.new_empty(0 if bias is None else bias.numel(), dtype=dtype)
+    block = cast_block(weight.device)
+    n, m = weight.numel(), bias_to.numel()
+    with on_device(weight):
+        cast_kernel[(triton.cdiv(n, block) + triton.cdiv(m, block),)](
+            weight, to, bias, None if bias is None else bias_to, n, m, BLOCK=block, num_warps=4
+        )
+    return to, bias_to
+
+
+def _ranges(N: int, F: int, device: torch.device, tile: Tile | None) -> tuple[Tile, int]:
+    """The tile, and how many ranges of rows make about tile.programs programs a multiprocessor:
+    all of them run at once, and none is left for a second turn."""
+    tile = tile or pass_tile(device)
+    across = triton.cdiv(F, tile.columns)
+    ranges = max(tile.programs * processors(device) // across, 1)
+    return tile, min(ranges, triton.cdiv(N, tile.rows))

@@ -1,0 +1,189 @@
+"""The products and passes of layers as `torch.library` ops: which way computes them, and fakes.
+
+A namespace of their own: what attention registers is kept through activation checkpointing.
+
+Dims: N tokens, K input features, F output features (of an MLP: hidden), E features after it.
+"""
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.linear import reference
+from kernels.linear.cublaslt import Epilogue, Matrix, Plan, UnsupportedError, available, row_major
+
+log = logging.getLogger("kernels.linear")
+
+# cublaslt: passes in Triton, products by cuBLASLt; triton: passes in Triton, products by PyTorch
+BACKENDS = ("auto", "cublaslt", "triton", "torch")
+SMALL = (torch.bfloat16, torch.float16)
+HOPPER = (9, 0)  # where the epilogues were measured; before, some run as kernels of their own
+ALIGNMENTS = (256, 16)  # bytes, of all addresses
+
+
+def resolve(x: Tensor, backend: str) -> str:
+    """The backend that `auto` means for x."""
+    if backend != "auto":
+        return backend
+    if not x.is_cuda or x.dtype not in SMALL or x.numel() == 0:
+        return "torch"
+    return "cublaslt" if _is_hopper(x.device) and available() else "triton"
+
+
+@torch.library.custom_op("flashtrain_linear::add_product", mutates_args=())
+def add_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor, backend: str
+) -> Tensor:
+    """As reference.add_product, by cuBLASLt rounded once."""
+    if _takes_cublaslt(x, backend):
+        stream, y = stream.contiguous(), x.new_empty(x.shape[0], weight.shape[0])
+        epilogue = Epilogue.none if bias is None else Epilogue.bias
+        plan = _plan(row_major(weight, True), row_major(x), row_major(y), epilogue,
+                     _alignment(x, weight, y, stream, bias))  # fmt: skip
+        if plan is not None:
+            plan.run(weight, x, y, c=stream, bias=bias)
+            return y
+    return reference.add_product(x, weight, bias, stream)
+
+
+@add_product.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor, backend: str) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("flashtrain_linear::gelu_product", mutates_args=())
+def gelu_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """As reference.gelu_product."""
+    if _takes_cublaslt(x, backend):
+        z, a = (x.new_empty(x.shape[0], weight.shape[0]) for _ in "za")
+        epilogue = Epilogue.gelu_aux if bias is None else Epilogue.gelu_aux_bias
+        plan = _plan(row_major(weight, True), row_major(x), row_major(a), epilogue,
+                     _alignment(x, weight, z, a, bias))  # fmt: skip
+        if plan is not None:
+            plan.run(weight, x, a, aux=z, bias=bias)
+            return z, a
+    return reference.gelu_product(x, weight, bias)
+
+
+@gelu_product.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    shape = x.shape[0], weight.shape[0]
+    return x.new_empty(shape), x.new_empty(shape)
+
+
+@torch.library.custom_op("flashtrain_linear::gelu_gradient", mutates_args=())
+def gelu_gradient(
+    dy: Tensor, weight: Tensor, z: Tensor, sums: bool, again: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As reference.gelu_gradient; then, each [0] if not wished, the sum of that over tokens [F] and
+    gelu(z) [N, F], which then need not be kept."""
+    dz = dy @ weight
+    total, a = _kernels().gelu_backward(dz, z.contiguous(), sums, again)
+    return dz, total, a
+
+
+@gelu_gradient.register_fake
+def _(
+    dy: Tensor, weight: Tensor, z: Tensor, sums: bool, again: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = z.new_empty(z.shape[1] if sums else 0, dtype=torch.float32)
+    return z.new_empty(z.shape), total, z.new_empty(z.shape if again else 0)
+
+
+@torch.library.custom_op("flashtrain_linear::weight_gradient", mutates_args=())
+def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """As reference.weight_gradient."""
+    dy, x = dy.contiguous(), x.contiguous()
+    if _takes_cublaslt(dy, backend):
+        dw = dy.new_empty(dy.shape[1], x.shape[1], dtype=dtype)
+        plan = _plan(row_major(x), row_major(dy, True), row_major(dw), Epilogue.none,
+                     _alignment(dy, x, dw))  # fmt: skip
+        if plan is not None:
+            plan.run(x, dy, dw)
+            return dw
+    return reference.weight_gradient(dy, x, dtype)
+
+
+@weight_gradient.register_fake
+def _(dy: Tensor, x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return dy.new_empty(dy.shape[1], x.shape[1], dtype=dtype)
+
+
+@torch.library.custom_op("flashtrain_linear::column_sums", mutates_args=())
+def column_sums(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """As reference.column_sums."""
+    return _kernels().column_sums(dy.contiguous(), dtype)
+
+
+@column_sums.register_fake
+def _(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    return dy.new_empty(dy.shape[1], dtype=dtype)
+
+
+@torch.library.custom_op("flashtrain_linear::cast", mutates_args=())
+def cast(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, again: bool
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias ([0]: none) in another dtype, by one launch.
+
+    again: nothing but a difference between forward's cast and backward's, which a compiler would
+    otherwise keep instead.
+    """
+    return _kernels().cast(weight.contiguous(), bias, dtype)
+
+
+@cast.register_fake
+def _(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, again: bool
+) -> tuple[Tensor, Tensor]:
+    size = 0 if bias is None else bias.numel()
+    return weight.new_empty(weight.shape, dtype=dtype), weight.new_empty(size, dtype=dtype)
+
+
+def _kernels() -> Any:
+    # at the first call: `import kernels` must work where Triton is absent
+    from kernels.linear import kernel
+
+    return kernel
+
+
+_plans: dict[tuple[object, ...], Plan | None] = {}
+MOST_PLANS = 1024
+
+
+def _plan(a: Matrix, b: Matrix, d: Matrix, epilogue: Epilogue, alignment: int) -> Plan | None:
+    """Made once for each product; None where the library has no way, and PyTorch computes it."""
+    key = (a, b, d, epilogue, alignment, torch.cuda.current_device())
+    if key not in _plans:
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        try:
+            _plans[key] = Plan(a, b, d, epilogue, alignment)
+        except UnsupportedError as error:
+            log.warning("%s: PyTorch's operations compute it", error)
+            _plans[key] = None
+    return _plans[key]
+
+
+def _takes_cublaslt(x: Tensor, backend: str) -> bool:
+    """Rows of 16 bytes are the library's wish for its fast kernels, and no row at all is nothing
+    it computes."""
+    return backend == "cublaslt" and x.shape[1] % 8 == 0 and x.shape[0] > 0
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == HOPPER
+
+
+def _alignment(*tensors: Tensor | None) -> int:
+    together = 0
+    for tensor in tensors:
+        if tensor is not None:
+            together |= tensor.data_ptr()
+    return next((n for n in ALIGNMENTS if together % n == 0), 2)
