@@ -31,6 +31,7 @@ class Epilogue(IntEnum):
     bias = 4
     gelu_aux = 160
     gelu_aux_bias = 164
+    dgelu = 192  # times GELU's derivative of aux; scripts/bench_block.py times it
 
 
 class _Of(IntEnum):
