@@ -111,10 +111,10 @@ def prepare_theirs(text: Path, tokenizer: Path, folder: Path, workers: int, libr
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     inner = Tokenizer.from_file(str(tokenizer))
-    inner.encode_special_tokens = True
     end = load_tokenizer(tokenizer).end_of_text
 
     def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        inner.encode_special_tokens = True  # here: workers get a copy that has forgotten it
         found = inner.encode_batch_fast(rows["text"], add_special_tokens=False)
         return {"ids": [[*encoding.ids, end] for encoding in found]}
 
