@@ -26,8 +26,6 @@ def is_fp8(config: Config) -> bool:
     return config.precision.linear is not LinearKind.compute
 
 
-
-
 def check_precision(config: Config) -> None:
     """Refuse fp8 layers that cannot be built; `config` is resolved."""
     precision, data, parallel = config.precision, config.data, config.parallel
