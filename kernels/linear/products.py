@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels.linear import reference
 from kernels.linear.cublaslt import Epilogue, Matrix, Plan, UnsupportedError, available, row_major
@@ -143,6 +144,24 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     size = 0 if bias is None else bias.numel()
     return weight.new_empty(weight.shape, dtype=dtype), weight.new_empty(size, dtype=dtype)
+
+
+@register_flop_formula(
+    [torch.ops.flashtrain_linear.add_product, torch.ops.flashtrain_linear.gelu_product]
+)
+def _forward_flops(x: Any, weight: Any, *_: Any, **_options: Any) -> int:
+    """PyTorch's counter sees the op, not what it calls; arguments come as shapes."""
+    return 2 * x[0] * x[1] * weight[0]
+
+
+@register_flop_formula(torch.ops.flashtrain_linear.gelu_gradient)
+def _gelu_gradient_flops(dy: Any, weight: Any, *_: Any, **_options: Any) -> int:
+    return 2 * dy[0] * dy[1] * weight[1]
+
+
+@register_flop_formula(torch.ops.flashtrain_linear.weight_gradient)
+def _weight_gradient_flops(dy: Any, x: Any, *_: Any, **_options: Any) -> int:
+    return 2 * dy[0] * dy[1] * x[1]
 
 
 def _kernels() -> Any:

@@ -9,6 +9,7 @@ from flashtrain.config import PositionConfig, PositionKind, RopeScaling, RopeTyp
 from flashtrain.model.attention import Attention
 from flashtrain.model.gpt import GPT
 from flashtrain.model.init import init_weights
+from flashtrain.model.norm import StreamNorm
 from flashtrain.model.position import AlibiPosition, LearnedPosition, RotaryPosition, alibi_slopes
 from flashtrain.model.rope import rope_frequencies, rotate
 from kernels.attention import attention
@@ -141,6 +142,26 @@ def test_alibi_equals_an_explicit_bias_on_the_scores() -> None:
     assert_close(ours, torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v))
 
 
+class NoNorm(StreamNorm):
+    """Hands over what it gets."""
+
+    def __init__(self) -> None:
+        super().__init__(32, 1e-5, centers=False)
+
+    def add(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert branch is None
+        return x, x
+
+
+def added(attended: Attention, x: Tensor, position: Tensor | None) -> Tensor:
+    """What attention adds to the stream x, which is not normed."""
+    attended.qkv.fuses = attended.out.fuses = False
+    stream, branch = attended(NoNorm(), x, position)
+    assert branch is not None
+    assert torch.equal(stream, x)
+    return branch
+
+
 def test_a_shard_of_heads_takes_its_own_slopes() -> None:
     model, position = tiny(), PositionConfig(PositionKind.alibi)
     whole = build(model, position)
@@ -155,8 +176,8 @@ def test_a_shard_of_heads_takes_its_own_slopes() -> None:
         part.qkv.weight.data = torch.cat((q[rows], k[rows], v[rows]))
         part.out.weight.data = attended.out.weight.detach()[:, rows]
         part.first_head = first
-        total = total + part(x, slopes)
-    assert_close(total, attended(x, slopes))
+        total = total + added(part, x, slopes)
+    assert_close(total, added(attended, x, slopes))
 
 
 @pytest.mark.parametrize("kind", [PositionKind.learned, PositionKind.sinusoidal])
@@ -167,7 +188,7 @@ def test_vectors_on_q_k_v_equal_projecting_their_sum_with_x(kind: PositionKind) 
     attended = gpt.blocks[0].attention
     x = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(0))
     vectors = gpt.position(tokens.shape[1], CPU)
-    assert_close(attended(x, vectors), attended(x + vectors, None))
+    assert_close(added(attended, x, vectors), added(attended, x + vectors, None))
 
 
 def test_learned_positions_share_one_table_over_layers_and_grow_no_gradient_beyond_t() -> None:
