@@ -6,8 +6,8 @@
 
     passes     norms forward, backward, and backward with the norm once more; GELU's derivative with
                the sum over tokens, and with GELU once more; sums over tokens; casts of weights
-    products   of every layer: y, with GELU, added to the stream, dx, and dW in fp32 beside bf16
-               that is cast afterwards
+    products   of every layer: y, with GELU, added to the stream, dx, and dW as it is shipped, in
+               bf16 and cast, and in fp32
     halves     norm and MLP, forward and backward together
     ends       the embedding's rows and their gradient; AdamW's step on the largest matrix
 
@@ -206,6 +206,8 @@ def product_rows(size: Size) -> Iterator[Row]:
         small = compiled(lambda dy, x: (dy.t() @ x).float())
         run = partial(products.weight_gradient, dy, x, torch.float32, "cublaslt")
         yield row(f"{name} dW", size, run, partial(small, dy, x), flops=flops)
+        wide = partial(torch.mm, dy.t(), x, out_dtype=torch.float32)
+        yield row(f"{name} dW, fp32 product", size, wide, flops=flops)
 
 
 def ways(size: Size, count: int) -> None:

@@ -5,8 +5,8 @@
     norm_gelu_mlp   x + gelu(norm(x) U^T + u) D^T + d
 
 What they keep for backward is the stream and the results of products: a norm's output is written
-again by the kernel that differentiates the norm. Gradients of weights leave their products in the
-weights' dtype, fp32 for master weights, and are never rounded on the way.
+again by the kernel that differentiates the norm. Gradients of large weights leave their products
+in the weights' dtype, fp32 for master weights, and are never rounded on the way (tiles.py).
 
 Dims: N tokens, K input features, F output features (hidden ones of an MLP), E those after an MLP.
 """
