@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-Event = dict[str, Any]  # of a Chrome trace; times in microseconds
+from scripts.step_operators import PASSES, PRODUCTS, Event, bytes_moved, product_sizes
+
 Gaps = list[tuple[float, float]]
 
 RANGE = "flashtrain: "  # what the ranges that scripts/profile_step.py marks begin with
@@ -25,18 +26,6 @@ SPANS = ("cpu_op", "user_annotation")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 COMMUNICATION = ("FSDP::", "fsdp::", "c10d::", "_c10d_functional::", "symm_mem::", "nccl:", "gloo:")
-# operator -> which argument is its first factor
-PRODUCTS = {
-    "aten::mm": 0, "aten::bmm": 0, "aten::_scaled_mm": 0,
-    "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm": 1,
-    "flashtrain_linear::gelu_forward": 0, "flashtrain_linear::gelu_backward": 0,
-    "flashtrain_linear::weight_gradient": 0,
-}  # fmt: skip
-NORMS = ("flashtrain_norm::forward", "flashtrain_norm::backward")
-BYTES = {
-    "double": 8, "float": 4, "c10::BFloat16": 2, "c10::Half": 2, "c10::Float8_e4m3fn": 1,
-    "c10::Float8_e5m2": 1, "long int": 8, "int": 4, "bool": 1, "unsigned char": 1,
-}  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -230,7 +219,8 @@ def describe(
     total, duration = totals[part], one.end - one.start
     total.busy += duration
     total.kernels += 1
-    if operator is not None and operator["name"].startswith(("triton_", *NORMS)):
+    moved = None if operator is None else bytes_moved(operator)
+    if moved is not None:
         total.known += duration
     if operator is None or id(operator) in counted:
         return part
@@ -244,12 +234,7 @@ def describe(
         kind = kinds[PRODUCTS[operator["name"]]] if kinds else problem.dtype
         total.flops[kind] += 2.0 * math.prod(product)
     else:
-        pairs = zip(arguments.get("Input Dims", []), arguments.get("Input type", []), strict=False)
-        sizes = [math.prod(dims) * BYTES.get(kind, 0) for dims, kind in pairs if dims]
-        total.bytes += sum(sizes)
-        if operator["name"] in NORMS:  # whose results are no arguments, as those of others are
-            rows = sum(size == max(sizes) for size in sizes)
-            total.bytes += max(sizes) * (rows if operator["name"] == NORMS[0] else 1)
+        total.bytes += moved or 0.0
     return part
 
 
@@ -283,7 +268,9 @@ def part_of(
     if "AccumulateGrad" in " ".join(names):
         return Part("norms + elementwise", "sums of gradients"), None
     inner = next((span for span in one.stack if span["cat"] in SPANS), None)
-    fused = inner if inner is not None and inner["name"].startswith(("triton_", *NORMS)) else None
+    if inner is not None and inner["name"] in PASSES and place != "embedding":
+        return Part("norms + elementwise", PASSES[inner["name"]]), inner
+    fused = inner if inner is not None and inner["name"].startswith(("triton_", *PASSES)) else None
     if place == "head":
         return Part("head + loss", "rows"), fused
     if place == "embedding":
@@ -291,22 +278,6 @@ def part_of(
     if place in ("model", "norm"):
         return Part("norms + elementwise", "casts" if casts(one, problem) else way), fused
     return Part("other", "loss, counts"), fused
-
-
-def product_sizes(operator: Event) -> tuple[int, ...] | None:
-    """(batch, m, k, n) of [.., m, k] x [k, n]; None for what is no product of known shapes."""
-    shapes = operator.get("args", {}).get("Input Dims", [])
-    first = PRODUCTS.get(operator["name"])
-    if first is None or len(shapes) < first + 2 or min(map(len, shapes[first : first + 2])) < 2:
-        return None
-    *batch, m, k = shapes[first]
-    rows, columns = shapes[first + 1][-2:]
-    match operator["name"]:
-        case "flashtrain_linear::gelu_forward":  # x W^T
-            return 1, m, k, rows
-        case "flashtrain_linear::weight_gradient":  # dy^T x
-            return 1, k, m, columns
-    return math.prod(batch), m, k, columns
 
 
 def product_part(operator: Event, place: str, problem: Problem, *, backward: bool) -> Part:

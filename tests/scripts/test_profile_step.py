@@ -157,6 +157,40 @@ def test_backward_kernels_on_their_own_thread_go_by_node_and_shape() -> None:
     assert times[Part("MLP", "up: dW")] == 1
 
 
+def test_kernels_of_ours_have_names_and_their_products_count_apart() -> None:
+    trace = Trace()
+    trace.span(MODEL, 10, 10)
+    trace.operator("CompiledFunction", 11, 3, **{"Sequence number": 7})
+    node = f"{BACKWARD}: CompiledFunctionBackward"
+    trace.operator(node, 20, 60, tid=2, **{"Sequence number": 7, "Fwd thread id": 1})
+    half, single = "c10::BFloat16", "float"
+    dims: dict[str, list[Any]] = {
+        "gelu_gradient": [[128, 32], [32, 64], [128, 64], [], []],
+        "weight_gradient": [[128, 64], [128, 32], [], []],
+        "cast": [[64, 32], [64], [], []],
+    }
+    for at, (name, shapes) in zip((22, 40, 60), dims.items(), strict=True):
+        kind = single if name == "cast" else half
+        arguments = {"Input Dims": shapes, "Input type": [kind if s else "Scalar" for s in shapes],
+                     "Concrete Inputs": ["", "", "", "True", "True"]}  # fmt: skip
+        trace.operator(f"flashtrain_linear::{name}", at, 10, tid=2, **arguments)
+    product = {"Input Dims": [[128, 32], [32, 64]], "Input type": [half] * 2}
+    trace.operator("aten::mm", 23, 1, tid=2, **product)
+    trace.kernel("nvjet", 23.5, at=24, length=3, tid=2)
+    for start in (25, 26):  # GELU's derivative, and the sums over tokens
+        trace.kernel("gelu_backward_kernel", start, at=start + 3, length=1, tid=2)
+    trace.kernel("nvjet", 42, at=43, length=4, tid=2)
+    trace.kernel("cast_kernel", 62, at=63, length=2, tid=2)
+    problem = Problem({"up": (64, 32), "down": (32, 64)}, 128, 1e6, half)
+    totals = profile(trace.events, problem).totals
+    gelu = totals[Part("norms + elementwise", "GELU: backward")]
+    assert (gelu.time, gelu.bytes) == (2, 4 * 128 * 64 * 2)
+    assert totals[Part("MLP", "down: dx")].time == 3
+    assert totals[Part("MLP", "up: dW")].time == 4
+    casts = totals[Part("norms + elementwise", "casts")]
+    assert (casts.time, casts.bytes) == (2, 1.5 * 4 * (64 * 32 + 64))
+
+
 def test_only_waits_inside_the_steps_are_counted() -> None:
     trace = Trace()
     for at in (5, 20, 60, 101):  # in the first step, twice in the second, after the last
