@@ -145,12 +145,12 @@ def smaller(config: Config) -> list[tuple[str, Config]]:
         found.append(
             (f"data.micro_batch_size={micro // 2}", dataclasses.replace(config, data=half))
         )
-    for kind in (Recompute.selective, Recompute.full):
-        if trainer.recompute not in (kind, Recompute.full):
-            again = dataclasses.replace(trainer, recompute=kind)
-            found.append(
-                (f"trainer.recompute={kind.name}", dataclasses.replace(config, trainer=again))
-            )
+    kinds = list(Recompute)  # each keeps less than the one before
+    for kind in kinds[kinds.index(trainer.recompute) + 1 :]:
+        if kind is Recompute.selective and trainer.mlp_chunks > 1:  # refused, see layout.py
+            continue
+        again = dataclasses.replace(trainer, recompute=kind)
+        found.append((f"trainer.recompute={kind.name}", dataclasses.replace(config, trainer=again)))
     if parallel.shard == 1 and replicate > 1:
         cut = dataclasses.replace(parallel, shard=replicate, replicate=1)
         found.append(("parallel=fsdp", dataclasses.replace(config, parallel=cut)))

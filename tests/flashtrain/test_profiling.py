@@ -103,8 +103,8 @@ def test_the_parts_add_up_and_every_way_out_is_planned_as_it_would_run() -> None
     )
     ways = re.findall(r"(\S+) \(([\d.]+) GiB\)", said)
     assert [way.partition("=")[0] for way, _ in ways] == [
-        "data.micro_batch_size", "trainer.recompute", "trainer.recompute", "parallel",
-        "optimizer.moments",
+        "data.micro_batch_size", "trainer.recompute", "trainer.recompute", "trainer.recompute",
+        "parallel", "optimizer.moments",
     ]  # fmt: skip
     for way, planned in ways:
         there = predict_memory(load([*CASE, way], 4)).total / GIB
@@ -118,6 +118,7 @@ def test_ways_out_that_are_taken_already_are_not_named_again() -> None:
         "optimizer.moments=bf16",
     ]  # fmt: skip
     assert advice(load(least, 4), 0).endswith("Try more GPUs")
+    assert "recompute=selective" not in advice(load([*CASE, "trainer.mlp_chunks=2"], 4), 0)
     assert "parallel.shard" in advice(load([*CASE, "engine=deepspeed"], 4), 0)  # not predicted
 
 
