@@ -4,13 +4,14 @@
     python scripts/bench_checkpoint.py --json checkpoint.json --case "experiment=gpt_1.3b \\
         data.sequence_length=2048 data.batch_size=8 data.micro_batch_size=8"
 
-One process. In this order: as many steps without a save as lie between two (--every); the disk; a
-save that the loop waits for; the memory for saving beside training; as many steps with one such
-save at their beginning, and two saves more; every byte verified; the state loaded. The share of
-training time that saving takes is said twice: of the stall alone, and of all that those steps took
-longer. The disk: one file in pieces of 16 MiB, written and fsynced, read again; pages that are on
-the disk are dropped from the page cache before anything is read, and what the kernel then counts as
-read from a device is said. Room for two checkpoints is needed in --folder.
+One process. In this order, each part printed once it is known: steps without a save; the disk; a
+save that the loop waits for; the memory for saving beside training; saves with steps beside them,
+until the disk has each; every byte verified; the state loaded. The share of training time that a
+save every so many steps (--every) takes is said twice: of the stall alone, and of all that the
+steps beside a save took longer, a wait for a slow disk included. The disk: one file in pieces of
+16 MiB, written and fsynced, read again; pages that are on the disk are dropped from the page cache
+before anything is read, and what the kernel then counts as read from a device is said. Room for two
+checkpoints is needed in --folder.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ TINY = (
     "data.batch_size=2 data.micro_batch_size=2"
 )
 PIECE = 16 << 20
-SAVES = 3  # beside training
+WARMUP = 4  # untimed steps
+
+Row = dict[str, Any]
 
 
 class Bench:
@@ -152,47 +155,55 @@ def file_system(folder: Path) -> str:
     return f"{best[1]} at {best[0]}"
 
 
-def measure(bench: Bench, warmup: int, every: int, raw: int) -> dict[str, Any]:
-    bench.steps(warmup)
-    times = bench.steps(every)
-    alone = statistics.median(times)
-    row: dict[str, Any] = {"step s": alone, "disk": disk_speed(bench.folder, raw)}
+def measure(bench: Bench, every: int, steps: int, saves: int, raw: int) -> Iterator[Row]:
+    """Parts of the result, each as soon as it is known."""
+    bench.steps(WARMUP)
+    alone = statistics.median(bench.steps(steps))
+    yield {"step s": alone}
+    yield {"disk": disk_speed(bench.folder, raw)}
 
     waiting = bench.saver(asynchronous=False)
     stall = bench.save(waiting)
     saved = result(waiting)
     size = sum(file.stat().st_size for file in saved.path.iterdir())
-    row["checkpoint GiB"] = size / GIB
-    row["synchronous"] = {"stall s": stall, "save GiB/s": size / GIB / saved.written_s}
+    yield {"checkpoint GiB": size / GIB}
+    yield {"synchronous": {"stall s": stall, "save GiB/s": size / GIB / saved.written_s}}
     shutil.rmtree(saved.path)
 
     beside = bench.saver(asynchronous=True)
     began = time.perf_counter()
     beside.prepare(bench.engine.state())
-    during = bench.steps(every, until=lambda: not beside.busy)
+    preparing = bench.steps(every, until=lambda: not beside.busy)
     beside.finish()
-    prepared = time.perf_counter() - began
-    stalls = [bench.save(beside)]
-    meanwhile = bench.steps(every, until=lambda: not beside.busy)
-    after = bench.steps(every - len(meanwhile))
-    writes = [result(beside).written_s]
-    for _ in range(SAVES - 1):
-        bench.steps(1)
+    yield {
+        "memory": {
+            "made in s": time.perf_counter() - began,
+            "slowest step meanwhile s": max(preparing, default=None),
+        }
+    }
+
+    stalls, writes, meanwhile, longer = [], [], [], []
+    for _ in range(saves):
+        began = time.perf_counter()
         stalls.append(bench.save(beside))
+        times = bench.steps(every, until=lambda: not beside.busy)
         saved = result(beside)
         writes.append(saved.written_s)
-    longer = stalls[0] + sum(meanwhile) + sum(after) - sum(times)
-    row["asynchronous"] = {
-        "memory made in s": prepared,
-        "slowest step meanwhile s": max(during, default=None),
-        "stall s": statistics.median(stalls),
-        "longest stall s": max(stalls),
-        "copy GiB/s": size / GIB / statistics.median(stalls),
-        "save GiB/s": size / GIB / statistics.median(writes),
-        "steps meanwhile": len(meanwhile),
-        "median step meanwhile s": statistics.median(meanwhile) if meanwhile else None,
-        f"longest stall, share of {every} steps": max(stalls) / (every * alone),
-        f"with a save, {every} steps take longer by, share": longer / sum(times),
+        meanwhile += times
+        longer.append(time.perf_counter() - began - len(times) * alone)
+    yield {
+        "asynchronous": {
+            "stall s": statistics.median(stalls),
+            "longest stall s": max(stalls),
+            "copy GiB/s": size / GIB / statistics.median(stalls),
+            "write s": statistics.median(writes),
+            "save GiB/s": size / GIB / statistics.median(writes),
+            "steps meanwhile": len(meanwhile) / saves,
+            "median step meanwhile s": statistics.median(meanwhile) if meanwhile else None,
+            f"longest stall, share of {every} steps": max(stalls) / (every * alone),
+            f"with a save, {every} steps take longer by, share": statistics.median(longer)
+            / (every * alone),
+        }
     }
     beside.close()
 
@@ -207,26 +218,25 @@ def measure(bench: Bench, warmup: int, every: int, raw: int) -> dict[str, Any]:
     bench.engine.loaded()
     synchronize(bench.device)
     loaded = time.perf_counter() - began
-    row["load"] = {
-        "verify s": verified,
-        "verify GiB/s": size / GIB / verified,
-        "share read from a device": share,
-        "load after that s": loaded,
-        "both GiB/s": size / GIB / (verified + loaded),
+    yield {
+        "load": {
+            "verify s": verified,
+            "verify GiB/s": size / GIB / verified,
+            "share read from a device": share,
+            "load after that s": loaded,
+            "both GiB/s": size / GIB / (verified + loaded),
+        }
     }
-    return row
 
 
-def show(row: dict[str, Any], indent: str = "") -> None:
+def show(row: Row, indent: str = "") -> None:
     for key, value in row.items():
+        said = "" if isinstance(value, dict) else "unknown" if value is None else f"{value}"
+        if isinstance(value, float):
+            said = f"{value:.2%}" if "share" in key else f"{value:.4g}"
+        print(f"{indent}{key:<54}{said}", flush=True)
         if isinstance(value, dict):
-            print(f"{indent}{key}")
             show(value, indent + "  ")
-        elif "share" in key and value is not None:
-            print(f"{indent}{key:<54}{value:.2%}")
-        else:
-            print(f"{indent}{key:<54}{value:.4g}" if isinstance(value, float | int)
-                  else f"{indent}{key:<54}{'unknown' if value is None else value}")  # fmt: skip
 
 
 def main() -> int:
@@ -236,8 +246,9 @@ def main() -> int:
     )
     add = parser.add_argument
     add("--case", default=TINY, help="Hydra overrides (default: a tiny model)")
-    add("--warmup", type=int, default=4, metavar="N", help="untimed steps (default %(default)s)")
     add("--every", type=int, default=100, metavar="N", help="steps from a save to the next one")
+    add("--steps", type=int, default=20, metavar="N", help="without a save (default %(default)s)")
+    add("--saves", type=int, default=3, metavar="N", help="beside steps (default %(default)s)")
     add("--raw-gib", type=float, default=None, help="of the disk's file (default: 4, CPU 0.25)")
     add("--folder", type=Path, help="on the disk to be measured (default: a temporary one)")
     add("--json", type=Path, help="write the figures and the environment here")
@@ -254,21 +265,28 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=options.folder) as temporary:
         bench = Bench(config, device, Path(temporary))
         raw = options.raw_gib or (4.0 if cuda else 0.25)
-        row = measure(bench, options.warmup, options.every, int(raw * GIB))
-        bench.loader.close()
-        environment = {
-            "case": options.case,
-            "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
-            "cores": len(os.sched_getaffinity(0)),
-            "file system": file_system(Path(temporary)),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "date": time.strftime("%Y-%m-%d"),
-            "whole bench s": time.perf_counter() - began,
+        row: Row = {
+            "environment": {
+                "case": options.case,
+                "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+                "cores": len(os.sched_getaffinity(0)),
+                "file system": file_system(Path(temporary)),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "date": time.strftime("%Y-%m-%d"),
+                "load": os.getloadavg()[0],
+            }
         }
-    show({**environment, **row})
+        show(row)
+        parts = measure(bench, options.every, options.steps, options.saves, int(raw * GIB))
+        for part in parts:
+            show(part)
+            row |= part
+        bench.loader.close()
+    whole = {"whole bench s": time.perf_counter() - began}
+    show(whole)
     if options.json:
-        options.json.write_text(json.dumps({"environment": environment, **row}, indent=2))
+        options.json.write_text(json.dumps({**row, **whole}, indent=2))
     return 0
 
 

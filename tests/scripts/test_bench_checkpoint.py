@@ -31,7 +31,18 @@ def test_every_figure_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     disk, file = tmp_path / "disk", tmp_path / "figures.json"
     disk.mkdir()
     case = f"{module.TINY} model.d_model=32 model.n_layers=1 model.vocabulary=64"
-    arguments = ["--warmup", "1", "--every", "3", "--raw-gib", "0.01", "--folder", str(disk)]
+    arguments = [
+        "--steps",
+        "2",
+        "--saves",
+        "2",
+        "--every",
+        "3",
+        "--raw-gib",
+        "0.01",
+        "--folder",
+        str(disk),
+    ]
     arguments += ["--case", case, "--json", str(file)]
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     assert module.main() == 0
