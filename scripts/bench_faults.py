@@ -16,6 +16,7 @@ import contextlib
 import json
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -53,7 +54,7 @@ DISK_MB = 64
 class Tally:
     injected: Counter[str] = field(default_factory=Counter)
     survived: Counter[str] = field(default_factory=Counter)
-    redone: list[int] = field(default_factory=list)  # steps trained twice, where any may be
+    redone: dict[str, list[int]] = field(default_factory=dict)  # steps trained twice, by kind
     recovery_s: list[float] = field(default_factory=list)  # from a start to its first step
     stopping_s: list[float] = field(default_factory=list)  # from SIGTERM to the end
     fault_s: list[float] = field(default_factory=list)  # from one fault to the next
@@ -89,8 +90,7 @@ def resumed(run: Run, tally: Tally, expected: Expected | None) -> bool:
             tally.survived[expected.kind] += 1
         else:
             print(f"lost: {expected}, and the run went on from step {came_back}", flush=True)
-        if expected.kind != "SIGTERM":
-            tally.redone.append(expected.reached - came_back)
+        tally.redone.setdefault(expected.kind, []).append(expected.reached - came_back)
     return True
 
 
@@ -210,12 +210,15 @@ def small_disk(wanted: bool) -> Iterator[Path]:
                 subprocess.run(["umount", "--lazy", name], check=True)
 
 
-def report(tally: Tally) -> None:
+def report(tally: Tally, every: int) -> None:
+    print(f"steps trained twice: median and most, with a checkpoint every {every}")
     for kind, injected in sorted(tally.injected.items()):
-        print(f"{kind:34} {tally.survived[kind]:4} of {injected:4} survived")
+        redone = tally.redone.get(kind)
+        twice = f", {statistics.median(redone):g} and {max(redone)} twice" if redone else ""
+        print(f"{kind:34} {tally.survived[kind]:4} of {injected:4} survived{twice}")
     print(f"runs bit-equal to the undisturbed one: {tally.equal} of {tally.runs}")
     for name, values in (
-        ("steps trained twice per fault", tally.redone),
+        ("steps trained twice per fault", [n for steps in tally.redone.values() for n in steps]),
         ("seconds from a start to its first step", tally.recovery_s),
         ("seconds from SIGTERM to the end", tally.stopping_s),
         ("seconds per fault", tally.fault_s),
@@ -251,6 +254,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures there")
     effective_time.add_arguments(parser)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left behind
     results: dict[str, object] = {}
     good = True
     if arguments.corruptions:
@@ -270,7 +274,7 @@ def main() -> int:
     if arguments.faults:
         with small_disk(FULL in arguments.only) as folder:
             tally = bench(arguments.faults, arguments.every, arguments.seed, folder, arguments.only)
-        report(tally)
+        report(tally, arguments.every)
         results["faults"] = vars(tally)  # asdict does not copy a Counter
         good = good and tally.survived == tally.injected and tally.equal == tally.runs > 0
     if arguments.node_losses:

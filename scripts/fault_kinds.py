@@ -1,5 +1,6 @@
 """The run that bench_faults.py breaks, and the ways in which it does."""
 
+import atexit
 import contextlib
 import json
 import os
@@ -48,6 +49,7 @@ class Run:
         self.process: subprocess.Popen[bytes] | None = None
         self.began = 0.0  # wall clock of the latest start
         self.damaged: set[int] = set()  # inodes of checkpoints that `damage` has touched
+        atexit.register(lambda: self.goes_on() and self.kill_all())  # should the bench be ended
 
     def start(self, restarts: int = 0, wandb: "Silence | None" = None) -> None:
         """restarts: how often the launcher may start again by itself. wandb: its server."""
