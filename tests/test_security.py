@@ -15,6 +15,7 @@ from flashtrain.checkpoint.integrity import MANIFEST, _seal, checksum
 from flashtrain.config import ConfigError
 from flashtrain.data.manifest import Manifest
 from flashtrain.data.mapped import DataError
+from flashtrain.data.shards import TokenShards
 from flashtrain.secrets_check import refuse_secrets
 from tests.faults.runs import make_tokens, settings
 from tests.flashtrain.checkpoint.emulate import save_whole
@@ -135,6 +136,29 @@ def test_a_manifest_cannot_name_a_file_elsewhere(tmp_path: Path, name: str) -> N
         verify(path)
 
 
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "rng.json", MANIFEST])
+def test_a_file_of_a_checkpoint_cannot_be_a_link_elsewhere(tmp_path: Path, name: str) -> None:
+    """Though it holds the very bytes."""
+    path = save_whole(tmp_path / "run", 1)
+    (path / name).rename(tmp_path / "elsewhere")
+    (path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=f"{name} is a link"):
+        verify(path)
+
+
+def test_a_checkpoint_that_is_a_link_is_deleted_as_a_link(tmp_path: Path) -> None:
+    """Now, and when an earlier run died meanwhile."""
+    elsewhere = save_whole(tmp_path / "other", 1)
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("step-00000001", "step-00000002.tmp"):
+        (run / name).symlink_to(elsewhere)
+    for step in (3, 4):
+        save_whole(run, step)  # keeps two
+    assert sorted(path.name for path in run.iterdir()) == ["step-00000003", "step-00000004"]
+    verify(elsewhere)
+
+
 @pytest.mark.parametrize("key", ["name", "xxh3"])
 @pytest.mark.parametrize("value", ["../secret", "/etc/passwd", "a/b", "..", "", "a\x00b", 7, None])
 def test_a_manifest_of_tokens_cannot_either(tmp_path: Path, key: str, value: object) -> None:
@@ -145,6 +169,19 @@ def test_a_manifest_of_tokens_cannot_either(tmp_path: Path, key: str, value: obj
     (folder / "manifest.json").write_text(json.dumps(tree))
     with pytest.raises(DataError, match=r"no plain file name|lacks or misnames"):
         Manifest.load(folder)
+
+
+def test_a_shard_cannot_be_a_link_elsewhere(tmp_path: Path) -> None:
+    folder = make_tokens(tmp_path)
+    shard = folder / "train-00000.bin"
+    shard.rename(folder / "moved.bin")
+    shard.symlink_to("moved.bin")
+    TokenShards(folder)
+    (folder / "moved.bin").rename(tmp_path / "moved.bin")
+    shard.unlink()
+    shard.symlink_to(tmp_path / "moved.bin")
+    with pytest.raises(DataError, match="leads out of its folder"):
+        TokenShards(folder)
 
 
 def test_a_tensor_cannot_lie_in_a_file_that_is_not_listed(tmp_path: Path) -> None:

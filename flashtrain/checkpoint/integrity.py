@@ -105,6 +105,7 @@ def read_manifest(folder: Path) -> Manifest:
     format that this version does not know.
     """
     try:
+        _refuse_link(folder / MANIFEST)
         raw = (folder / MANIFEST).read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f"{MANIFEST} is missing") from error
@@ -202,6 +203,7 @@ def file_faults(folder: Path, files: dict[str, FileRecord]) -> list[str]:
     for name, record in files.items():
         path = folder / name
         try:
+            _refuse_link(path)
             size = path.stat().st_size
             if size != record.bytes:
                 faults.append(f"{name} has {size} bytes instead of {record.bytes}")
@@ -209,6 +211,15 @@ def file_faults(folder: Path, files: dict[str, FileRecord]) -> list[str]:
                 faults.append(f"{name} is damaged: its checksum does not fit the manifest")
         except FileNotFoundError:
             faults.append(f"{name} is missing")
+        except CheckpointError as error:
+            faults.append(str(error))
         except OSError as error:
             faults.append(f"{name} cannot be read: {error.strerror}")
     return faults
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise CheckpointError(
+            f"{path.name} is a link, which may lead anywhere: put the file itself in its place"
+        )

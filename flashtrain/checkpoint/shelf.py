@@ -148,7 +148,7 @@ def clean(folder: Path) -> None:
     """Remove what crashed runs left half-written or half-deleted."""
     restore_replaced(folder)
     for path in folder.glob("step-*.tmp"):
-        shutil.rmtree(path)
+        _delete(path)
 
 
 def prune(folder: Path, keep: Retention) -> None:
@@ -175,7 +175,15 @@ def remove(path: Path) -> None:
     doomed = path.with_name(path.name + ".tmp")
     os.rename(path, doomed)
     sync_folder(path.parent)
-    shutil.rmtree(doomed)
+    _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    """Of a link, the link: what it leads to is somebody else's."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _set_aside(path: Path, why: str) -> Path:

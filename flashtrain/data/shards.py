@@ -79,6 +79,8 @@ class TokenShards(MappedTokens):
         path = self.folder / file.name
         if not path.is_file():
             raise DataError(f"{path} is named in {MANIFEST} but is not there; copy it or {PREPARE}")
+        if path.resolve().parent != self.folder.resolve():
+            raise DataError(f"{path} is a link that leads out of its folder: copy the file there")
         size = path.stat().st_size
         if size != file.bytes:
             raise DataError(
