@@ -88,7 +88,7 @@ def everything(
     else:
         exact += 2 * stream * 4  # the norms' fp32 copies of it
     if not compiled:
-        if model.norm is Norm.rmsnorm:
+        if model.norm is Norm.rmsnorm and not plain:
             exact += 2 * stream * 4  # and normalised
         if model.mlp is Mlp.swiglu:
             numbers += sizes.hidden  # silu(gate)

@@ -8,12 +8,15 @@ from torch import Tensor
 
 from flashtrain.build import build_model
 from flashtrain.config import Config, Recompute
+from flashtrain.engine.recompute import recompute_blocks
 from flashtrain.model.gpt import n_parameters
 from flashtrain.parallel.mesh import SINGLE
 from flashtrain.planning.activations import everything, kept
 from flashtrain.planning.memory import Memory, predict_memory
 from flashtrain.planning.sizes import sizes_of
+from kernels.linear import op, tiles
 from tests.flashtrain.planning.measured import MEASURED, config_of
+from tests.kernels.interpreter import interpreted
 
 LLAMA = "experiment=llama_8b data.batch_size=64 data.micro_batch_size=1"
 TINY = (
@@ -36,6 +39,8 @@ def kept_by_autograd(config: Config, backend: str | None) -> int:
     """Bytes that one block's forward keeps, beside parameters and tables of positions."""
     torch._dynamo.reset()
     model = build_model(config, SINGLE, torch.device("cpu"))
+    if config.trainer.recompute is Recompute.light:
+        recompute_blocks(model, Recompute.light)
     block = model.blocks[0]
     if backend is not None:
         block.compile(dynamic=False, backend=backend)
@@ -60,18 +65,18 @@ def kept_by_autograd(config: Config, backend: str | None) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
 
 
+BLOCKS = [
+    "position=gpt2 model.bias=true",
+    "position=rope",
+    "position=none model.norm=rmsnorm model.mlp=swiglu model.n_kv_heads=2 model.d_ff=384",
+    "position=none model.mlp=relu2",
+]
+
+
 @pytest.mark.parametrize(
     ("precision", "backend"), [("bf16", None), ("fp32", None), ("bf16", PARTITIONED)]
 )
-@pytest.mark.parametrize(
-    "model",
-    [
-        "position=gpt2 model.bias=true",
-        "position=rope",
-        "position=none model.norm=rmsnorm model.mlp=swiglu model.n_kv_heads=2 model.d_ff=384",
-        "position=none model.mlp=relu2",
-    ],
-)
+@pytest.mark.parametrize("model", BLOCKS)
 def test_a_block_keeps_what_the_formula_says(
     model: str, precision: str, backend: str | None
 ) -> None:
@@ -79,6 +84,21 @@ def test_a_block_keeps_what_the_formula_says(
     sizes = sizes_of(config)
     said = kept(config, sizes, compiled=backend is not None, views=False, plain=False)
     assert kept_by_autograd(config, backend) == pytest.approx(said, rel=0.02)
+
+
+@pytest.mark.parametrize("recompute", ["none", "light"])
+@pytest.mark.parametrize("model", [BLOCKS[0], BLOCKS[2]])
+def test_a_block_of_plain_layers_keeps_what_the_formula_says(
+    model: str, recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the passes of kernels/ as on a GPU, in Triton's interpreter."""
+    config = config_of(f"{TINY} {model} precision=bf16 trainer.recompute={recompute}")
+    monkeypatch.setattr(op, "resolve", lambda *_: "triton")
+    monkeypatch.setattr(tiles, "cast_block", lambda _: 2**16)  # or it takes minutes
+    with interpreted("kernels.linear.kernel", "kernels.norm.kernel"):
+        found = kept_by_autograd(config, None)
+    said = kept(config, sizes_of(config), compiled=False, views=False, plain=True)
+    assert found == pytest.approx(said, rel=0.02)
 
 
 def test_recomputing_a_block_keeps_its_input_alone() -> None:
