@@ -1,7 +1,7 @@
 """Text from a trained run or an imported model, whatever layout wrote the checkpoint.
 
     python scripts/generate.py run=runs/shakespeare-1a2b3c4d prompt="ROMEO:" tokens=200
-    python scripts/generate.py run=runs/gpt2 prompt="One" prompt="Two" temperature=0 stop="\\n\\n"
+    python scripts/generate.py run=runs/gpt2 prompt="One" prompt="Two" temperature=0 stop=$'\\n\\n'
     torchrun --nproc-per-node 2 scripts/generate.py run=runs/llama prompt="Once"   # tensor parallel
 
 run          a run folder (its newest valid checkpoint) or one checkpoint folder inside it
@@ -9,7 +9,8 @@ prompt       the text to go on from (default: a line break); several make a batc
 tokens       how many to draw at most (default 200)
 temperature  0 takes the likeliest token always (default 0.8)
 top_k top_p min_p  cut the tail of the distribution (default: off)
-stop         a string at which the text ends, shown without it; several may be given
+stop         a string at which the text ends, shown without it; several may be given (a shell writes
+             line breaks as $'\\n')
 end          false goes on past the end of a text (default true)
 seed         another number, another text (default 0); prompt n of a batch takes seed + n
 

@@ -108,7 +108,6 @@ def theirs(model: Any) -> Tensor:
 def ours(path: Path) -> Tensor:
     """Logits of a checkpoint, on the tensor ranks there are."""
     config = from_dict(checkpoint.read_meta(path)["config"])
-    config = dataclasses.replace(config)
     axis = build_mesh(dist.get_world_size()).tensor if dist.is_initialized() else SINGLE
     model = build_model(config, axis, torch.device("cpu"))
     checkpoint.load(path, checkpoint.collect(model))
