@@ -262,7 +262,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
     parser.add_argument("--heads", type=int, default=8 if cuda else 4, help="heads")
     parser.add_argument("--head-size", type=int, default=64, help="numbers of a head (default 64)")
-    parser.add_argument("--repeats", type=int, default=10 if cuda else 3, help="timings, the best counts")
+    parser.add_argument("--repeats", type=int, default=10 if cuda else 3, help="timings; best of")
     parser.add_argument(
         "--picture", type=Path, help="traffic, memory and time over the length, into this .svg"
     )
