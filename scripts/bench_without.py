@@ -2,6 +2,7 @@
 
     python scripts/bench_without.py                               # gpt2_124m, 12 steps of each
     python scripts/bench_without.py --models 350m 1.3b --steps 8
+    python scripts/bench_without.py --only stream light            # two of them, about 100 s
     python scripts/bench_without.py --case "experiment=llama_1b data.sequence_length=2048 ..."
 
 Without a part the model computes it as torch.compile does, or as PyTorch's own kernel; without
@@ -70,13 +71,18 @@ def _torchs_own(*given: Any, moments: torch.dtype, **options: Any) -> torch.opti
     return torch.optim.AdamW(*given, **options)
 
 
-def measured(case: str, steps: int, measure: Callable[..., dict[str, Any]]) -> None:
+def measured(
+    case: str, steps: int, only: list[str], measure: Callable[..., dict[str, Any]]
+) -> None:
     """Print a line for each."""
     device = torch.device("cuda", 0)
-    cases: list[tuple[str, tuple[str, ...], str]] = [("with everything", (), "")]
-    cases += [(f"without {part}", (part,), "") for part in PARTS]
-    cases += [("without all", PARTS, ""), ("light", (), " trainer.recompute=light")]
-    for name, parts, more in [*cases, cases[0]]:
+    everything: tuple[str, tuple[str, ...], str] = ("with everything", (), "")
+    cases = [(f"without {part}", (part,), "") for part in PARTS if part in only]
+    if "all" in only:
+        cases.append(("without all", PARTS, ""))
+    if "light" in only:
+        cases.append(("light", (), " trainer.recompute=light"))
+    for name, parts, more in [everything, *cases, everything]:
         if "graph" in parts:
             more += " trainer.cuda_graph=off"
         try:
@@ -95,6 +101,8 @@ def main() -> int:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["124m"], help="which")
     parser.add_argument("--case", help="Hydra overrides of another one, in place of --models")
+    names = (*PARTS, "all", "light")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="some of them")
     parser.add_argument("--steps", type=int, default=12, help="timed steps of each (default 12)")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -102,7 +110,7 @@ def main() -> int:
         return 2
     for case in [options.case] if options.case else [MODELS[name] for name in options.models]:
         print(case)
-        measured(case, options.steps, bench_train.measure)
+        measured(case, options.steps, options.only, bench_train.measure)
     return 0
 
 
