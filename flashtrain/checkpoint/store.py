@@ -247,7 +247,7 @@ def load(path: Path, state: State) -> None:
         scalar.fill_(scalars[name])
 
 
-def _parameter(name: str) -> str:
+def parameter_of(name: str) -> str:
     """The parameter that `model/<parameter>` or `optimizer/<key>/<parameter>` is of."""
     return name.split("/", 2 if name.startswith("optimizer/") else 1)[-1]
 
@@ -257,7 +257,9 @@ def _refuse_mismatch(path: Path, state: State, manifest: Manifest, scalars: dict
     saved |= {name: ([], "scalar") for name in scalars}
     if not any(name.startswith("optimizer/") for name in state.tensors):  # weights alone, to sample
         saved = {name: item for name, item in saved.items() if not name.startswith("optimizer/")}
-    saved = {name: item for name, item in saved.items() if _parameter(name) not in state.elsewhere}
+    saved = {
+        name: item for name, item in saved.items() if parameter_of(name) not in state.elsewhere
+    }
     wanted = {name: (list(t.shape), t.dtype) for name, t in state.tensors.items()}
     wanted |= {name: ([], "scalar") for name in state.scalars}
     problems = []

@@ -2,11 +2,14 @@
 
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from flashtrain.claim import LOCK, claim
+from flashtrain.config import ConfigError
 from tests.faults import runs
 from tests.faults.runs import LAUNCH, TORCHRUN, TRAIN, Process
 
@@ -90,10 +93,22 @@ def test_a_node_joins_and_is_lost_and_the_run_goes_on(tokens: Path, tmp_path: Pa
     assert done == list(range(1, len(done) + 1))
 
 
-def test_the_same_command_twice_at_once_is_refused(tokens: Path, tmp_path: Path) -> None:
-    from flashtrain.claim import LOCK, claim
-    from flashtrain.config import ConfigError
+def test_a_folder_that_cannot_be_written_to_is_refused_at_start(tmp_path: Path) -> None:
+    """Which root can write to, whatever its permissions say: a disk mounted read-only."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "test", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("no right to mount a disk")
+    try:
+        for run in (disk, disk / "run"):
+            with pytest.raises(ConfigError, match=f"run_dir={run} cannot be written to"):
+                claim(run)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
+
+def test_the_same_command_twice_at_once_is_refused(tokens: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     holder = "import sys, time; from pathlib import Path; from flashtrain.claim import claim; "
     holder += "claim(Path(sys.argv[1])); time.sleep(100)"

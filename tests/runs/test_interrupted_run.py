@@ -23,14 +23,15 @@ SAVING = ["checkpoint.every=1"]
 @pytest.mark.parametrize(
     ("number", "meanwhile"),
     [
+        (None, ["trainer.time_limit=0.05"]),
         (signal.SIGTERM, []),
         (signal.SIGINT, []),
         (signal.SIGUSR1, EVALUATION),
         (signal.SIGTERM, SAVING),
     ],
 )
-def test_a_signal_saves_and_ends_with_success(
-    number: signal.Signals, meanwhile: list[str], tmp_path: Path
+def test_a_signal_or_the_clock_saves_and_ends_with_success(
+    number: signal.Signals | None, meanwhile: list[str], tmp_path: Path
 ) -> None:
     text = "\n\n".join(f"the quick brown fox jumps over {n} lazy dogs" for n in range(1500))
     (tmp_path / "text.txt").write_text(text)
@@ -49,8 +50,9 @@ def test_a_signal_saves_and_ends_with_success(
         start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
-        _wait_for_a_step(run, process)
-        os.kill(process.pid, number)  # the launcher alone: it hands the signal on
+        if number is not None:
+            _wait_for_a_step(run, process)
+            os.kill(process.pid, number)  # the launcher alone: it hands the signal on
         said, _ = process.communicate(timeout=LIMIT)
     finally:
         if process.poll() is None:
@@ -64,8 +66,9 @@ def test_a_signal_saves_and_ends_with_success(
     assert saved[-1] == f"step-{last:08d}"
     assert len(saved) == (2 if meanwhile == SAVING else 1)  # and nothing half-written
     assert not [row for row in rows if row["step"] == last and "validation/loss" in row]
-    assert f"{number.name}: saved step {last}" in said
-    assert json.loads((run / "ended.json").read_text()) == {"why": number.name}
+    why = "the time limit" if number is None else number.name
+    assert f"{why}: saved step {last}; the same command goes on from there" in said
+    assert json.loads((run / "ended.json").read_text()) == {"why": why}
 
 
 def _wait_for_a_step(run: Path, process: "subprocess.Popen[str]") -> None:
