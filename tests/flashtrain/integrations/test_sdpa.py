@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flashtrain.integrations import sdpa
 from tests.accuracy import assert_as_accurate
-from tests.kernels.attention.conftest import interpreted
+from tests.kernels.interpreter import interpreted
 
 CASES = {
     "causal": dict(T=130, S=130, D=64, options=dict(is_causal=True)),
@@ -127,7 +127,7 @@ def test_the_overrides_on_the_cpu(causal: bool, calls: list[str]) -> None:
 
     handle = sdpa.Handle("CPU")
     try:
-        with interpreted():
+        with interpreted("kernels.attention.portable"):
             ours = run(given, "cpu", torch.float32, flash, is_causal=causal)
     finally:
         handle.remove()

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.accuracy import assert_as_accurate
 from tests.kernels.attention.cases import CASES, Case, Inputs, inputs_of, run, run_reference
-from tests.kernels.attention.conftest import Platform
+from tests.kernels.interpreter import Platform
 
 # what float16 and, on GPUs, float32 add over the dtype the other cases run in
 FEW = ("causal", "cross, more keys", "alibi", "everything", "bias of pairs", "everything and more")

@@ -7,8 +7,8 @@ from torch import Tensor
 from kernels.attention import attention, attention_block_backward
 from tests.accuracy import assert_as_accurate
 from tests.kernels.attention.cases import Case, Inputs, inputs_of, run_reference
-from tests.kernels.attention.conftest import Platform
 from tests.kernels.attention.test_accuracy import float32_terms
+from tests.kernels.interpreter import Platform
 
 CASES = {
     "grouped": Case(T=64, S=64, B=2, H=4, H_kv=2, options={"causal": True}),

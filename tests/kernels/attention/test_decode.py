@@ -11,7 +11,7 @@ from kernels.attention import attention, attention_decode
 from kernels.attention.decode import attention_decode_op
 from kernels.attention.decode_reference import decode_reference
 from tests.accuracy import assert_as_accurate
-from tests.kernels.attention.conftest import Platform
+from tests.kernels.interpreter import Platform
 
 NAN = float("nan")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.attention import attention
 from kernels.attention.dropout import keep_mask, philox
-from tests.kernels.attention.conftest import Platform
+from tests.kernels.interpreter import Platform
 
 FULL = 0xFFFFFFFF
 

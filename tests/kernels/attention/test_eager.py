@@ -9,7 +9,7 @@ from kernels.attention import attention
 from kernels.attention.eager import is_plain
 from kernels.attention.op import _judged
 from tests.kernels.attention.cases import CASES, inputs_of, run
-from tests.kernels.attention.conftest import Platform
+from tests.kernels.interpreter import Platform
 
 
 class Seen(TorchDispatchMode):

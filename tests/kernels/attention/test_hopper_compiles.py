@@ -10,8 +10,8 @@ from kernels.attention import attention
 from kernels.attention.hopper.tiles import BACKWARD
 from tests.kernels.attention.cases import Case, inputs_of
 from tests.kernels.attention.compile_gluon import Built, compile_launch
-from tests.kernels.attention.conftest import interpreted
 from tests.kernels.attention.hopper_calls import passes_of
+from tests.kernels.interpreter import interpreted
 
 SHARED_LIMIT = 232_448  # bytes a program may use on sm_90
 # ptxas' words for products that run one after the other instead of at the same time
@@ -40,7 +40,7 @@ CALLS = {  # at 1152 queries three consumers of 64 rows are taken, where they ar
 @pytest.fixture(autouse=True, scope="module")
 def after_the_interpreter() -> None:
     """As other tests of the same process run it before: it must leave nothing behind."""
-    with interpreted():
+    with interpreted("kernels.attention.portable"):
         q = torch.randn(1, 16, 2, 16)
         attention(q, q, q, causal=True, backend="triton")
 

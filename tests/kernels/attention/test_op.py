@@ -12,7 +12,7 @@ from kernels.attention import attention, explain
 from kernels.attention.ranges import document_bounds, document_ids, key_range
 from kernels.attention.registration import attention_backward, attention_forward
 from tests.kernels.attention.cases import CASES, Case, inputs_of, run, run_by
-from tests.kernels.attention.conftest import Platform
+from tests.kernels.interpreter import Platform
 
 
 def qkv(*shape: int, **options: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from tests.kernels.attention.cases import Case, inputs_of
-from tests.kernels.attention.conftest import Platform
 from tests.kernels.attention.test_accuracy import check
+from tests.kernels.interpreter import Platform
 
 
 @st.composite

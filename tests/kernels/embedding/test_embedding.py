@@ -9,9 +9,8 @@ from torch.nn import functional as F
 
 from kernels.embedding import embedding
 from tests.accuracy import assert_as_accurate
-from tests.kernels.embedding.conftest import Platform
+from tests.kernels.interpreter import Platform
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
 # tokens: how long runs of equal ones are decides who adds up what
 KINDS = ("all words once", "one word", "two words", "natural", "long runs", "few")
 

@@ -21,7 +21,7 @@ from kernels.fp8_cast import (
     cast_tensorwise,
 )
 from kernels.fp8_cast.reference import FLOOR
-from tests.kernels.fp8_cast.conftest import Platform
+from tests.kernels.interpreter import Platform
 
 SHAPES = [(1, 1), (16, 32), (17, 40), (5, 130), (70, 3)]
 FORMATS = pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])

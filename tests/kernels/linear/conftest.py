@@ -1,18 +1,13 @@
 """Where these tests run: plain PyTorch, the passes in Triton's interpreter, or a GPU's backends."""
 
-import importlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
 
 import pytest
 import torch
 
 from kernels.linear.products import HOPPER
-from tests.kernels.attention.conftest import interpreted, poisoned_memory
-
-__all__ = ["Place", "place", "poisoned_memory"]
+from tests.kernels.interpreter import interpreted
 
 KERNELS = ("kernels.linear.kernel", "kernels.norm.kernel")  # the first one calls the second
 
@@ -53,22 +48,5 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     if found.on_gpu or found.backend == "torch":
         yield found
         return
-    with interpreted():
-        before = _take_out()
-        try:
-            yield found
-        finally:
-            _take_out()
-            for name, module in before.items():
-                sys.modules[name] = module
-                package, _, leaf = name.rpartition(".")
-                setattr(importlib.import_module(package), leaf, module)
-
-
-def _take_out() -> dict[str, ModuleType]:
-    """Forget the compiled kernels, so that they are imported, and decorated, afresh."""
-    found = {name: sys.modules.pop(name) for name in KERNELS if name in sys.modules}
-    for name in found:
-        package, _, leaf = name.rpartition(".")
-        delattr(importlib.import_module(package), leaf)
-    return found
+    with interpreted(*KERNELS):
+        yield found

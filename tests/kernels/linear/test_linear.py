@@ -14,7 +14,6 @@ from kernels.linear.products import HOPPER
 from tests.accuracy import assert_as_accurate
 from tests.kernels.linear.conftest import Place
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
 EPS = 1e-5
 Results = tuple[Tensor, ...]
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.accuracy import assert_as_accurate
+from tests.kernels.interpreter import Platform
 from tests.kernels.linear_cross_entropy.cases import (
     CASES,
     SCALE,
@@ -18,7 +19,6 @@ from tests.kernels.linear_cross_entropy.cases import (
     run_loss,
     run_reference,
 )
-from tests.kernels.linear_cross_entropy.conftest import Platform
 
 
 def inputs_on(platform: Platform, case: Case) -> Inputs:

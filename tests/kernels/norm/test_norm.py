@@ -9,14 +9,13 @@ from torch.nn import functional as F
 
 from kernels.norm import add_norm, op
 from tests.accuracy import assert_as_accurate
-from tests.kernels.norm.conftest import Platform
+from tests.kernels.interpreter import Platform
 
 EPS = 1e-5
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "torch"])
 KINDS = pytest.mark.parametrize("kind", ["layernorm", "layernorm without bias", "rmsnorm"])
 # shape, and which of the results goes on
 USES = [((1, 6), "both"), ((2, 3, 130), "norm"), ((2, 3, 130), "stream"), ((9, 256), "both")]
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def eager(
