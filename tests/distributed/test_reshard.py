@@ -1,9 +1,9 @@
 """The reshard matrix: what any layout of any engine saves, any other loads, to the last bit.
 
 tensor 1, 2, 4 x shard 1, 2, 4 x {native, DeepSpeed ZeRO 1, 2, 3}, on 2 to 16 ranks, with replicas
-where ranks are left, and native pipelines and context ranks beside them. Nothing is trained: weights, moments and counters are made up,
-loaded by every layout, saved by it, and loaded again by every layout of as many ranks, by those of
-more ranks that are tested after it, and by one process.
+where ranks are left, and native pipelines and context ranks beside them. Nothing is trained:
+weights, moments and counters are made up, loaded by every layout, saved by it, and loaded again by
+every layout of as many ranks, by those of more ranks that are tested after it, and by one process.
 """
 
 import os
