@@ -155,6 +155,8 @@ def format_metrics(metrics: dict[str, float]) -> list[str]:
         "perf/mfu": lambda v: f"MFU {v:.1%}",
         "perf/memory_gib": lambda v: f"{v:.2f} GiB",
         "perf/data_share": lambda v: f"data {v:.1%}",
+        "checkpoint/write_s": lambda v: f"checkpoint written in {v:.2f} s",
+        "checkpoint/stall_s": lambda v: f"training waited {v:.3f} s for it",
     }
     quiet = {"perf/step_s", "perf/mfu_full"}  # follow from the others; in the files all the same
     first = [show(metrics[key]) for key, show in known.items() if key in metrics]

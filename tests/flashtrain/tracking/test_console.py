@@ -86,6 +86,13 @@ def test_a_log_is_one_plain_line_without_a_terminal(console: Console, out: io.St
     assert "\x1b" not in out.getvalue()
 
 
+def test_a_checkpoint_says_what_it_cost() -> None:
+    saved = {"checkpoint/stall_s": 0.0015, "checkpoint/write_s": 12.3}
+    assert "  ".join(format_metrics(saved)) == (
+        "checkpoint written in 12.30 s  training waited 0.002 s for it"
+    )
+
+
 def test_numbers_that_went_bad_are_shown_and_do_not_raise() -> None:
     bad = dict.fromkeys(METRICS, math.nan) | {"perf/tokens_per_s": math.inf, "other": -math.inf}
     line = "  ".join(format_metrics(bad))
