@@ -38,7 +38,7 @@ class Run:
     """One start after the other of one run, all by the same command."""
 
     def __init__(self, folder: Path, tokens: Path, steps: int, every: int) -> None:
-        self.folder, self.steps, self.every = folder, steps, every
+        self.folder, self.tokens, self.steps, self.every = folder, tokens, steps, every
         self.overrides = [
             "data=shards", f"data.path={tokens}", "data.sequence_length=32", "data.batch_size=4",
             "data.micro_batch_size=2", "model.d_model=32", "model.n_heads=2", "model.n_layers=2",
@@ -50,6 +50,10 @@ class Run:
         self.began = 0.0  # wall clock of the latest start
         self.damaged: set[int] = set()  # inodes of checkpoints that `damage` has touched
         atexit.register(lambda: self.goes_on() and self.kill_all())  # should the bench be ended
+
+    def anew(self, name: str) -> "Run":
+        """Another one from its seed, beside this one."""
+        return Run(self.folder.parent / name, self.tokens, self.steps, self.every)
 
     def start(self, restarts: int = 0, wandb: "Silence | None" = None) -> None:
         """restarts: how often the launcher may start again by itself. wandb: its server."""
