@@ -140,7 +140,10 @@ def _evaluations(folder: Path) -> str:
     for row in rows:
         step, what = row.pop("step"), row.pop("text", None) or row.pop("task", "")
         row.pop("time", None)
-        numbers = ", ".join(f"{key} {value:.5g}" for key, value in row.items())
+        numbers = ", ".join(
+            f"{key.replace('_', ' ')} {format(value, ',' if isinstance(value, int) else '.5g')}"
+            for key, value in row.items()
+        )
         lines.append(
             f"<tr><td>step {step}<td>{html.escape(str(what))}<td>{html.escape(numbers)}</tr>"
         )

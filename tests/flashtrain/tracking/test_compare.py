@@ -135,7 +135,8 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path) -> None:
     (run / "profile").mkdir()
     (run / "profile" / "steps-2-3.txt").write_text("aten::mm  50%")
     (run / "evaluations.jsonl").write_text(
-        '{"step": 3, "time": 1.0, "text": "x.txt", "loss": 2.25, "perplexity": 9.4877}\n'
+        '{"step": 3, "time": 1.0, "text": "x.txt", "tokens": 1234567, "loss": 2.25, '
+        '"bits_per_byte": 1.23456789}\n'
     )
     with (run / "metrics.jsonl").open("a") as file:
         for step, value in ((2, 30.0), (3, 20.0)):
@@ -148,7 +149,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path) -> None:
         "&lt;b&gt;To be",
         "2.13.0",
         "aten::mm  50%",
-        "loss 2.25",
+        "tokens 1,234,567, loss 2.25, bits per byte 1.2346",
         "3 of 3",
         ">fox.txt<",
     ):
