@@ -38,6 +38,7 @@ def report(tally: Tally, every: int) -> None:
     for name, values in (
         ("steps trained twice per fault", [n for steps in tally.redone.values() for n in steps]),
         ("seconds from a start to its first step", tally.recovery_s),
+        ("seconds from SIGTERM to a complete checkpoint", tally.saved_s),
         ("seconds from SIGTERM to the end", tally.stopping_s),
         ("seconds per fault", tally.fault_s),
     ):

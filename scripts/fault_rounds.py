@@ -25,6 +25,7 @@ from fault_kinds import (
     make_tokens,
 )
 
+from flashtrain.checkpoint.integrity import MANIFEST
 from flashtrain.checkpoint.shelf import checkpoints
 
 WAIT_S = 8.0  # after a start, within which a rank is killed `while starting`
@@ -37,6 +38,7 @@ class Tally:
     survived: Counter[str] = field(default_factory=Counter)
     redone: dict[str, list[int]] = field(default_factory=dict)  # steps trained twice, by kind
     recovery_s: list[float] = field(default_factory=list)  # from a start to its first step
+    saved_s: list[float] = field(default_factory=list)  # from SIGTERM to a complete checkpoint
     stopping_s: list[float] = field(default_factory=list)  # from SIGTERM to the end
     fault_s: list[float] = field(default_factory=list)  # from one fault to the next
     runs: int = 0
@@ -48,6 +50,7 @@ class Tally:
         for kind, steps in other.redone.items():
             self.redone.setdefault(kind, []).extend(steps)
         self.recovery_s += other.recovery_s
+        self.saved_s += other.saved_s
         self.stopping_s += other.stopping_s
         self.fault_s += other.fault_s
         self.runs += other.runs
@@ -90,11 +93,13 @@ def disturb(run: Run, kind: str, dice: random.Random, tally: Tally) -> Expected 
     """Break a run that trains; what its next start must do, or None where there is none."""
     target = run.reached() + dice.randrange(run.every)
     run.until(lambda: run.reached() >= target)
-    began = time.monotonic()
+    began = time.time()
     tally.injected[kind] += 1
     KINDS[kind](run, dice)
     if kind == "SIGTERM":
-        tally.stopping_s.append(time.monotonic() - began)
+        tally.stopping_s.append(time.time() - began)
+        newest = checkpoints(run.folder / "checkpoints")[0]
+        tally.saved_s.append((newest / MANIFEST).stat().st_mtime - began)
     if kind == FULL:  # no start at all: it trains on, and the next save succeeds
         saved = run.saved()[0]
         if run.until(lambda: run.saved()[0] > saved):
