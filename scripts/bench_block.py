@@ -119,7 +119,8 @@ def passes(size: Size) -> Iterator[Row]:
               lambda: peer(x, *given), numbers=2 * N * D)  # fmt: skip
     again = backward_of(compiled(reference), [x, *given], dy, ds)
     for name, wants in (("norm backward", False), ("norm backward, norm again", True)):
-        run = partial(norm.backward, dy, ds, x, weight, bias, mean, rstd, True, wants)
+        sums = wants and size.biases
+        run = partial(norm.backward, dy, ds, x, weight, bias, mean, rstd, True, wants, sums)
         yield row(name, size, run, again, numbers=(4 + wants) * N * D)
     d, z = randn(N, H), randn(N, H)
 
@@ -170,7 +171,8 @@ def sweep(size: Size) -> None:
     kinds: dict[str, tuple[Any, list[Any], Any]] = {
         "norm forward": (partial(norm.forward, x, None, weight, bias, EPS, True),
                          [replace(first, rows=r, warps=w) for r, w in shapes], first),
-        "norm again": (partial(norm.backward, dy, ds, x, weight, bias, mean, rstd, True, True),
+        "norm again": (partial(norm.backward, dy, ds, x, weight, bias, mean, rstd, True, True,
+                               True),
                        walks, second),
         "GELU'": (partial(passes_kernel.gelu_backward, d, z, True, False), blocks, own),
         "GELU again": (partial(passes_kernel.gelu_backward, d, z, True, True), blocks, own),

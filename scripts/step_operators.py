@@ -60,21 +60,20 @@ def bytes_moved(operator: Event) -> float | None:
         math.prod(dims) * BYTES.get(kind, 0) if dims else 0
         for dims, kind in zip(shapes, kinds, strict=False)
     ]
-    again = (arguments.get("Concrete Inputs") or [""])[-1] == "True"  # wrote forward's result, too
+    values = arguments.get("Concrete Inputs") or [""] * len(shapes)
     match name.partition("::")[2]:
         case "forward":  # the norm, and the sum where there is a branch
             return sum(given) + given[0] * (2 if given[1] else 1)
         case "backward":
-            return sum(given) + given[0] * (1 + again)
+            return sum(given) + given[0] * (1 + (values[8] == "True"))  # the norm once more
         case "gelu_gradient":  # beside its product
-            return given[2] * (3 + again)
+            return given[2] * (3 + (values[4] == "True"))  # GELU once more
         case "cast":  # fp32 to 16 bits
             return sum(given[:2]) * 1.5
         case "gather":  # the rows, not the table, and in 16 bits
             return given[0] + 6.0 * shapes[0][0] * shapes[1][1]
         case "gradient":
-            words = int((arguments.get("Concrete Inputs") or [0, 0, 0])[2] or 0)
-            return sum(given[:2]) + 4.0 * words * shapes[1][1]
+            return sum(given[:2]) + 4.0 * int(values[2] or 0) * shapes[1][1]
         case "cast_tensorwise" | "cast_rowwise" | "cast_columnwise":
             layouts = 2 if name.endswith("tensorwise") else 1
             return sum(given) + layouts * float(math.prod(shapes[0]))

@@ -178,7 +178,7 @@ class _NormLinear(torch.autograd.Function):
         of_weight, of_bias = _wanted(ctx.dtypes, ctx.needs_input_grad[3:5])
         dy = dz @ _again(x, weight, ctx.backend)
         dx, total, y = norm.backward(
-            dy, ds, x, norm_weight, norm_bias, mean, rstd, ctx.centers, of_weight is not None
+            dy, ds, x, norm_weight, norm_bias, mean, rstd, ctx.centers, of_weight is not None, False
         )
         dw, db = parameter_gradients(dz, y, of_weight, of_bias, ctx.backend)
         return dx, total[0], None if norm_bias is None else total[1], dw, db, *rest
@@ -208,16 +208,16 @@ class _NormGeluMLP(torch.autograd.Function):
         dz, sums, a = products.gelu_gradient(
             dx, _again(x, down, ctx.backend), z, of_up_bias is not None, not kept
         )
-        d_down, d_down_bias = parameter_gradients(
-            dx, kept[0] if kept else a, of_down, of_down_bias, ctx.backend
-        )
-        d_up_bias = None if of_up_bias is None else sums.to(of_up_bias)
+        d_down, _ = parameter_gradients(dx, kept[0] if kept else a, of_down, None, ctx.backend)
         dx, total, y = norm.backward(
             dz @ _again(x, up, ctx.backend), dx, x, norm_weight, norm_bias, mean, rstd,
-            ctx.centers, of_up is not None,
+            ctx.centers, of_up is not None, of_down_bias is not None,
         )  # fmt: skip
         d_up, _ = parameter_gradients(dz, y, of_up, None, ctx.backend)
         d_norm_bias = None if norm_bias is None else total[1]
+        d_up_bias = None if of_up_bias is None else sums.to(of_up_bias)
+        # dx came along the stream: the norm's kernel has read it anyway
+        d_down_bias = None if of_down_bias is None else total[-1].to(of_down_bias)
         return dx, total[0], d_norm_bias, d_up, d_up_bias, d_down, d_down_bias, *[None] * 4
 
 

@@ -5,7 +5,9 @@ Dims: N rows, D columns, BLOCK = D padded to a power of two, R rows of a turn.
     s = x + branch         h = (s - mean) rstd        y = h w + b        RMSNorm: mean = 0, no b
 
     g = dy w               ds = rstd (g - avg(g) - h avg(g h)) + what comes along the stream
-    dw = sum of dy h       db = sum of dy              over all rows; y again, if wished
+    dw = sum of dy h       db = sum of dy              over all rows
+
+If wished, y again, and the sum of what comes along the stream.
 
 In backward a program walks over its share of the rows and keeps dw and db in registers; what each
 has at its end is added up by a second, small kernel, in a fixed order.
@@ -62,9 +64,10 @@ def norm_backward_kernel(
     weight_ptr, bias_ptr,  # [D]; bias may be None
     mean_ptr, rstd_ptr,  # [N] fp32
     dx_ptr, y_ptr,  # [N, D]; y, which forward had, may be None
-    sums_ptr,  # [programs, 1 or 2, D] fp32: of dw, and of db
+    sums_ptr,  # [programs, KINDS, D] fp32: of dw; of db where there is a bias; of ds with SUMS
     N, D,
-    CENTERS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    CENTERS: tl.constexpr, SUMS: tl.constexpr, KINDS: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, BLOCK)
@@ -74,6 +77,7 @@ def norm_backward_kernel(
         bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK], tl.float32)
     db = tl.zeros([BLOCK], tl.float32)
+    along = tl.zeros([BLOCK], tl.float32)
     for turn in tl.range(program, tl.cdiv(N, R), programs, num_stages=STAGES):
         rows = (turn * R + tl.arange(0, R)).to(tl.int64)
         valid = rows < N
@@ -99,12 +103,17 @@ def norm_backward_kernel(
             ds -= (tl.sum(g, 1) / D)[:, None]
         ds *= rstd[:, None]
         if ds_ptr is not None:
-            ds += tl.load(ds_ptr + at, mask=here, other=0.0).to(tl.float32)
+            came = tl.load(ds_ptr + at, mask=here, other=0.0).to(tl.float32)
+            ds += came
+            if SUMS:
+                along += tl.sum(came, 0)
         tl.store(dx_ptr + at, ds.to(dx_ptr.dtype.element_ty), mask=here)
-    own = sums_ptr + program.to(tl.int64) * (D if bias_ptr is None else 2 * D)
+    own = sums_ptr + program.to(tl.int64) * KINDS * D
     tl.store(own + columns, dw, mask=inside)
     if bias_ptr is not None:
         tl.store(own + D + columns, db, mask=inside)
+    if SUMS:
+        tl.store(own + (KINDS - 1) * D + columns, along, mask=inside)
 
 
 @triton.jit
@@ -161,25 +170,27 @@ def backward(
     rstd: Tensor,
     centers: bool,
     again: bool = False,
+    sums: bool = False,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dy, ds, stream [N, D] contiguous -> dx [N, D], dw and db [1 or 2, D] in weight's dtype, and
-    with `again` forward's y (else [0])."""
+    """dy, ds, stream [N, D] contiguous -> dx [N, D]; dw, db where there is a bias, and with `sums`
+    the sum of ds over the rows, [1 to 3, D] in weight's dtype; with `again` forward's y (else [0]).
+    """
     N, D = dy.shape
     tile = tile or backward_tile(D, dy.device)
     programs = min(tile.programs * processors(dy.device), triton.cdiv(N, tile.rows))
     dx = torch.empty_like(stream)
     y = torch.empty_like(stream) if again else stream.new_empty(0)
-    kinds = 1 if bias is None else 2
-    sums = torch.empty((programs, kinds, D), dtype=torch.float32, device=dy.device)
+    kinds = 1 + (bias is not None) + sums
+    parts = torch.empty((programs, kinds, D), dtype=torch.float32, device=dy.device)
     total = torch.empty((kinds, D), dtype=weight.dtype, device=dy.device)
     with on_device(dy):
         norm_backward_kernel[(programs,)](
-            dy, ds, stream, weight, bias, mean, rstd, dx, y if again else None, sums, N, D,
-            CENTERS=centers, R=tile.rows, BLOCK=triton.next_power_of_2(D), STAGES=tile.stages,
-            num_warps=tile.warps,
+            dy, ds, stream, weight, bias, mean, rstd, dx, y if again else None, parts, N, D,
+            CENTERS=centers, SUMS=sums, KINDS=kinds, R=tile.rows,
+            BLOCK=triton.next_power_of_2(D), STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
-    add_up(sums.view(programs, -1), total.view(-1))
+    add_up(parts.view(programs, -1), total.view(-1))
     return dx, total, y
 
 

@@ -84,7 +84,7 @@ class _AddNorm(torch.autograd.Function):
         stream, weight, bias, mean, rstd = ctx.saved_tensors
         if dy is None:  # only the stream went on
             return ds, ds if ctx.has_branch else None, None, None, None, None
-        dx, total, _ = backward(dy, ds, stream, weight, bias, mean, rstd, ctx.centers, False)
+        dx, total, _ = backward(dy, ds, stream, weight, bias, mean, rstd, ctx.centers, False, False)
         db = None if bias is None else total[1]
         return dx, dx if ctx.has_branch else None, total[0], db, None, None
 
@@ -115,22 +115,23 @@ def _(
 @torch.library.custom_op("flashtrain_norm::backward", mutates_args=())
 def backward(
     dy: Tensor, ds: Tensor | None, stream: Tensor, weight: Tensor, bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, centers: bool, again: bool,
+    mean: Tensor, rstd: Tensor, centers: bool, again: bool, sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx [N, D], dw and db [1 or 2, D], and with `again` forward's y, which then need not be kept
-    ([0] without)."""
+    """dx [N, D]; dw, db where there is a bias, and with `sums` the sum of ds over the rows, [1 to
+    3, D]; with `again` forward's y, which then need not be kept ([0] without). sums: ds is there.
+    """
     ds = None if ds is None else ds.contiguous()
     return _kernels().backward(
-        dy.contiguous(), ds, stream.contiguous(), weight, bias, mean, rstd, centers, again
+        dy.contiguous(), ds, stream.contiguous(), weight, bias, mean, rstd, centers, again, sums
     )
 
 
 @backward.register_fake
 def _(
     dy: Tensor, ds: Tensor | None, stream: Tensor, weight: Tensor, bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, centers: bool, again: bool,
+    mean: Tensor, rstd: Tensor, centers: bool, again: bool, sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    total = weight.new_empty(1 if bias is None else 2, dy.shape[1])
+    total = weight.new_empty(1 + (bias is not None) + sums, dy.shape[1])
     return dy.new_empty(dy.shape), total, dy.new_empty(dy.shape if again else 0)
 
 

@@ -28,7 +28,7 @@ GPU = torch.device("cuda")
 def compile_for(
     capability: int, kind: str, width: int, x: str, tile: Tile | None = None
 ) -> dict[str, object]:
-    """kind: forward, backward, or again: backward that writes the norm once more."""
+    """kind: forward, backward, or again: backward that writes the norm once more, and sums."""
     name = "forward" if kind == "forward" else "backward"
     tile = tile or (forward_tile if name == "forward" else backward_tile)(width, GPU)
     signature = {
@@ -45,7 +45,9 @@ def compile_for(
     }[name]  # fmt: skip
     constants = {"CENTERS": True, "R": tile.rows, "BLOCK": triton.next_power_of_2(width)}
     if name == "backward":
-        constants |= {"STAGES": tile.stages} | ({} if kind == "again" else {"y_ptr": None})
+        again = kind == "again"
+        constants |= {"STAGES": tile.stages, "SUMS": again, "KINDS": 2 + again}
+        constants |= {} if again else {"y_ptr": None}
     signature |= dict.fromkeys(constants, "constexpr")  # keeps the order of arguments
     aligned = {
         (i,): [["tt.divisibility", 16]]

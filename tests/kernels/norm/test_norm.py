@@ -99,8 +99,23 @@ def test_backward_writes_the_norm_again(kind: str, platform: Platform) -> None:
         assert x is not None and weight is not None
         centers = kind != "rmsnorm"
         y, _, mean, rstd = op.forward(x, None, weight, bias, EPS, centers)
-        _, _, again = op.backward(x, None, x, weight, bias, mean, rstd, centers, True)
+        _, _, again = op.backward(x, None, x, weight, bias, mean, rstd, centers, True, False)
         assert torch.equal(again, y)
+
+
+@KINDS
+def test_sums_of_what_comes_along_the_stream(kind: str, platform: Platform) -> None:
+    x, _, weight, bias = inputs((301, 40), kind, False, torch.float32, platform)
+    assert x is not None and weight is not None
+    centers = kind != "rmsnorm"
+    dy, ds = torch.randn_like(x), torch.randn_like(x)
+    _, _, mean, rstd = op.forward(x, None, weight, bias, EPS, centers)
+    given = (dy, ds, x, weight, bias, mean, rstd, centers, False)
+    dx, total, _ = op.backward(*given, True)
+    plain, others, _ = op.backward(*given, False)
+    assert torch.equal(dx, plain)
+    assert torch.equal(total[:-1], others)
+    torch.testing.assert_close(total[-1], ds.float().sum(0), rtol=0, atol=1e-4)
 
 
 def test_gradients_of_parameters_are_summed_in_fp32(platform: Platform) -> None:
