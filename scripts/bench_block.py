@@ -155,7 +155,7 @@ def sweep(size: Size) -> None:
     _, _, mean, rstd = norm.forward(x, None, weight, bias, EPS, True)
     shapes = ((1, 2), (1, 4), (2, 4), (4, 4), (1, 8), (2, 8))
     device, own = x.device, pass_tile(x.device)
-    first, second = forward_tile(D, device), backward_tile(D, device)
+    first, second = forward_tile(D, device), backward_tile(D, device, True)
     walks = [
         replace(second, rows=r, warps=w, programs=p, stages=s)
         for (r, w), p, s in itertools.product(shapes, (2, 3, 4, 6, 8), (1, 3))

@@ -177,7 +177,7 @@ def backward(
     the sum of ds over the rows, [1 to 3, D] in weight's dtype; with `again` forward's y (else [0]).
     """
     N, D = dy.shape
-    tile = tile or backward_tile(D, dy.device)
+    tile = tile or backward_tile(D, dy.device, bias is not None)
     programs = min(tile.programs * processors(dy.device), triton.cdiv(N, tile.rows))
     dx = torch.empty_like(stream)
     y = torch.empty_like(stream) if again else stream.new_empty(0)

@@ -25,15 +25,16 @@ def forward_tile(columns: int, device: torch.device) -> Tile:
     return Tile(max(2048 // block, 1), min(max(block // 512, 2), 16))
 
 
-def backward_tile(columns: int, device: torch.device) -> Tile:
-    """As many programs as registers let run at once: three tensors and two sums stay in them."""
+def backward_tile(columns: int, device: torch.device, biased: bool = True) -> Tile:
+    """As many programs as registers let run at once: three tensors and their sums stay in them,
+    one of dw, and two more where there are biases."""
     if device.type == "cpu":
         return Tile(2, 1, 3)
     block = _padded(columns)
     if block <= 1024:
         return Tile(2, 4, 4, 3)
     if block <= 2048:
-        return Tile(1, 8, 3, 3)
+        return Tile(1, 8, 2 if biased else 4, 3)
     return Tile(1, min(block // 256, 32), max(4096 // block, 1), 2)
 
 
