@@ -15,7 +15,9 @@ from flashtrain.parallel.mesh import Mesh
 
 
 def on_device(optimizer: Optimizer) -> bool:
-    """Whether a step asks the host for nothing: the fused AdamW, and ours with moments in bf16."""
+    """Whether a step asks the host for nothing: the fused AdamW, ours, and Muon beside these."""
+    if isinstance(optimizer, Muon):
+        return optimizer.on_device
     return isinstance(optimizer, AdamW) and bool(optimizer.defaults["fused"])
 
 
@@ -23,7 +25,7 @@ def step_unless_bad(optimizer: Optimizer, norm: Tensor, clip_norm: float | None 
     """One step, or none where the norm of the whole gradient is not finite.
 
     Then parameters, moments and step counts stay as they are, to the last bit. The fused AdamW
-    looks at the norm on the device; for other optimizers the host waits for it.
+    and Muon on GPUs look at the norm on the device; for other optimizers the host waits for it.
 
     clip_norm: the gradient counts times min(1, clip_norm / (norm + 1e-6)), as in
         `torch.nn.utils.clip_grad_norm_`; for the fused AdamW within its own pass.

@@ -59,6 +59,10 @@ class Muon(Optimizer):
     """Muon and AdamW as one optimizer: their groups and states lie side by side.
 
     `step` uses the gradients of matrices as scratch. Collective over `tensor` and `replicate`.
+
+    0-dim fp32 on the device, as in torch's fused AdamW: `found_inf`, where the step does nothing
+    unless it is 0; `grad_scale`, by which gradients are divided; and on GPUs a group's "lr". The
+    step then asks the host for nothing.
     """
 
     def __init__(
@@ -83,6 +87,10 @@ class Muon(Optimizer):
         }
         super().__init__([own], {"lr": config.lr, "momentum": config.momentum})
         self.adamw = build_adamw(rest, config, model)
+        self.on_device = bool(self.adamw.defaults["fused"])
+        if self.on_device:
+            device = next(iter(matrices.values())).device
+            self.param_groups[0]["lr"] = torch.full((), config.lr * ratio, device=device)
         self.param_groups.extend(self.adamw.param_groups)  # the same dicts: one rate for all
         self.adamw.state = self.state
         self.tensor, self.replicate, self.dtype = mesh.tensor, mesh.replicate, dtype
@@ -95,17 +103,30 @@ class Muon(Optimizer):
         gradients = [p.grad for p in parameters]
         if any(gradient is None for gradient in gradients):
             raise ValueError("a matrix has no gradient: run backward before the step")
+        skip: Tensor | None = getattr(self, "found_inf", None)
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        self.adamw.found_inf, self.adamw.grad_scale = skip, scale  # type: ignore[attr-defined]
         self.adamw.step()
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter] = self.fresh_state(parameter, group)
         momenta = [self.state[p]["momentum"] for p in parameters]
+        rate = group["lr"]
+        if scale is not None:
+            torch._foreach_mul_(gradients, scale.reciprocal())
+        if skip is not None:  # a gradient like the momentum moves it by nothing
+            for gradient, momentum in zip(gradients, momenta, strict=True):
+                torch.where(skip == 0, gradient, momentum, out=gradient)
+            rate = rate * (1 - skip)
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         torch._foreach_lerp_(gradients, momenta, group["momentum"])
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
         for kind in self.kinds:
             for parameter, update in self._updates(kind):
-                parameter.add_(update, alpha=-group["lr"])
+                if isinstance(rate, Tensor):
+                    parameter.addcmul_(update.to(rate.dtype), rate, value=-1)
+                else:
+                    parameter.add_(update, alpha=-rate)
 
     def fresh_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """What is kept of a parameter of one of the groups, before its first step."""

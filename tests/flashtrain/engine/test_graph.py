@@ -221,8 +221,9 @@ def test_on_a_gpu_every_number_is_the_same(name: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["on", "off"])
-def test_on_a_gpu_the_host_never_waits(kind: str) -> None:
-    engine, loader = engine_of(f"trainer.cuda_graph={kind}")
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16", "muon"])
+def test_on_a_gpu_the_host_never_waits(optimizer: str, kind: str) -> None:
+    engine, loader = engine_of(f"trainer.cuda_graph={kind}", f"optimizer={optimizer}")
     with loader:
         for step in range(4):
             engine.forward_backward(loader.step(step))

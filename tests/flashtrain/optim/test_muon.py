@@ -1,14 +1,16 @@
 """Muon against the formulas written out matrix by matrix, in fp64 on one process; layouts and
 checkpoints: tests/distributed/test_muon.py."""
 
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from flashtrain.compose import resolve_model
-from flashtrain.config import Mlp, ModelConfig, OptimizerConfig
+from flashtrain.config import Mlp, ModelConfig, Moments, OptimizerConfig
 from flashtrain.optim import muon
 from flashtrain.optim.muon import Kind, Muon, cut, join, orthogonal, takes_muon
 from flashtrain.parallel.layers import Part, split_rows
@@ -187,6 +189,37 @@ def test_a_matrix_without_gradient_is_an_error() -> None:
     ours["blocks.1.mlp.down.weight"].grad = None
     with pytest.raises(ValueError, match="no gradient"):
         optimizer.step()
+
+
+def test_what_the_device_says_skips_a_step_and_scales_gradients() -> None:
+    """As on a GPU, where nobody waits for it."""
+
+    def start() -> tuple[dict[str, nn.Parameter], Muon]:
+        ours = {name: nn.Parameter(p.detach().float()) for name, p in parameters().items()}
+        config = replace(CONFIG, moments=Moments.bf16)  # in a step that reads `found_inf` anywhere
+        return ours, Muon(ours, config, MODEL, ALONE, torch.float32)
+
+    def step(ours: dict[str, nn.Parameter], optimizer: Muon, number: int, factor: float) -> None:
+        for name, gradient in gradients(number).items():
+            ours[name].grad = factor * gradient.float()
+        optimizer.step()
+
+    (plain_, expected), (ours, optimizer) = start(), start()
+    optimizer.found_inf, optimizer.grad_scale = torch.zeros(()), torch.tensor(4.0)
+    for number in range(3):
+        step(plain_, expected, number, 1.0)
+        step(ours, optimizer, number, 4.0)
+        before = {name: p.detach().clone() for name, p in ours.items()}
+        states = copy.deepcopy([optimizer.state[p] for p in ours.values()])
+        optimizer.found_inf.fill_(1.0)
+        step(ours, optimizer, number, float("nan"))
+        optimizer.found_inf.fill_(0.0)
+        for name, parameter in ours.items():
+            assert torch.equal(parameter, before[name]), name
+            torch.testing.assert_close(parameter, plain_[name], rtol=1e-5, atol=1e-6)
+        for parameter, state in zip(ours.values(), states, strict=True):
+            for key, value in state.items():
+                assert torch.equal(optimizer.state[parameter][key], value), key
 
 
 @pytest.mark.gpu
