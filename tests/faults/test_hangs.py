@@ -1,5 +1,6 @@
 """A run that can make no more steps ends, says where it stood, and leaves nothing behind."""
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -30,6 +31,8 @@ def test_a_rank_that_stands_still_ends_the_run_with_its_name(tokens: Path, tmp_p
     assert "rank 1 dead, stopped" in line
     assert f"exitcode: {HUNG}" in said or f"exitcode  : {HUNG}" in said
     assert "in fit" in (run / "hangs" / "rank-00000.txt").read_text()
+    record = json.loads((run / "hangs" / "rank-00000.collectives.json").read_text())
+    assert any(entry["profiling_name"].startswith("gloo:") for entry in record["entries"])
 
 
 @pytest.mark.slow
