@@ -1,4 +1,4 @@
-"""Loss curves of several configurations over several seeds: trained one after another, then drawn.
+"""Loss curves of several configurations over several seeds: trained, then drawn.
 
     python scripts/loss_curves.py --common "experiment=null model=gpt2_124m trainer.steps=2000" \\
         --run bf16 precision=bf16 --run fp8 precision=fp8_tensorwise --run muon optimizer=muon \\
@@ -8,6 +8,8 @@
 Every run is a process of its own on one GPU (or the CPU), its folder FOLDER/NAME-SEED. The same
 command goes on where the time budget ended the last one: finished runs are read, others resumed.
 All configurations train a seed before the next seed begins. A seed sets weights and data order.
+--jobs N trains N at once, in turn on the GPUs there are; on one GPU that pays for models too small
+to fill it, and then no speed counts.
 
 The table: mean and spread (half of highest minus lowest) over the seeds of the training loss, meant
 over the last tenth of the steps, and of the last validation loss; against the first configuration.
@@ -15,14 +17,17 @@ The picture needs matplotlib; lines are means over seeds, bands reach from lowes
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
+import queue
 import statistics
 import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +45,17 @@ def is_finished(folder: Path) -> bool:
     return ended.is_file() and json.loads(ended.read_text())["why"] == "finished"
 
 
-def train(overrides: list[str], folder: Path, deadline: float) -> str:
-    """Train until the end or the deadline, when the run is asked to save; what happened."""
+def train(overrides: list[str], folder: Path, deadline: float, gpu: str | None = None) -> str:
+    """Train until the end or the deadline, when the run is asked to save; what happened.
+
+    gpu: the one to take, as CUDA_VISIBLE_DEVICES names it.
+    """
     log = folder.with_suffix(".log")
     command = [sys.executable, "-m", "flashtrain.train", *overrides]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     with log.open("a") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
         try:
@@ -83,27 +93,48 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
     """Train what is not trained yet, within the budget; all curves there are."""
     deadline = time.monotonic() + 60 * args.minutes
     args.folder.mkdir(parents=True, exist_ok=True)
-    runs = []
-    for seed in args.seeds:
-        for name, text in args.run:
-            folder = args.folder.resolve() / f"{name}-{seed}"
-            overrides = [
-                *args.common.split(), *text.split(), f"seed={seed}", f"name={name}-{seed}",
-                f"run_dir={folder}", "tracking=quiet",
-            ]  # fmt: skip
-            began, what = time.monotonic(), "read"
+    free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for gpu in itertools.islice(itertools.cycle(gpus()), args.jobs):
+        free.put(gpu)
+
+    def one(seed: int, name: str, text: str) -> dict[str, Any] | None:
+        folder = args.folder.resolve() / f"{name}-{seed}"
+        overrides = [
+            *args.common.split(), *text.split(), f"seed={seed}", f"name={name}-{seed}",
+            f"run_dir={folder}", "tracking=quiet",
+        ]  # fmt: skip
+        gpu = free.get()
+        began, what = time.monotonic(), "read"
+        try:
             if not is_finished(folder):
                 what = "no time left"
                 if began < deadline:
-                    what = train(overrides, folder, deadline)
-            print(f"{name} seed {seed}: {what}, {time.monotonic() - began:.0f} s", flush=True)
-            if (folder / "metrics.jsonl").is_file():
-                runs.append({"name": name, "seed": seed, "overrides": text, **read(folder)})
+                    what = train(overrides, folder, deadline, gpu)
+        finally:
+            free.put(gpu)
+        print(f"{name} seed {seed}: {what}, {time.monotonic() - began:.0f} s", flush=True)
+        if not (folder / "metrics.jsonl").is_file():
+            return None
+        return {"name": name, "seed": seed, "overrides": text, **read(folder)}
+
+    planned = [(seed, *run) for seed in args.seeds for run in args.run]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = list(filter(None, pool.map(lambda plan: one(*plan), planned)))
     return {
         "environment": environment(),
         "common": args.common,
         "runs": runs,
     }
+
+
+def gpus() -> list[str | None]:
+    """Those there are, as CUDA_VISIBLE_DEVICES names them; [None]: let a run take what it finds."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named:
+        return [*named.split(",")]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())] or [None]
 
 
 def environment() -> dict[str, str]:
@@ -209,6 +240,7 @@ def main() -> int:
     add("--common", default="", help="Hydra overrides of all runs")
     add("--run", nargs=2, action="append", metavar=("NAME", "OVERRIDES"), help="a configuration")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default 1 2 3")
+    add("--jobs", type=int, default=1, help="runs at the same time (default 1)")
     add("--minutes", type=float, default=60.0, help="time budget of all runs together")
     add("--folder", type=Path, default=Path("runs/curves"), help="where the runs lie")
     add("--from", type=Path, dest="source", help="a JSON file of earlier curves: no training")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import threading
 import time
 from pathlib import Path
 from types import ModuleType
@@ -71,7 +72,7 @@ def test_finished_runs_are_read_and_a_spent_budget_trains_nothing(
 ) -> None:
     trained: list[list[str]] = []
 
-    def train(overrides: list[str], folder: Path, deadline: float) -> str:
+    def train(overrides: list[str], folder: Path, deadline: float, gpu: str | None) -> str:
         assert deadline > time.monotonic()
         trained.append(overrides)
         write(folder, [{"step": 1, "train/loss": 1.0}])
@@ -96,6 +97,29 @@ def test_finished_runs_are_read_and_a_spent_budget_trains_nothing(
         ("a", [[1, 2.0]]),
         ("b", [[1, 1.0]]),
     ]
+
+
+def test_jobs_share_the_gpus(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, taken = threading.Barrier(2), []
+
+    def train(overrides: list[str], folder: Path, deadline: float, gpu: str | None) -> str:
+        together.wait(10)  # or no other one runs
+        taken.append(gpu)
+        write(folder, [{"step": 1, "train/loss": 1.0}])
+        return "finished"
+
+    monkeypatch.setattr(script, "train", train)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr("sys.argv", [
+        "loss_curves", "--run", "a", "x=1", "--run", "b", "x=2", "--seeds", "1", "2", "--jobs", "2",
+        "--folder", str(tmp_path), "--json", str(tmp_path / "curves.json"),
+    ])  # fmt: skip
+    assert script.main() == 0
+    assert sorted(taken) == ["3", "3", "5", "5"]
+    runs = json.loads((tmp_path / "curves.json").read_text())["runs"]
+    assert [(run["name"], run["seed"]) for run in runs] == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
 
 
 def test_moving_means_start_short(script: ModuleType) -> None:
