@@ -100,9 +100,12 @@ class Run:
     def kill_all(self) -> None:
         """Everything at once, as when a machine loses power."""
         assert self.process is not None
-        for pid in (self.process.pid, *self.workers()):
+        workers = self.workers()
+        for pid in (self.process.pid, *workers):
             send(pid, signal.SIGKILL)
         self.process.wait()
+        while any(map(lives, workers)):  # one may be in the middle of a rename
+            time.sleep(0.002)
 
     def rows(self) -> list[dict[str, Any]]:
         """Logged steps: each once, those after a resumed step cut away by the start."""
@@ -179,6 +182,13 @@ class Silence:
 def send(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
         os.kill(pid, number)
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def kill_a_rank(run: Run, dice: random.Random) -> None:

@@ -186,6 +186,8 @@ def _bench(run: Run, kinds: list[str], dice: random.Random, undisturbed: dict[st
             before, expected = expected, Expected(kinds.pop(), whole(run), run.reached())
             if before is not None and before.step == expected.step:
                 tally.survived[before.kind] += 1
+            elif before is not None:
+                print(f"lost: {before}, and then there was {expected.step}", flush=True)
             continue
         if resumed(run, tally, expected):
             expected = None
