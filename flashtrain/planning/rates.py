@@ -1,6 +1,6 @@
 """How much of a GPU's stated speed the code gets: the few measured constants of the time model.
 
-All were measured on H200s (2026-11-22, torch 2.11.0+cu130, triton 3.6.0) and are kept as shares of
+Most were measured on H200s (2026-11-22, torch 2.11.0+cu130, triton 3.6.0) and are kept as shares of
 what gpus.py states, so that they carry over to other cards, where they are an extrapolation.
 """
 
@@ -63,6 +63,13 @@ INTERFERENCE = 0.5
 # A gather or scatter beside its own product, part by part: of its time this share is hidden. Mean
 # of four shapes with PyTorch's symmetric-memory operators on two H200: 60, 47, 19 and 83 %.
 HIDDEN = 0.5
+
+# Seconds of the host for one block and micro-batch of tensor ranks, forward and backward: their
+# steps are launched kernel by kernel, and at small widths the GPU waits for that. gpt_1.3b on four
+# H200 (2026-11-27): 149.9 ms a step of 24 blocks on 4 ranks without overlap; with it 221.5 on 2 and
+# 290.3 on 4, as every transfer is cut into pieces, one a rank. Other hosts are faster or slower.
+LAUNCH = 6.2e-3
+LAUNCH_OVERLAP, LAUNCH_PIECE = 6.4e-3, 1.4e-3  # and this for each rank
 
 
 def product_share(*sizes: int) -> float:

@@ -11,6 +11,7 @@ A step is a sum of what runs on the GPU and of the communication that nothing hi
     replicate  sums of gradients beside the last backward; in the open: the embedding's, which is
                ready last, and what is longer than that backward
     pipeline   (p - 1) / (m + p - 1) of the steps of a pipeline with m micro-batches are waits
+    host       of tensor ranks: what launching all that takes longer than running it
 
 What is hidden still costs INTERFERENCE of its time (rates.py).
 """
@@ -21,7 +22,13 @@ from flashtrain.config import Config, ContextKind, PipelineSchedule, Recompute
 from flashtrain.planning.collectives import Group
 from flashtrain.planning.compute import BlockWork, block_work, ends_work, optimizer_work
 from flashtrain.planning.gpus import Cluster
-from flashtrain.planning.rates import HIDDEN, INTERFERENCE
+from flashtrain.planning.rates import (
+    HIDDEN,
+    INTERFERENCE,
+    LAUNCH,
+    LAUNCH_OVERLAP,
+    LAUNCH_PIECE,
+)
 from flashtrain.planning.sizes import Sizes, sizes_of
 
 
@@ -39,6 +46,7 @@ class Step:
     shard: float
     replicate: float
     pipeline: float
+    host: float
 
     @property
     def total(self) -> float:
@@ -80,6 +88,8 @@ def predict_step(config: Config, cluster: Cluster) -> Step:
     replicate = _replicate(config, sizes, axes.replicate, passes)
     optimizer = optimizer_work(config, sizes, cluster.gpu).total
     optimizer += _small_sums(axes)
+    pipeline = _pipeline(config, sizes, axes.pipeline, passes)
+    busy = m * passes + shard + replicate + optimizer
     return Step(
         products=m * work.products,
         attention=m * work.attention,
@@ -90,7 +100,8 @@ def predict_step(config: Config, cluster: Cluster) -> Step:
         context=m * context,
         shard=shard,
         replicate=replicate,
-        pipeline=_pipeline(config, sizes, axes.pipeline, passes),
+        pipeline=pipeline,
+        host=max(0.0, _launches(sizes) - busy),
     )
 
 
@@ -198,6 +209,14 @@ def _pipeline(config: Config, sizes: Sizes, group: Group, passes: float) -> floa
     waits = (p - 1) * passes / runs  # Narayanan et al. 2021, arXiv:2104.04473, section 2.2
     each = sizes.tokens / sizes.tensor * sizes.width * sizes.itemsize
     return waits + 2 * m * runs * group.send(each)
+
+
+def _launches(sizes: Sizes) -> float:
+    """Of a whole step; without tensor ranks steps are recorded or compiled into few launches."""
+    if sizes.tensor == 1:
+        return 0.0
+    block = LAUNCH_OVERLAP + LAUNCH_PIECE * sizes.tensor if sizes.overlap else LAUNCH
+    return sizes.micro_batches * sizes.layers * block
 
 
 def _small_sums(axes: _Axes) -> float:

@@ -6,7 +6,7 @@ from flashtrain.config import Config
 # case, GPUs, tokens/s of all of them, peak GB
 ONE_GPU = [
     ("experiment=gpt2_124m data.sequence_length=1024 data.batch_size=32 "
-     "data.micro_batch_size=32", 1, 540_679, 12.27),
+     "data.micro_batch_size=32", 1, 594_595, 11.06),
     ("experiment=gpt2_350m data.sequence_length=1024 data.batch_size=16 "
      "data.micro_batch_size=16", 1, 190_236, 18.53),
     ("experiment=gpt_1.3b data.sequence_length=2048 data.batch_size=8 "
@@ -19,7 +19,34 @@ TWO_GPUS = [
     ("experiment=gpt_1.3b data.sequence_length=2048 data.batch_size=16 data.micro_batch_size=8 "
      "parallel=data attention=triton loss.fused=false", 2, 111_167, 60.0),
 ]  # fmt: skip
-MEASURED = ONE_GPU + TWO_GPUS
+# four H200 of one host (scripts/scaling/README.md)
+WIDE = (
+    "experiment=gpt_1.3b model.norm=rmsnorm model.mlp=swiglu model.d_ff=11008 "
+    "model.tied_head=false model.n_layers=8 model.d_model=4096 model.n_heads=32 "
+    "data.sequence_length=8192 data.batch_size=2 data.micro_batch_size=2"
+)
+GPT = "experiment=gpt_1.3b data.sequence_length=2048 data.micro_batch_size=8"
+LLAMA = "experiment=llama_8b data.sequence_length=8192"
+FOUR_GPUS = [
+    (f"{WIDE} parallel=tensor2 parallel.overlap=on", 2, 81_965, 23.64),
+    (f"{WIDE} parallel=tensor4 parallel.overlap=on", 4, 140_033, 12.01),
+    (f"{GPT} data.batch_size=8 parallel=tensor2 parallel.overlap=off", 2, 103_392, 24.27),
+    (f"{GPT} data.batch_size=8 parallel=tensor2 parallel.overlap=on", 2, 73_969, 22.66),
+    (f"{GPT} data.batch_size=8 parallel=tensor4 parallel.overlap=off", 4, 109_289, 13.85),
+    (f"{GPT} data.batch_size=8 parallel=tensor4 parallel.overlap=on", 4, 56_443, 11.43),
+    (f"{GPT} data.batch_size=32 parallel=fsdp", 4, 239_312, 30.83),
+    (f"{GPT} data.batch_size=64 parallel=data parallel.pipeline=2 parallel.tensor=2 "
+     "parallel.overlap=on", 4, 157_428, 21.67),
+    (f"{LLAMA} data.batch_size=4 data.micro_batch_size=1 parallel=fsdp", 4, 37_140, 65.05),
+    (f"{LLAMA} data.batch_size=4 data.micro_batch_size=1 parallel=fsdp "
+     "trainer.recompute=selective", 4, 36_025, 51.09),
+    (f"{LLAMA} data.batch_size=2 data.micro_batch_size=2 parallel=tensor4", 4, 35_109, 47.19),
+    (f"{LLAMA} data.batch_size=2 data.micro_batch_size=1 parallel=fsdp parallel.tensor=2", 4,
+     34_190, 44.65),
+    (f"{LLAMA} data.batch_size=8 data.micro_batch_size=1 parallel=data parallel.pipeline=2 "
+     "parallel.tensor=2", 4, 34_680, 61.11),
+]  # fmt: skip
+MEASURED = ONE_GPU + FOUR_GPUS + TWO_GPUS
 
 
 def config_of(case: str, gpus: int = 1) -> Config:

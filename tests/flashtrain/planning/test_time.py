@@ -73,6 +73,16 @@ def test_overlap_hides_transfers_of_tensor_ranks() -> None:
     assert on.products == off.products
 
 
+def test_small_layers_of_tensor_ranks_wait_for_the_host() -> None:
+    small, large = (
+        step(f"parallel=tensor8 model.n_layers=4 data.sequence_length={T}", 8) for T in (512, 65536)
+    )
+    assert small.host > 0
+    assert small.bound == "host"
+    assert large.host == 0
+    assert step("parallel=fsdp", 8).host == 0
+
+
 def test_gathering_once_a_step_is_cheaper_than_at_every_use() -> None:
     one, three = (step(f"parallel=fsdp parallel.zero={zero}", 16) for zero in (1, 3))
     assert one.shard < three.shard
