@@ -5,7 +5,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fault_kinds import Run, kill_a_rank_and_look_on, make_tokens
+from fault_kinds import kill_a_rank_and_look_on
+from fault_run import Run, make_tokens
 
 UNDISTURBED_S = 30.0  # for which a run shows its speed before it is disturbed
 

@@ -12,18 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fault_kinds import (
-    FULL,
-    KINDS,
-    RESTARTED,
-    RESUMING,
-    SILENT,
-    STARTING,
-    Run,
-    Silence,
-    kill_a_rank,
-    make_tokens,
-)
+from fault_kinds import FULL, KINDS, RESTARTED, RESUMING, SILENT, STARTING, kill_a_rank
+from fault_run import Run, Silence, make_tokens
 
 from flashtrain.checkpoint.integrity import MANIFEST
 from flashtrain.checkpoint.shelf import checkpoints
@@ -164,9 +154,15 @@ def bench(faults: int, every: int, seed: int, only: list[str], jobs: int) -> Tal
                 dice = random.Random(f"{seed} {job}")
                 return _bench(first, kinds[job::jobs], dice, undisturbed)
 
-        with ThreadPoolExecutor(jobs) as pool:
+        pool = ThreadPoolExecutor(jobs)
+        try:
             for tally in pool.map(one, range(jobs)):
                 total.add(tally)
+        except BaseException:  # the others would go on to their ends
+            Run.end_all()
+            raise
+        finally:
+            pool.shutdown()
     return total
 
 
