@@ -278,8 +278,7 @@ def main() -> int:
     if options.json:
         write(rows, environment, options.json)
     if options.plot and done:
-        names = {row["config"]: None for row in done}
-        draw_bars(done, f"{'; '.join(names)}, {environment.get('gpu')}", options.plot)
+        draw_bars(done, f"{environment.get('gpu')}, {environment.get('date')}", options.plot)
     return 0 if done else 1
 
 

@@ -12,8 +12,8 @@ length and positions of configs/experiment/NAME.yaml. More keys: gpus=N (default
 
 "bound by" names what costs most beside the products and attention that the model itself asks for:
 hbm (norms, activations, casts and other kernels bound by memory bandwidth), recomputation,
-optimizer, or the communication and the waits of an axis: tensor, context, shard, replicate,
-pipeline. Figures are predictions; flashtrain/planning/rates.py says what they rest on.
+optimizer, host (launching kernels), or the communication and the waits of an axis: tensor, context,
+shard, replicate, pipeline. Figures are predictions; what they rest on: flashtrain/planning/rates.py
 """
 
 import argparse

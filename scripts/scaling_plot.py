@@ -6,6 +6,7 @@ Needs matplotlib, which flashtrain itself does not: `pip install matplotlib`.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,6 +23,7 @@ COLOURS = {  # what bounds a step -> marker's colour
     "shard": "#2980b9",
     "replicate": "#16a085",
     "pipeline": "#d35400",
+    "host": "#000000",
 }
 
 
@@ -70,23 +72,34 @@ def draw_curves(curves: Sequence[Curve], title: str, path: Path) -> None:
     )  # fmt: skip
     figure.suptitle(title, fontsize=10)
     figure.tight_layout(rect=(0, 0, 1, 0.9))
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def draw_bars(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Measured tokens/s per GPU of each row beside the predicted, where there is a prediction."""
+    """Measured tokens/s per GPU of each row beside the predicted one, a panel for each config."""
     plt = pyplot()
-    figure, panel = plt.subplots(figsize=(8, 0.5 * len(rows) + 1.6))
-    for at, row in enumerate(rows):
-        panel.barh(at - 0.2, row["tokens/s/GPU"], 0.38, color="#2980b9")
-        if row.get("predicted tokens/s/GPU"):
-            panel.barh(at + 0.2, row["predicted tokens/s/GPU"], 0.38, color="#b5cde0")
-    panel.set_yticks(range(len(rows)), [row["layout"] for row in rows], fontsize=8)
-    panel.invert_yaxis()
-    panel.set_xlabel("tokens/s per GPU: measured (dark), predicted (light)")
-    panel.grid(axis="x", alpha=0.3)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["config"], []).append(row)
+    heights = [len(group) + 1 for group in groups.values()]
+    figure, panels = plt.subplots(
+        len(groups), 1, figsize=(8, 0.42 * sum(heights) + 1.2), squeeze=False,
+        height_ratios=heights,
+    )  # fmt: skip
+    for panel, (config, group) in zip(panels[:, 0], groups.items(), strict=True):
+        for at, row in enumerate(group):
+            panel.barh(at - 0.2, row["tokens/s/GPU"], 0.38, color="#2980b9")
+            if row.get("predicted tokens/s/GPU"):
+                panel.barh(at + 0.2, row["predicted tokens/s/GPU"], 0.38, color="#b5cde0")
+        names = [f"{row['gpus']} x  {row['layout']}" for row in group]
+        panel.set_yticks(range(len(group)), names, fontsize=8)
+        panel.invert_yaxis()
+        panel.tick_params(axis="x", labelsize=8)
+        panel.set_title("\n".join(wrap(config, 90)), fontsize=8, loc="right")
+        panel.grid(axis="x", alpha=0.3)
+    panels[-1, 0].set_xlabel("tokens/s per GPU: measured (dark), predicted (light)", fontsize=9)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
