@@ -7,12 +7,10 @@ that name, and whichever stands first on sys.path is the one that Python imports
 import importlib.util
 from pathlib import Path
 
-import flashtrain
-
 
 def _check_kernels() -> None:
     """Raises ImportError when `import kernels` finds, or has found, another package."""
-    ours = Path(flashtrain.__file__).resolve().parent.parent
+    ours = Path(__file__).resolve().parents[2]
     spec = importlib.util.find_spec("kernels")
     folders = [] if spec is None else [Path(p) for p in spec.submodule_search_locations or ()]
     if any((folder / "attention" / "op.py").exists() for folder in folders):

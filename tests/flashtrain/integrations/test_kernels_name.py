@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,20 @@ def test_ours_in_front_of_an_installed_foreign_one_is_one_error(foreign: Path) -
     assert status == 1
     assert line.startswith("ImportError: transformers cannot be imported")
     assert line.endswith("`pip uninstall kernels`")
+
+
+def test_a_folder_named_flashtrain_beside_the_users_script_is_in_nobodys_way(
+    tmp_path: Path,
+) -> None:
+    """As where the checkout lies beside it: Python takes the folder for the package's beginning."""
+    try:
+        distribution("flashtrain")
+    except PackageNotFoundError:
+        pytest.skip("flashtrain is not installed")
+    (tmp_path / "flashtrain").mkdir()
+    status, line = run("import flashtrain.integrations as i; print(i.__file__)", tmp_path)
+    assert status == 0, line
+    assert Path(line) == ROOT / "flashtrain" / "integrations" / "__init__.py"
 
 
 def test_transformers_does_not_take_ours_for_the_other() -> None:
