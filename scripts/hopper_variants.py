@@ -16,7 +16,12 @@ from supervise import say
 from torch import Tensor
 
 from kernels.attention.hopper import plan
-from kernels.attention.hopper.tiles import BACKWARD, FORWARD, FORWARD_128_ROWS, choose_forward
+from kernels.attention.hopper.tiles import (
+    FORWARD,
+    FORWARD_128_ROWS,
+    choose_backward,
+    choose_forward,
+)
 
 MIB = 1 << 20
 
@@ -49,42 +54,21 @@ def forward_variants(shape: Shape) -> dict[str, Any]:
     base = choose_forward(shape.D, shape.causal, shape.S)
     found = {
         "shipped": base,
-        "lazy": replace(base, lazy=True),
-        "pinned": replace(base, pinned=True),
-        "pinned lazy": replace(base, pinned=True, lazy=True),
-        "pinned lazy poly 1": replace(base, pinned=True, lazy=True, poly=1),
-        "pinned lazy chained" if not base.chained else "pinned lazy unchained": replace(
-            base, pinned=True, lazy=True, chained=not base.chained
-        ),
+        "unchained" if base.chained else "chained": replace(base, chained=not base.chained),
     }
     if shape.D == 64:
-        found["pinned lazy poly 2"] = replace(base, pinned=True, lazy=True, poly=2)
         tile = FORWARD_128_ROWS[shape.causal] if base.consumers == 3 else FORWARD[64, shape.causal]
-        found[f"pinned lazy {tile.consumers}x64"] = replace(tile, pinned=True, lazy=True)
+        found[f"{tile.consumers}x64"] = tile
     return found
 
 
 def backward_variants(shape: Shape) -> dict[str, Any]:
-    base = BACKWARD[shape.D, shape.causal]
-    direct = replace(base, dq="registers")
-    ring = replace(direct, ring=True, draw=True)
-    found = {
-        "shipped": base,
-        "fragments": replace(base, dq="fragments"),
-        "registers": direct,
-        "ahead fragments": replace(base, dq="fragments", ahead=True),
-        "ahead registers": replace(direct, ahead=True),
-        "ahead registers narrow": replace(direct, ahead=True, narrow=True),
-        "ring": ring,
-        "ring ahead": replace(ring, ahead=True),
-        "ring ahead narrow": replace(ring, ahead=True, narrow=True),
-    }
+    base = choose_backward(shape.D, shape.causal, shape.S)
+    found = {"shipped": base, "ring": replace(base, ring=True)}
     if shape.D == 128:
-        found["ahead registers 3 stages"] = replace(direct, ahead=True, stages=3)
-    else:
-        found["ahead registers narrow 64 queries"] = replace(
-            direct, ahead=True, narrow=True, queries=64, stages=3
-        )
+        other = replace(base, ahead=not base.ahead)
+        found["not ahead" if base.ahead else "ahead"] = other
+        found[f"ring {'not ' * base.ahead}ahead"] = replace(other, ring=True)
     return found
 
 

@@ -194,7 +194,7 @@ def _backward(
             _remember(_backward_plans, key, plan)
     launches, tile = plan
     made = backward_buffers(q, k, tile, _n_sm(q.device), packed)
-    counter = _counter(q.get_device()) if tile.draw else None
+    counter = _counter(q.get_device()) if tile.draw or tile.ring else None
     tensors = {"q": q, "k": k, "v": v, "d_out": d_out, "counter": counter, **more, **made}
     for launch in launches:
         launch.run(tensors)

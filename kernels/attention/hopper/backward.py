@@ -15,6 +15,7 @@ dQ needs the dS of both consumers. So that neither waits for the other, dQ is a 
                           dK | wait `ds_full` of i - 1, its half of dQ(i-1), arrive `ds_empty`
                           dQ(i-1) -> shared -> added to global memory, fp32, by the copy engine
     producer              Q, lse, dO, delta of tile i + STAGES - 1; K, V of the next key tile
+    three more warps      with RING: what comes before and after this kernel, see ring.py
 
 In the prototype, on one H200 at D = 128, that made 544 TFLOP/s of 406 with both consumers in
 lockstep. The buffers need both barriers: without `ds_empty` dQ was off by 0.01 to 0.1 in some runs.
@@ -38,94 +39,39 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention.hopper.backward_ahead import ahead_consumer
-from kernels.attention.hopper.backward_parts import keys_seen, query_at, store_dk_dv
+from kernels.attention.hopper.backward_parts import end_of_turn, queries_seen, query_at
+from kernels.attention.hopper.backward_producer import producer
 from kernels.attention.hopper.dq import add_to_dq, half_of_dq
-from kernels.attention.hopper.masks import query_tiles
-from kernels.attention.hopper.ring import PIECE, finisher, signaller, slot_of, wait_for_slot
-from kernels.attention.hopper.schedule import (
-    draw,
-    drawn,
-    first_drawn,
-    first_position,
-    following,
-    tile_at,
+from kernels.attention.hopper.ends import room_for_ends
+from kernels.attention.hopper.ring import (
+    DEPTH,
+    PART,
+    PIECE,
+    PIECES,
+    finisher,
+    preparer,
+    signaller,
+    slot_of,
 )
+from kernels.attention.hopper.schedule import first_position, following, tile_at
 from kernels.attention.hopper.scores import ASK, minus_delta, probabilities
-from kernels.attention.hopper.shim import tma_load
 
 BN = gl.constexpr(128)
 LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def _producer(
-    sources, rings, counter_ptr, progress_ptr, sizes, limits,
-    BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    LIMITS: gl.constexpr, DRAW: gl.constexpr, RING: gl.constexpr, DEPTH: gl.constexpr,
-):  # fmt: skip
-    """One warp: loads Q, dO and their row statistics, and K and V of each key tile."""
-    q_desc, k_desc, v_desc, do_desc, stats_desc = sources
-    q_ring, do_ring, kv, ticket = rings
-    q_smem, lse_smem, q_full, q_empty = q_ring
-    do_smem, delta_smem, do_full = do_ring
-    k_smem, v_smem, kv_full, kv_empty = kv
-    H_kv, T, S, n_heads, n_tiles, chunk = sizes
-    rows = (T + BM - 1) // BM  # of lse in `stats_desc`, per head; delta stands behind all lse
-    it = 0
-    turn = 0
-    FIRST: gl.constexpr = 1 if RING else 0
-    position = gl.program_id(0)
-    if RING:
-        position = first_drawn(n_tiles * n_heads, counter_ptr, ticket, DEPTH)
-    while position < n_tiles * n_heads:
-        number = draw(counter_ptr, DRAW)
-        rank, head = tile_at(position, n_tiles, n_heads, chunk)
-        b = head // H_kv
-        h = head - b * H_kv
-        wait_for_slot(head, progress_ptr, n_heads, n_tiles, chunk, RING)
-        first, per_head = query_tiles(rank * BN, b, T, S, limits, BM, BN, CAUSAL, LIMITS)
-        for i in range(per_head * GROUP):
-            s = it % STAGES
-            member, query = query_at(i, first, per_head, BM, GROUP)
-            row = (head * GROUP + member) * rows + query // BM
-            mbarrier.wait(q_empty.index(s), ((it // STAGES) & 1) ^ 1)
-            at = [b, query, h * GROUP + member, 0]
-            mbarrier.expect(
-                q_full.index(s), q_desc.block_type.nbytes + stats_desc.block_type.nbytes
-            )
-            tma_load(q_desc, at, q_full.index(s), q_smem.index(s))
-            tma_load(stats_desc, [row, 0], q_full.index(s), lse_smem.index(s))
-            if i == 0:
-                mbarrier.wait(kv_empty, (turn & 1) ^ 1)
-                mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-                tma_load(k_desc, [b, rank * BN, h, 0], kv_full, k_smem.index(0))
-                tma_load(v_desc, [b, rank * BN, h, 0], kv_full, v_smem.index(0))
-            mbarrier.expect(
-                do_full.index(s), do_desc.block_type.nbytes + stats_desc.block_type.nbytes
-            )
-            tma_load(do_desc, at, do_full.index(s), do_smem.index(s))
-            tma_load(
-                stats_desc, [row + n_heads * GROUP * rows, 0], do_full.index(s), delta_smem.index(s)
-            )
-            it += 1
-        position = drawn(
-            number, position, n_tiles * n_heads, turn, counter_ptr, ticket, DRAW, DEPTH, FIRST
-        )
-        turn += 1
-
-
-@gluon.jit
 def _consumer(
-    results, biases, scale, rings, staging, sizes, limits, ring,
+    results, biases, scale, rings, staging, sizes, limits, ends, ring,
     W: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, LIMITS: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr,
-    SOFTCAP: gl.constexpr, EARLY: gl.constexpr, DQ: gl.constexpr, DRAW: gl.constexpr,
-    RING: gl.constexpr, DEPTH: gl.constexpr,
+    SOFTCAP: gl.constexpr, EARLY: gl.constexpr, DRAW: gl.constexpr, RING: gl.constexpr,
+    TICKETS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: keys [64 W, 64 W + 64) of every key tile."""
-    dq_to, dk_desc, dv_desc = results
+    dq_desc, dk_desc, _dv_desc = results
     q_ring, do_ring, kv, ticket = rings
-    ds_ring, dq_smem, places, limits_smem, turn_done = staging
+    ds_ring, dq_smem, places, _turn_done = staging
     slopes_ptr, bend = biases
     DQ_COLS: gl.constexpr = D // 2 if BM == 64 else D
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
@@ -136,7 +82,7 @@ def _consumer(
     DTYPE: gl.constexpr = dk_desc.dtype
     q_smem, lse_smem, q_full, q_empty = q_ring
     do_smem, delta_smem, do_full = do_ring
-    k_smem, v_smem, kv_full, kv_empty = kv
+    k_smem, v_smem, kv_full, _kv_empty = kv
     ds_smem, ds_full, ds_empty = ds_ring
     H_kv, T, S, n_heads, n_tiles, chunk = sizes
     FIRST: gl.constexpr = 1 if RING else 0
@@ -145,13 +91,15 @@ def _consumer(
     nothing = gl.zeros([64, BM], gl.float32, S_LAYOUT)
     it = 0
     turn = 0
-    position = first_position(ticket, DRAW, DEPTH, FIRST)
+    position = first_position(ticket, DRAW, TICKETS, FIRST)
     while position < n_tiles * n_heads:
         rank, head = tile_at(position, n_tiles, n_heads, chunk)
         b = head // H_kv
-        first, per_head = query_tiles(rank * BN, b, T, S, limits, BM, BN, CAUSAL, LIMITS)
         key = rank * BN + W * 64
-        seen = keys_seen(key, b, T, S, limits, limits_smem, W, S_LAYOUT, LIMITS)
+        first, per_head, seen = queries_seen(
+            key, turn, b, T, S, limits, ends, W, BM, BN, CAUSAL, LIMITS
+        )
+        start = slot_of(head, ring, GROUP, RING) * padded  # of this head in the dQ buffer
         row_before = 0
         dk = gl.zeros([64, D], gl.float32, O_LAYOUT)
         dv = gl.zeros([64, D], gl.float32, O_LAYOUT)
@@ -187,8 +135,8 @@ def _consumer(
             )  # fmt: skip
             if not EARLY:
                 mbarrier.wait(do_full.index(s), phase)
-                start = minus_delta(delta_smem.index(s), nothing, BM, COL)
-                dp = warpgroup_mma(v, do.permute((1, 0)), start, is_async=True)
+                less = minus_delta(delta_smem.index(s), nothing, BM, COL)
+                dp = warpgroup_mma(v, do.permute((1, 0)), less, is_async=True)
             p16 = p.to(DTYPE)
             if EARLY:
                 dp = warpgroup_mma_wait(0, deps=(dp,))
@@ -216,49 +164,39 @@ def _consumer(
             dq = warpgroup_mma_wait(0, deps=(dq,))
             mbarrier.arrive(ds_empty.index(other), count=1)
             if i > 0:
-                add_to_dq(dq_to, dq_smem, dq, row_before, W, BM, D, DQ)
-            row_before = (slot_of(head, ring, GROUP, RING) + member) * padded + query
+                add_to_dq(dq_desc, dq_smem, dq, row_before, W, BM, D)
+            row_before = start + member * padded + query
             it += 1
 
-        last = it - 1
-        mbarrier.wait(ds_full.index(last % 2), (last // 2) & 1)
-        dq = half_of_dq(
-            ds_smem.index(last % 2), k_smem.index(0).reshape([BN, D]), W, BM, D, DQ_LAYOUT
-        )
-        dq = warpgroup_mma_wait(0, deps=(dq,))
-        mbarrier.arrive(kv_empty, count=1)  # the next K and V load under what follows
-        add_to_dq(dq_to, dq_smem, dq, row_before, W, BM, D, DQ)
-        if RING:
-            mbarrier.arrive(turn_done.index(turn % DEPTH), count=1)
-        store_dk_dv(
-            dk_desc, dv_desc, dk * scale, dv, dq_smem, head // H_kv, key, head % H_kv, W, BM, D
-        )
+        if LIMITS:
+            mbarrier.arrive(ends[4].index(turn % 2), count=1)
+        end_of_turn(
+            results, rings, staging, dk * scale, dv, it - 1, turn, row_before, head // H_kv, key,
+            head % H_kv, W, BM, D, DQ_LAYOUT, RING,
+        )  # fmt: skip
         turn += 1
-        position = following(position, turn, ticket, DRAW, DEPTH, FIRST)
+        position = following(position, turn, ticket, DRAW, TICKETS, FIRST)
     tma.store_wait(0)
 
 
 @gluon.jit
 def _work(
-    results, biases, scale, rings, staging, sizes, limits, ring,
+    results, biases, scale, rings, staging, sizes, limits, ends, ring,
     W: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, LIMITS: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr,
-    SOFTCAP: gl.constexpr, EARLY: gl.constexpr, AHEAD: gl.constexpr, NARROW: gl.constexpr,
-    DQ: gl.constexpr, DRAW: gl.constexpr,
-    RING: gl.constexpr, DEPTH: gl.constexpr,
+    SOFTCAP: gl.constexpr, EARLY: gl.constexpr, AHEAD: gl.constexpr, DRAW: gl.constexpr,
+    RING: gl.constexpr, TICKETS: gl.constexpr,
 ):  # fmt: skip
     """A consumer, of either kind."""
     if AHEAD:
         ahead_consumer(
-            results, biases, scale, rings, staging, sizes, limits, ring, W, D, BM, GROUP, STAGES,
-            CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, NARROW, DQ, DRAW,
-            RING, DEPTH,
+            results, biases, scale, rings, staging, sizes, ring, W, D, BM, GROUP, STAGES, CAUSAL,
+            RAGGED, ALIBI, SOFTCAP, DRAW, RING, TICKETS,
         )  # fmt: skip
     else:
         _consumer(
-            results, biases, scale, rings, staging, sizes, limits, ring, W, D, BM, GROUP, STAGES,
-            CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, DQ, DRAW, RING,
-            DEPTH,
+            results, biases, scale, rings, staging, sizes, limits, ends, ring, W, D, BM, GROUP,
+            STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, DRAW, RING, TICKETS,
         )  # fmt: skip
 
 
@@ -273,22 +211,24 @@ def _work(
         "n_tiles",
         "chunk",
         "ring",
-        "out_row",
     ]
 )
 def attention_bwd_kernel(
     q_desc, k_desc, v_desc, do_desc,  # [B, T or S, H or H_kv, D], blocks [1, rows, 1, D]
     stats_desc,  # [2 * B * H * tiles of BM queries, BM] fp32: lse in log2 units, then -delta
-    dq_desc, dq_ptr,  # [B * H * T padded to BM, D] fp32, zero; gets dQ / scale; see dq.py
+    dq_desc,  # dQ / scale [heads * T padded to BM, D] fp32, zero, in the order of dq.py
     dk_desc, dv_desc,  # [B, S, H_kv, D]
     slopes_ptr,  # [H] fp32
     bounds_ptr,  # [B, 2, T] int32: where each token's document starts and ends
     counter_ptr,  # [1] int32, zero before and after; not read unless DRAW
-    out_ptr,  # dq [B, T, H, D_OUT]; this and the next four are for RING only
-    out_row,  # from a token to the next in dq, in eights
-    progress_ptr,  # [heads + groups of them] int32, zero: see ring.py
-    piece_desc,  # as dq_desc, in blocks of PIECE numbers
-    ring,  # heads of which there is room in dq_ptr
+    # for RING only, see ring.py: out [B, T, H, D] and d_out in blocks of PART rows, 64 columns
+    out_part_desc, do_part_desc,
+    piece_desc, zero_desc,  # as dq_desc, in blocks of PIECE numbers and of half of that
+    lse_ptr, d_lse_ptr,  # [B, H, T] contiguous; d_lse may be None
+    stats_ptr,  # of stats_desc
+    dq_piece_desc,  # dq [B, T, H, D], blocks [1, 64, 1, 16]
+    progress_ptr,  # [2 * n_heads] int32, zero
+    ring,  # kv heads of which there is room in dq_desc
     scale,
     cap,  # the soft cap in log2 units
     inner,  # scale / cap: what the products are multiplied by before tanh
@@ -302,15 +242,13 @@ def attention_bwd_kernel(
     LIMITS: gl.constexpr,  # see masks.py
     RAGGED: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, EARLY: gl.constexpr,
     AHEAD: gl.constexpr,  # see backward_ahead.py
-    NARROW: gl.constexpr,
-    DQ: gl.constexpr,  # see dq.py
-    DRAW: gl.constexpr, PDL: gl.constexpr, RING: gl.constexpr, D_OUT: gl.constexpr,
+    DRAW: gl.constexpr, PDL: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of the key tiles this program gets, and what they add to dQ."""
     DTYPE: gl.constexpr = q_desc.dtype
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    DEPTH: gl.constexpr = 8 if RING else 1  # turns that signaller and finisher may lag
+    TICKETS: gl.constexpr = DEPTH if RING else 1
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BM], DTYPE)
     DQ_COLS: gl.constexpr = D // 2 if BM == 64 else D
     k_smem = gl.allocate_shared_memory(DTYPE, [1, 1, BN, 1, D], k_desc.layout)
@@ -320,15 +258,10 @@ def attention_bwd_kernel(
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM], stats_desc.layout)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM], stats_desc.layout)
     ds_smem = gl.allocate_shared_memory(DTYPE, [2, BN, BM], DS_LAYOUT)
-    if DQ == "tiles":
-        dq_smem = gl.allocate_shared_memory(gl.float32, [2, 64, DQ_COLS], dq_desc.layout)
-    else:
-        dq_smem = gl.allocate_shared_memory(gl.float32, [2, 2 * DQ_COLS, 32], dq_desc.layout)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [2, 2 * DQ_COLS, 32], dq_desc.layout)
     places = gl.allocate_shared_memory(gl.int32, [128], FLAT)
     places.store(gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])))
-    limits_smem = places
-    if LIMITS:
-        limits_smem = gl.allocate_shared_memory(gl.int32, [256], FLAT)
+    ends = room_for_ends(2, 2, LIMITS)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     kv_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -336,10 +269,10 @@ def attention_bwd_kernel(
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    slots = gl.allocate_shared_memory(gl.int32, [DEPTH, 1], FLAT)
-    ticket_full = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], BARRIER)
-    ticket_empty = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], BARRIER)
-    turn_done = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], BARRIER)
+    slots = gl.allocate_shared_memory(gl.int32, [TICKETS, 1], FLAT)
+    ticket_full = gl.allocate_shared_memory(gl.int64, [TICKETS, 1], BARRIER)
+    ticket_empty = gl.allocate_shared_memory(gl.int64, [TICKETS, 1], BARRIER)
+    turn_done = gl.allocate_shared_memory(gl.int64, [TICKETS, 1], BARRIER)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(do_full.index(i), count=1)
@@ -349,23 +282,21 @@ def attention_bwd_kernel(
         mbarrier.init(ds_empty.index(i), count=2)
     mbarrier.init(kv_full, count=1)
     mbarrier.init(kv_empty, count=2)
-    for i in gl.static_range(DEPTH):
+    for i in gl.static_range(TICKETS):
         mbarrier.init(ticket_full.index(i), count=1)
-        mbarrier.init(ticket_empty.index(i), count=4 if RING else 2)
+        mbarrier.init(ticket_empty.index(i), count=5 if RING else 2)
         mbarrier.init(turn_done.index(i), count=2)
 
+    ticket = (slots, ticket_full, ticket_empty)
     rings = (
         (q_smem, lse_smem, q_full, q_empty),
         (do_smem, delta_smem, do_full),
         (k_smem, v_smem, kv_full, kv_empty),
-        (slots, ticket_full, ticket_empty),
+        ticket,
     )
-    staging = ((ds_smem, ds_full, ds_empty), dq_smem, places, limits_smem, turn_done)
+    staging = ((ds_smem, ds_full, ds_empty), dq_smem, places, turn_done)
     sources = (q_desc, k_desc, v_desc, do_desc, stats_desc)
-    dq_to = dq_desc
-    if DQ == "registers":
-        dq_to = dq_ptr
-    results = (dq_to, dk_desc, dv_desc)
+    results = (dq_desc, dk_desc, dv_desc)
     sizes = (H_kv, T, S, n_heads, n_tiles, chunk)
     biases = (slopes_ptr, (cap, inner))
     limits = (before, after, bounds_ptr)
@@ -374,34 +305,45 @@ def attention_bwd_kernel(
         gdc_wait()
     # fmt: off
     if RING:
-        piece_smem = gl.allocate_shared_memory(gl.float32, [2, PIECE // 32, 32], piece_desc.layout)
-        piece_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+        part_smem = gl.allocate_shared_memory(
+            DTYPE, [2 * D // 64 * 2, 1, PART, 1, 64], out_part_desc.layout)
+        piece_smem = gl.allocate_shared_memory(
+            gl.float32, [PIECES, PIECE // 32, 32], piece_desc.layout)
+        zeros_smem = gl.allocate_shared_memory(gl.float32, [PIECE // 64, 32], zero_desc.layout)
+        part_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+        piece_full = gl.allocate_shared_memory(gl.int64, [PIECES, 1], BARRIER)
         for i in gl.static_range(2):
+            mbarrier.init(part_full.index(i), count=1)
+        for i in gl.static_range(PIECES):
             mbarrier.init(piece_full.index(i), count=1)
-        pieces = (piece_smem, piece_full)
-        ticket = (slots, ticket_full, ticket_empty)
+        zeros_smem.store(gl.zeros(
+            [PIECE // 64, 32], gl.float32, gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])))
+        fence_async_shared()
         gl.warp_specialize([
-            (_work, (results, biases, scale, rings, staging, sizes, limits, ring, 0, D, BM, GROUP,
-                     STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, NARROW, DQ,
-                     DRAW, RING, DEPTH)),
-            (_work, (results, biases, scale, rings, staging, sizes, limits, ring, 1, D, BM, GROUP,
-                     STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, NARROW, DQ,
-                     DRAW, RING, DEPTH)),
-            (finisher, (piece_desc, dq_ptr, out_ptr, out_row * 8, progress_ptr, ticket, pieces,
-                        sizes, ring, scale, D, D_OUT, BM, GROUP, DRAW, DEPTH)),
-            (_producer, (sources, rings, counter_ptr, progress_ptr, sizes, limits,
-                         BM, GROUP, STAGES, CAUSAL, LIMITS, DRAW, RING, DEPTH)),
-            (signaller, (progress_ptr, ticket, turn_done, sizes, DRAW, DEPTH)),
-        ], [4, 2, 1, 1], [240, 24, 24, 24])
+            (_work, (results, biases, scale, rings, staging, sizes, limits, ends, ring, 0, D, BM,
+                     GROUP, STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, DRAW,
+                     RING, TICKETS)),
+            (_work, (results, biases, scale, rings, staging, sizes, limits, ends, ring, 1, D, BM,
+                     GROUP, STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, DRAW,
+                     RING, TICKETS)),
+            (producer, (sources, rings, counter_ptr, progress_ptr, sizes, limits, ends,
+                         BM, GROUP, STAGES, CAUSAL, LIMITS, DRAW, RING, TICKETS)),
+            (preparer, (out_part_desc, do_part_desc, lse_ptr, d_lse_ptr, stats_ptr, progress_ptr,
+                        ticket, (part_smem, part_full), sizes, D, BM, GROUP, DRAW)),
+            (finisher, (piece_desc, zero_desc, dq_piece_desc, progress_ptr, ticket,
+                        (piece_smem, piece_full, zeros_smem), sizes, ring, scale,
+                        D, BM, GROUP, DRAW)),
+            (signaller, (progress_ptr, ticket, turn_done, sizes, DRAW)),
+        ], [4, 1, 1, 1, 1], [240, 24, 24, 24, 24])
     else:
         gl.warp_specialize([
-            (_work, (results, biases, scale, rings, staging, sizes, limits, ring, 0, D, BM, GROUP,
-                     STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, NARROW, DQ,
-                     DRAW, RING, DEPTH)),
-            (_work, (results, biases, scale, rings, staging, sizes, limits, ring, 1, D, BM, GROUP,
-                     STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, NARROW, DQ,
-                     DRAW, RING, DEPTH)),
-            (_producer, (sources, rings, counter_ptr, progress_ptr, sizes, limits,
-                         BM, GROUP, STAGES, CAUSAL, LIMITS, DRAW, RING, DEPTH)),
+            (_work, (results, biases, scale, rings, staging, sizes, limits, ends, ring, 0, D, BM,
+                     GROUP, STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, DRAW,
+                     RING, TICKETS)),
+            (_work, (results, biases, scale, rings, staging, sizes, limits, ends, ring, 1, D, BM,
+                     GROUP, STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, DRAW,
+                     RING, TICKETS)),
+            (producer, (sources, rings, counter_ptr, progress_ptr, sizes, limits, ends,
+                         BM, GROUP, STAGES, CAUSAL, LIMITS, DRAW, RING, TICKETS)),
         ], [4, 1], [240, 24])
     # fmt: on

@@ -11,8 +11,7 @@ on dP'. It never waits for a product that was not issued behind another one:
 After the last tile of a turn S' is void: its own queries again, since a branch around a product
 serialises the pipeline.
 
-NARROW: dS' = P' * dP' in the products' own dtype, two at a time; P' in fp32 need not be kept, which
-frees up to 64 registers. Eager PyTorch rounds P' and dP' alike.
+For plain causal and full masks.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="untyped-decorator, misc"
@@ -27,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.attention.hopper.backward_parts import keys_seen, masked_tiles, store_dk_dv
+from kernels.attention.hopper.backward_parts import end_of_turn, masked_tiles
 from kernels.attention.hopper.dq import add_to_dq, half_of_dq
 from kernels.attention.hopper.masks import query_tiles
 from kernels.attention.hopper.ring import slot_of
@@ -40,19 +39,19 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 
 @gluon.jit
 def _tile(
-    dk, dv, st, it, i, n, query, row, row_before, key, ramp, seen,
+    dk, dv, st, it, left, query, row_before, key, ramp,
     results, bend, scale, rings, staging, S, past,
     W: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, LIMITS: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr,
-    SOFTCAP: gl.constexpr, NARROW: gl.constexpr, DQ: gl.constexpr, MASK: gl.constexpr,
+    CAUSAL: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr,
+    MASK: gl.constexpr,
 ):  # fmt: skip
-    """dk, dv, and S' of the next tile, after tile `i` of `n` of this turn, whose S' is `st`.
+    """dk, dv, and S' of the next tile, after a tile whose S' is `st`; the turn has `left` more.
 
-    row, row_before: where this tile and the one before start in the buffer of dQ.
+    row_before: where the tile before starts in the buffer of dQ, below 0 if it is another turn's.
     """
-    dq_to, dk_desc, _dv_desc = results
+    dq_desc, dk_desc, _dv_desc = results
     q_ring, do_ring, kv, _ticket = rings
-    ds_ring, dq_smem, places, _limits, _turn_done = staging
+    ds_ring, dq_smem, places, _turn_done = staging
     DQ_COLS: gl.constexpr = D // 2 if BM == 64 else D
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -78,16 +77,13 @@ def _tile(
     dp = warpgroup_mma(v, do.permute((1, 0)), start, is_async=True)
     lse = lse_smem.index(s).reshape([BM]).load(COL)
     p, weight = probabilities(
-        st, lse, places, seen, ramp, scale * LOG2_E, bend, key, query, S, past, BM,
-        S_LAYOUT, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, DTYPE, BN - 1 - W * 64, MASK,
+        st, lse, places, (0, 0, 0, 0), ramp, scale * LOG2_E, bend, key, query, S, past, BM,
+        S_LAYOUT, CAUSAL, 0, RAGGED, ALIBI, SOFTCAP, DTYPE, BN - 1 - W * 64, MASK,
     )  # fmt: skip
     p16 = p.to(DTYPE)
     dv = warpgroup_mma(gl.convert_layout(p16, P_LAYOUT), do, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp,))
-    if NARROW and not SOFTCAP:
-        ds = p16 * dp.to(DTYPE)
-    else:
-        ds = (weight * dp).to(DTYPE)
+    ds = (weight * dp).to(DTYPE)
 
     here = it % 2
     other = (it + 1) % 2
@@ -102,61 +98,52 @@ def _tile(
 
     mbarrier.wait(ds_full.index(other), (((it + 1) // 2) & 1) ^ 1)  # passes at it = 0
     dq = half_of_dq(ds_smem.index(other), k_all, W, BM, D, DQ_LAYOUT)
-    more = gl.minimum(n - 1 - i, 1)  # 0 at the last tile: then its own queries again
-    then = it + more
+    then = it + gl.minimum(left, 1)  # at the last tile its own queries again
     mbarrier.wait(q_full.index(then % STAGES), (then // STAGES) & 1)
     q = q_smem.index(then % STAGES).reshape([BM, D])
     st = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
     dk = warpgroup_mma_wait(2, deps=(dk,))
-    if more > 0:
+    if left > 0:
         mbarrier.arrive(q_empty.index(s), count=1)
     dq = warpgroup_mma_wait(1, deps=(dq,))
     mbarrier.arrive(ds_empty.index(other), count=1)
-    if i > 0:
-        add_to_dq(dq_to, dq_smem, dq, row_before, W, BM, D, DQ)
+    if row_before >= 0:
+        add_to_dq(dq_desc, dq_smem, dq, row_before, W, BM, D)
     st = warpgroup_mma_wait(0, deps=(st,))
     return dk, dv, st
 
 
 @gluon.jit
 def ahead_consumer(
-    results, biases, scale, rings, staging, sizes, limits, ring,
+    results, biases, scale, rings, staging, sizes, ring,
     W: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, LIMITS: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr,
-    SOFTCAP: gl.constexpr, NARROW: gl.constexpr, DQ: gl.constexpr, DRAW: gl.constexpr,
-    RING: gl.constexpr, DEPTH: gl.constexpr,
+    CAUSAL: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr,
+    DRAW: gl.constexpr, RING: gl.constexpr, TICKETS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: keys [64 W, 64 W + 64) of every key tile."""
-    dq_to, dk_desc, dv_desc = results
     q_ring, _do_ring, kv, ticket = rings
-    ds_ring, dq_smem, _places, limits_smem, turn_done = staging
     slopes_ptr, bend = biases
     DQ_COLS: gl.constexpr = D // 2 if BM == 64 else D
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLS, 16])
     q_smem, _lse, q_full, q_empty = q_ring
-    k_smem, _v, kv_full, kv_empty = kv
-    ds_smem, ds_full, _empty = ds_ring
+    k_smem, _v, kv_full, _kv_empty = kv
     H_kv, T, S, n_heads, n_tiles, chunk = sizes
     FIRST: gl.constexpr = 1 if RING else 0
     past = S - T
     padded = (T + BM - 1) // BM * BM  # rows of a head in the dQ buffer
     it = 0
     turn = 0
-    position = first_position(ticket, DRAW, DEPTH, FIRST)
+    position = first_position(ticket, DRAW, TICKETS, FIRST)
     while position < n_tiles * n_heads:
         rank, head = tile_at(position, n_tiles, n_heads, chunk)
         b = head // H_kv
-        first, per_head = query_tiles(rank * BN, b, T, S, limits, BM, BN, CAUSAL, LIMITS)
+        first, per_head = query_tiles(rank * BN, b, T, S, (0, 0, 0), BM, BN, CAUSAL, 0)
         key = rank * BN + W * 64
-        seen = keys_seen(key, b, T, S, limits, limits_smem, W, S_LAYOUT, LIMITS)
-        n = per_head * GROUP
-        n_masked = masked_tiles(
-            key, first, per_head, S, past, BM, BN - 1 - W * 64, CAUSAL, LIMITS, RAGGED
-        )
-        i = 0
-        row_before = 0
+        left = per_head * GROUP
+        n_masked = masked_tiles(key, first, per_head, S, past, BM, BN - 1 - W * 64, CAUSAL, RAGGED)
+        row_before = -1
         dk = gl.zeros([64, D], gl.float32, O_LAYOUT)
         dv = gl.zeros([64, D], gl.float32, O_LAYOUT)
         mbarrier.wait(kv_full, turn & 1)
@@ -167,50 +154,38 @@ def ahead_consumer(
         st = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
         st = warpgroup_mma_wait(0, deps=(st,))
         for member in range(GROUP):
-            row = (slot_of(head, ring, GROUP, RING) + member) * padded + first
-            query = first
+            start = (slot_of(head, ring, GROUP, RING) + member) * padded  # in the buffer of dQ
+            row = start + first
             ramp = 0.0
             if ALIBI:
                 ramp = gl.load(slopes_ptr + (head * GROUP + member) % (H_kv * GROUP)) * LOG2_E
-            if CAUSAL or LIMITS or RAGGED:
+            if CAUSAL or RAGGED:
                 for _ in range(n_masked):
+                    left -= 1
                     dk, dv, st = _tile(
-                        dk, dv, st, it, i, n, query, row, row_before, key, ramp, seen,
+                        dk, dv, st, it, left, row - start, row_before, key, ramp,
                         results, bend, scale, rings, staging, S, past, W, D, BM, STAGES,
-                        CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, NARROW, DQ, ALWAYS,
+                        CAUSAL, RAGGED, ALIBI, SOFTCAP, ALWAYS,
                     )  # fmt: skip
                     row_before = row
                     row = row + BM
-                    query = query + BM
                     it += 1
-                    i += 1
-            if not LIMITS:
-                for _ in range(n_masked, per_head):
-                    dk, dv, st = _tile(
-                        dk, dv, st, it, i, n, query, row, row_before, key, ramp, seen,
-                        results, bend, scale, rings, staging, S, past, W, D, BM, STAGES,
-                        CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, NARROW, DQ, NEVER,
-                    )  # fmt: skip
-                    row_before = row
-                    row = row + BM
-                    query = query + BM
-                    it += 1
-                    i += 1
+            for _ in range(n_masked, per_head):
+                left -= 1
+                dk, dv, st = _tile(
+                    dk, dv, st, it, left, row - start, row_before, key, ramp,
+                    results, bend, scale, rings, staging, S, past, W, D, BM, STAGES,
+                    CAUSAL, RAGGED, ALIBI, SOFTCAP, NEVER,
+                )  # fmt: skip
+                row_before = row
+                row = row + BM
+                it += 1
 
-        last = it - 1
-        mbarrier.arrive(q_empty.index(last % STAGES), count=1)
-        mbarrier.wait(ds_full.index(last % 2), (last // 2) & 1)
-        dq = half_of_dq(
-            ds_smem.index(last % 2), k_smem.index(0).reshape([BN, D]), W, BM, D, DQ_LAYOUT
-        )
-        dq = warpgroup_mma_wait(0, deps=(dq,))
-        mbarrier.arrive(kv_empty, count=1)  # the next K and V load under what follows
-        add_to_dq(dq_to, dq_smem, dq, row_before, W, BM, D, DQ)
-        if RING:
-            mbarrier.arrive(turn_done.index(turn % DEPTH), count=1)
-        store_dk_dv(
-            dk_desc, dv_desc, dk * scale, dv, dq_smem, b, key, head - b * H_kv, W, BM, D
+        mbarrier.arrive(q_empty.index((it - 1) % STAGES), count=1)
+        end_of_turn(
+            results, rings, staging, dk * scale, dv, it - 1, turn, row_before, b, key,
+            head - b * H_kv, W, BM, D, DQ_LAYOUT, RING,
         )  # fmt: skip
         turn += 1
-        position = following(position, turn, ticket, DRAW, DEPTH, FIRST)
+        position = following(position, turn, ticket, DRAW, TICKETS, FIRST)
     tma.store_wait(0)

@@ -8,10 +8,18 @@ Dims: BM queries of a tile, GROUP = H / H_kv, D head size; a consumer has 64 key
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma_wait,
+)
 
-from kernels.attention.hopper.masks import queries_of
-from kernels.attention.hopper.shim import tma_store
+from kernels.attention.hopper.dq import add_to_dq, half_of_dq
+from kernels.attention.hopper.ends import number_at
+from kernels.attention.hopper.masks import query_tiles
+from kernels.attention.hopper.ring import DEPTH
+from kernels.attention.hopper.shim import stored, tma_store
 
 
 @gluon.jit
@@ -24,42 +32,42 @@ def query_at(i, first, per_head, BM: gl.constexpr, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def keys_seen(
-    key, b, T, S, limits, limits_smem, W: gl.constexpr, LAYOUT: gl.constexpr, LIMITS: gl.constexpr
+def queries_seen(
+    key, turn, b, T, S, limits, ends, W: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    CAUSAL: gl.constexpr, LIMITS: gl.constexpr,
 ):  # fmt: skip
-    """What `probabilities` needs to hide pairs: (first, last query of each of the 64 keys, and
-    between which queries all 64 are seen); the first two wait in shared memory: registers are
-    short."""
+    """(first query, how many tiles) that see the key tile, and what `probabilities` needs to hide
+    pairs: (first, last query of each of the 64 keys from `key` on, in shared memory since registers
+    are short; between which queries all 64 are seen)."""
     seen = (0, 0, 0, 0)
     if LIMITS:
-        firsts = limits_smem.slice(W * 128, 64)
-        lasts = limits_smem.slice(W * 128 + 64, 64)
-        first_of, last_of = queries_of(
-            key + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)), b, T, S, limits, LIMITS
-        )
-        firsts.store(first_of)
-        lasts.store(last_of)
-        clear_from, _ = queries_of(key + 63, b, T, S, limits, LIMITS)
-        _, clear_to = queries_of(key, b, T, S, limits, LIMITS)
+        firsts, lasts, spans, full, _empty = ends
+        at = turn % 2
+        mbarrier.wait(full.index(at), (turn // 2) & 1)
+        firsts = firsts.index(at * 2 + W)
+        lasts = lasts.index(at * 2 + W)
+        clear_to = number_at(lasts, 0)
         if key + 64 > S:
             clear_to = -1  # keys past the end
-        seen = (firsts, lasts, clear_from, clear_to)
-    return seen
+        seen = (firsts, lasts, number_at(firsts, 63), clear_to)
+        first = number_at(spans.index(at * 2), 0)
+        per_head = number_at(spans.index(at * 2 + 1), 0)
+    else:
+        first, per_head = query_tiles(key - W * 64, b, T, S, limits, BM, BN, CAUSAL, LIMITS)
+    return first, per_head, seen
 
 
 @gluon.jit
 def masked_tiles(
     key, first, per_head, S, past, BM: gl.constexpr, LAST: gl.constexpr, CAUSAL: gl.constexpr,
-    LIMITS: gl.constexpr, RAGGED: gl.constexpr,
+    RAGGED: gl.constexpr,
 ):  # fmt: skip
     """How many of the query tiles from `first` on may need a mask; the ones behind them do not.
 
     The key tile ends LAST after this consumer's first key.
     """
     n = 0
-    if LIMITS:
-        n = per_head
-    elif CAUSAL:  # until all queries see the tile's last key
+    if CAUSAL:  # until all queries see the tile's last key
         n = gl.minimum(gl.maximum(key + LAST - past - first + (BM - 1), 0) // BM, per_head)
     elif RAGGED:
         if key + 64 > S:
@@ -68,7 +76,7 @@ def masked_tiles(
 
 
 @gluon.jit
-def store_dk_dv(
+def _store_dk_dv(
     dk_desc, dv_desc, dk, dv, dq_smem, b, key, h, W: gl.constexpr, BM: gl.constexpr, D: gl.constexpr
 ):  # fmt: skip
     """dV, then dK [64, D] leave through the staging buffer of dQ: room for one or for both."""
@@ -84,3 +92,29 @@ def store_dk_dv(
     stage.index(ROOM - 1).reshape([64, D]).store(dk.to(DTYPE))
     fence_async_shared()
     tma_store(dk_desc, [b, key, h, 0], stage.index(ROOM - 1))
+
+
+@gluon.jit
+def end_of_turn(
+    results, rings, staging, dk, dv, last, turn, row, b, key, h,
+    W: gl.constexpr, BM: gl.constexpr, D: gl.constexpr, DQ_LAYOUT: gl.constexpr,
+    RING: gl.constexpr,
+):  # fmt: skip
+    """What is left after the last tile of a turn, number `last` of the program: its dQ, at `row` of
+    the buffer; dK and dV."""
+    dq_desc, dk_desc, dv_desc = results
+    _q, _do, kv, _ticket = rings
+    ds_ring, dq_smem, _places, turn_done = staging
+    ds_smem, ds_full, _ds_empty = ds_ring
+    k_smem, _v, _full, kv_empty = kv
+    mbarrier.wait(ds_full.index(last % 2), (last // 2) & 1)
+    dq = half_of_dq(
+        ds_smem.index(last % 2), k_smem.index(0).reshape([2 * 64, D]), W, BM, D, DQ_LAYOUT
+    )
+    dq = warpgroup_mma_wait(0, deps=(dq,))
+    mbarrier.arrive(kv_empty, count=1)  # the next K and V load under what follows
+    add_to_dq(dq_desc, dq_smem, dq, row, W, BM, D)
+    _store_dk_dv(dk_desc, dv_desc, dk, dv, dq_smem, b, key, h, W, BM, D)
+    if RING:
+        stored(2)  # all but dV and dK
+        mbarrier.arrive(turn_done.index(turn % DEPTH), count=1)

@@ -26,36 +26,33 @@ Maths: Dao 2023, arXiv:2307.08691, Algorithm 1; scores stay unscaled, exponentia
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="untyped-decorator, misc"
-# ruff: noqa: SIM102 -- the outer `if` is decided at compile time
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from kernels.attention.hopper.ends import hand_over, number_at, room_for_ends
 from kernels.attention.hopper.forward_chained import chained_consumer
-from kernels.attention.hopper.masks import key_tiles, keys_of
-from kernels.attention.hopper.schedule import draw, drawn, following, tile_at
-from kernels.attention.hopper.shim import tma_load, tma_store
-from kernels.attention.hopper.softmax import (
-    LN_2,
-    MASKED,
-    bias_scores,
-    hide,
-    pass_by,
-    shrink_rows,
-    softmax_step,
+from kernels.attention.hopper.forward_parts import (
+    first_softmax,
+    key_step,
+    store_lse,
+    store_out,
 )
+from kernels.attention.hopper.masks import key_tiles
+from kernels.attention.hopper.schedule import draw, drawn, following, tile_at
+from kernels.attention.hopper.shim import tma_load
+from kernels.attention.hopper.softmax import pass_by
 
 
 @gluon.jit
 def _producer(
-    sources, rings, counter_ptr, sizes, limits,
+    sources, rings, counter_ptr, sizes, limits, ends,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, LIMITS: gl.constexpr, DRAW: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
@@ -79,6 +76,7 @@ def _producer(
         b = head // H
         h = head - b * H
         low, n_iter = key_tiles(row, row + BM - 1, b, T, S, limits, BN, CAUSAL, LIMITS)
+        hand_over(row, (low, n_iter), turn, b, T, S, limits, ends, 1, CONSUMERS, False, LIMITS)
         for w in gl.static_range(CONSUMERS):
             at = turn % PLACES * CONSUMERS + w
             mbarrier.wait(q_empty.index(at), ((turn // PLACES) & 1) ^ 1)
@@ -100,17 +98,49 @@ def _producer(
 
 
 @gluon.jit
+def _keys_seen(
+    row, turn, b, T, S, limits, ends, W: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
+    ROW: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr, SKIP: gl.constexpr,
+):  # fmt: skip
+    """(first key tile of the 64 rows from `row` on, how many; how many before and behind them only
+    other rows of the tile see; for `hide`: first and behind the last key of each row, and which
+    keys all 64 rows see)."""
+    BM: gl.constexpr = CONSUMERS * 64
+    before = 0
+    behind = 0
+    seen = (0, 0, 0, 0)
+    if LIMITS:
+        firsts, lasts, spans, full, empty = ends
+        mbarrier.wait(full.index(0), turn & 1)
+        first = firsts.index(W).load(ROW)
+        limit = lasts.index(W).load(ROW) + 1
+        seen = (first, limit, number_at(firsts.index(W), 63), number_at(lasts.index(W), 0))
+        low = number_at(firsts.index(W), 0) // BN
+        n_iter = number_at(lasts.index(W), 63) // BN + 1 - low
+        all_low = number_at(spans.index(0), 0)
+        before = low - all_low
+        behind = all_low + number_at(spans.index(1), 0) - low - n_iter
+        mbarrier.arrive(empty.index(0), count=1)
+    else:
+        start = row - W * 64
+        low, n_iter = key_tiles(start, start + (BM - 1), b, T, S, limits, BN, CAUSAL, LIMITS)
+        if SKIP:
+            behind = n_iter
+            low, n_iter = key_tiles(row, row + 63, b, T, S, limits, BN, CAUSAL, LIMITS)
+            behind -= n_iter
+    return low, n_iter, before, behind, seen
+
+
+@gluon.jit
 def _consumer(
-    results, biases, scale, rings, out_smem, sizes, limits,
+    results, biases, scale, rings, out_smem, sizes, limits, ends,
     W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr, EDGE: gl.constexpr,
     SKIP: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
-    DRAW: gl.constexpr, SHARE: gl.constexpr, LAZY: gl.constexpr, POLY: gl.constexpr,
-    PINNED: gl.constexpr,
+    DRAW: gl.constexpr, SHARE: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     out_desc, lse_ptr = results
-    slopes_ptr, sinks_ptr, bend = biases
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
@@ -123,8 +153,6 @@ def _consumer(
     H, T, S, n_heads, n_tiles, chunk = sizes
     DTYPE: gl.constexpr = out_desc.dtype
     BM: gl.constexpr = CONSUMERS * 64
-    past = S - T
-    cols = gl.arange(0, BN, gl.SliceLayout(0, S_LAYOUT))
     nothing = gl.zeros([64, BN], gl.float32, S_LAYOUT)
     q = q_smem.index(W).reshape([64, D])
     it = 0
@@ -135,37 +163,11 @@ def _consumer(
         row = rank * BM + W * 64
         if CAUSAL or LIMITS:
             row = (n_tiles - 1 - rank) * BM + W * 64
-        b = head // H
-        all_low, n_all = key_tiles(
-            row - W * 64, row + (BM - 1 - W * 64), b, T, S, limits, BN, CAUSAL, LIMITS
+        low, n_iter, before, behind, seen = _keys_seen(
+            row, turn, head // H, T, S, limits, ends, W, CONSUMERS, BN, ROW, CAUSAL, LIMITS, SKIP
         )
-        low = all_low
-        n_iter = n_all
         if SKIP:
-            low, n_iter = key_tiles(row, row + 63, b, T, S, limits, BN, CAUSAL, LIMITS)
-            it = pass_by(all_low + n_all - low - n_iter, it, k_ring, v_ring, STAGES)
-        rows = row + gl.arange(0, 64, ROW)
-        limit = gl.full([64], 0, gl.int32, ROW) + S
-        first = limit
-        if CAUSAL:
-            limit = gl.minimum(limit, rows + (past + 1))
-        if LIMITS:
-            first, limit = keys_of(rows, b, T, S, limits, LIMITS)
-            limit += 1
-            clear_from, _ = keys_of(row + 63, b, T, S, limits, LIMITS)  # keys that all 64 rows see
-            _, clear_to = keys_of(row, b, T, S, limits, LIMITS)
-        ramp = 0.0
-        if ALIBI:
-            ramp = gl.load(slopes_ptr + head % H) / (scale * LN_2)  # in the unit of the scores
-        acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
-        peak = gl.full([64], MASKED, gl.float32, ROW)
-        total = gl.full([64], 0.0, gl.float32, ROW)
-        if SINKS:  # one more score, whose value is zero
-            sink = gl.load(sinks_ptr + head % H).to(gl.float32) / (scale * LN_2)
-            peak = gl.full([64], 0.0, gl.float32, ROW) + sink
-            if ALIBI:
-                peak += ramp * (rows - row).to(gl.float32)
-            total += 1.0
+            it = pass_by(behind, it, k_ring, v_ring, STAGES)
 
         s = it % STAGES
         key = (low + n_iter - 1) * BN
@@ -175,38 +177,19 @@ def _consumer(
         qk = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
         qk = warpgroup_mma_wait(0, deps=(qk,))
         mbarrier.arrive(k_empty.index(s), count=1)
-        qk = bias_scores(qk, cols + key, row + past, ramp, bend, SOFTCAP, ALIBI)
-        if EDGE > 0:
-            qk = hide(qk, cols + key, first, limit, LIMITS)
-        p, peak, total, shrink = softmax_step(qk, peak, total, scale, LAZY, POLY)
+        p, peak, total, ramp = first_softmax(
+            qk, head, row, key, seen, biases, scale, sizes,
+            BN, S_LAYOUT, CAUSAL, LIMITS, EDGE, ALIBI, SOFTCAP, SINKS,
+        )  # fmt: skip
         p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+        acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
         it += 1
         for i in range(1, n_iter):
-            s = it % STAGES
-            before = (it - 1) % STAGES
-            key = (low + n_iter - 1 - i) * BN
-            mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
-            k = k_smem.index(s).reshape([BN, D]).permute((1, 0))
-            qk = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(before), ((it - 1) // STAGES) & 1)
-            v = v_smem.index(before).reshape([BN, D])
-            acc = warpgroup_mma(p16, v, acc, is_async=True)
-            qk = warpgroup_mma_wait(1, deps=(qk,))
-            mbarrier.arrive(k_empty.index(s), count=1)
-            qk = bias_scores(qk, cols + key, row + past, ramp, bend, SOFTCAP, ALIBI)
-            if LIMITS:
-                if (key < clear_from) | (key + (BN - 1) > clear_to):
-                    qk = hide(qk, cols + key, first, limit, LIMITS)
-            elif EDGE > 1:
-                if i < EDGE:
-                    qk = hide(qk, cols + key, first, limit, LIMITS)
-            p, peak, total, shrink = softmax_step(qk, peak, total, scale, LAZY, POLY)
-            if PINNED:  # passes at once, and ptxas moves no instruction across: see softmax.py
-                mbarrier.wait(v_full.index(before), ((it - 1) // STAGES) & 1)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(v_empty.index(before), count=1)
-            acc = shrink_rows(acc, gl.convert_layout(shrink, ROW_O), LAZY)
-            p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+            p16, acc, peak, total = key_step(
+                q, p16, acc, peak, total, i, it, (low + n_iter - 1 - i) * BN, row, seen, ramp,
+                biases[2], scale, k_ring, v_ring, sizes, D, BN, S_LAYOUT, O_LAYOUT, STAGES, CAUSAL,
+                LIMITS, EDGE, ALIBI, SOFTCAP, DTYPE,
+            )  # fmt: skip
             it += 1
         if not SHARE:
             mbarrier.arrive(q_empty.index(W), count=1)
@@ -216,17 +199,11 @@ def _consumer(
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_empty.index(s), count=1)
         if LIMITS:
-            it = pass_by(low - all_low, it, k_ring, v_ring, STAGES)
+            it = pass_by(before, it, k_ring, v_ring, STAGES)
 
-        lse = (peak * scale + gl.log2(total)) * LN_2
-        if ALIBI:
-            lse = lse - ramp * scale * LN_2 * (rows - row).to(gl.float32)
-        gl.store(lse_ptr + head.to(gl.int64) * T + rows, lse, mask=rows < T)
+        store_lse(lse_ptr, peak, total, ramp, head, row, T, scale, ROW, ALIBI)
         acc = acc * gl.convert_layout(1.0 / total, ROW_O)[:, None]
-        tma.store_wait(0)  # the tile before has left the staging buffer
-        out_smem.index(W).reshape([64, D]).store(acc.to(DTYPE))
-        fence_async_shared()
-        tma_store(out_desc, [head // H, row, head % H, 0], out_smem.index(W))
+        store_out(out_desc, out_smem, acc, head, row, H, W, D)
         if SHARE:
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(W), count=1)
@@ -237,24 +214,22 @@ def _consumer(
 
 @gluon.jit
 def _work(
-    results, biases, scale, rings, out_smem, sizes, limits,
+    results, biases, scale, rings, out_smem, sizes, limits, ends,
     W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr, EDGE: gl.constexpr,
     SKIP: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
-    DRAW: gl.constexpr, SHARE: gl.constexpr, CHAINED: gl.constexpr, LAZY: gl.constexpr,
-    POLY: gl.constexpr, PINNED: gl.constexpr,
+    DRAW: gl.constexpr, SHARE: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
     """A consumer, of either kind."""
     if CHAINED:
         chained_consumer(
             results, biases, scale, rings, out_smem, sizes, limits, W, D, CONSUMERS, BN,
-            STAGES, CAUSAL, EDGE, SKIP, ALIBI, SOFTCAP, SINKS, DRAW, LAZY, POLY, PINNED,
+            STAGES, CAUSAL, EDGE, SKIP, ALIBI, SOFTCAP, SINKS, DRAW,
         )  # fmt: skip
     else:
         _consumer(
-            results, biases, scale, rings, out_smem, sizes, limits, W, D, CONSUMERS, BN,
-            STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS, DRAW, SHARE, LAZY,
-            POLY, PINNED,
+            results, biases, scale, rings, out_smem, sizes, limits, ends, W, D, CONSUMERS, BN,
+            STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS, DRAW, SHARE,
         )  # fmt: skip
 
 
@@ -283,7 +258,6 @@ def attention_fwd_kernel(
     ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, DRAW: gl.constexpr,
     SHARE: gl.constexpr,  # out leaves through the place of Q
     CHAINED: gl.constexpr,  # see forward_chained.py
-    LAZY: gl.constexpr, POLY: gl.constexpr, PINNED: gl.constexpr,  # see softmax.py
 ):  # fmt: skip
     """out and lse of the tiles this program gets; one launch has at most one program per SM."""
     DTYPE: gl.constexpr = q_desc.dtype
@@ -302,6 +276,7 @@ def attention_fwd_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    ends = room_for_ends(1, CONSUMERS, LIMITS)
     slots = gl.allocate_shared_memory(gl.int32, [1, 1], FLAT)
     ticket_full = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
     ticket_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
@@ -330,27 +305,27 @@ def attention_fwd_kernel(
     # fmt: off
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_work, (results, biases, scale, rings, out_smem, sizes, limits, 0, D,
+            (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 0, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED, LAZY, POLY, PINNED)),
-            (_work, (results, biases, scale, rings, out_smem, sizes, limits, 1, D,
+                         DRAW, SHARE, CHAINED)),
+            (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 1, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED, LAZY, POLY, PINNED)),
-            (_producer, (sources, rings, counter_ptr, sizes, limits,
+                         DRAW, SHARE, CHAINED)),
+            (_producer, (sources, rings, counter_ptr, sizes, limits, ends,
                          GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, DRAW, PLACES)),
         ], [4, 1], [REGISTERS, 24])
     else:
         gl.warp_specialize([
-            (_work, (results, biases, scale, rings, out_smem, sizes, limits, 0, D,
+            (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 0, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED, LAZY, POLY, PINNED)),
-            (_work, (results, biases, scale, rings, out_smem, sizes, limits, 1, D,
+                         DRAW, SHARE, CHAINED)),
+            (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 1, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED, LAZY, POLY, PINNED)),
-            (_work, (results, biases, scale, rings, out_smem, sizes, limits, 2, D,
+                         DRAW, SHARE, CHAINED)),
+            (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 2, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED, LAZY, POLY, PINNED)),
-            (_producer, (sources, rings, counter_ptr, sizes, limits,
+                         DRAW, SHARE, CHAINED)),
+            (_producer, (sources, rings, counter_ptr, sizes, limits, ends,
                          GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, DRAW, PLACES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])
     # fmt: on

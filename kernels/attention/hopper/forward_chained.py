@@ -13,30 +13,25 @@ around a product serialises the pipeline, and nobody reads it.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="untyped-decorator, misc"
-# ruff: noqa: SIM102 -- the outer `if` is decided at compile time
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from kernels.attention.hopper.forward_parts import (
+    first_softmax,
+    key_step,
+    store_lse,
+    store_out,
+)
 from kernels.attention.hopper.masks import key_tiles
 from kernels.attention.hopper.schedule import following, tile_at
-from kernels.attention.hopper.shim import tma_store
-from kernels.attention.hopper.softmax import (
-    LN_2,
-    MASKED,
-    bias_scores,
-    hide,
-    pass_by,
-    shrink_rows,
-    softmax_step,
-)
+from kernels.attention.hopper.softmax import pass_by
 
 
 @gluon.jit
@@ -61,50 +56,14 @@ def _rows_of(
 
 
 @gluon.jit
-def _first_softmax(
-    qk, head, row, n_iter, biases, scale, sizes,
-    BN: gl.constexpr, LAYOUT: gl.constexpr, CAUSAL: gl.constexpr, EDGE: gl.constexpr,
-    ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, LAZY: gl.constexpr,
-    POLY: gl.constexpr,
-):  # fmt: skip
-    """P, peak, total and ALiBi's ramp after the first key tile of a tile of rows."""
-    slopes_ptr, sinks_ptr, bend = biases
-    H, T, S, _n_heads, _n_tiles, _chunk = sizes
-    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    rows = row + gl.arange(0, 64, ROW)
-    ramp = 0.0
-    if ALIBI:
-        ramp = gl.load(slopes_ptr + head % H) / (scale * LN_2)  # in the unit of the scores
-    peak = gl.full([64], MASKED, gl.float32, ROW)
-    total = gl.full([64], 0.0, gl.float32, ROW)
-    if SINKS:  # one more score, whose value is zero
-        sink = gl.load(sinks_ptr + head % H).to(gl.float32) / (scale * LN_2)
-        peak = gl.full([64], 0.0, gl.float32, ROW) + sink
-        if ALIBI:
-            peak += ramp * (rows - row).to(gl.float32)
-        total += 1.0
-    keys = (n_iter - 1) * BN + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
-    qk = bias_scores(qk, keys, row + (S - T), ramp, bend, SOFTCAP, ALIBI)
-    if EDGE > 0:
-        limit = gl.full([64], 0, gl.int32, ROW) + S
-        if CAUSAL:
-            limit = gl.minimum(limit, rows + (S - T + 1))
-        qk = hide(qk, keys, limit, limit, 0)
-    p, peak, total, _ = softmax_step(qk, peak, total, scale, LAZY, POLY)
-    return p, peak, total, ramp
-
-
-@gluon.jit
 def chained_consumer(
     results, biases, scale, rings, out_smem, sizes, limits,
     W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, EDGE: gl.constexpr, SKIP: gl.constexpr,
     ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, DRAW: gl.constexpr,
-    LAZY: gl.constexpr, POLY: gl.constexpr, PINNED: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     out_desc, lse_ptr = results
-    _, _, bend = biases
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
@@ -114,11 +73,10 @@ def chained_consumer(
     q_smem, q_full, q_empty = q_ring
     k_smem, k_full, k_empty = k_ring
     v_smem, v_full, v_empty = v_ring
-    H, T, S, n_heads, n_tiles, _chunk = sizes
+    H, T, _S, n_heads, n_tiles, _chunk = sizes
     DTYPE: gl.constexpr = out_desc.dtype
     n_positions = n_tiles * n_heads
-    past = S - T
-    cols = gl.arange(0, BN, gl.SliceLayout(0, S_LAYOUT))
+    seen = (0, 0, 0, 0)
     nothing = gl.zeros([64, BN], gl.float32, S_LAYOUT)
 
     position = gl.program_id(0)  # there are at most as many programs as tiles
@@ -135,9 +93,9 @@ def chained_consumer(
     qk = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
     qk = warpgroup_mma_wait(0, deps=(qk,))
     mbarrier.arrive(k_empty.index(it % STAGES), count=1)
-    p, peak, total, ramp = _first_softmax(
-        qk, head, row, n_iter, biases, scale, sizes,
-        BN, S_LAYOUT, CAUSAL, EDGE, ALIBI, SOFTCAP, SINKS, LAZY, POLY,
+    p, peak, total, ramp = first_softmax(
+        qk, head, row, (n_iter - 1) * BN, seen, biases, scale, sizes,
+        BN, S_LAYOUT, CAUSAL, 0, EDGE, ALIBI, SOFTCAP, SINKS,
     )  # fmt: skip
     p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
     it += 1
@@ -145,31 +103,11 @@ def chained_consumer(
         acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
         q = q_smem.index(place).reshape([64, D])
         for i in range(1, n_iter):
-            s = it % STAGES
-            before = (it - 1) % STAGES
-            key = (n_iter - 1 - i) * BN
-            mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
-            k = k_smem.index(s).reshape([BN, D]).permute((1, 0))
-            qk = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(before), ((it - 1) // STAGES) & 1)
-            v = v_smem.index(before).reshape([BN, D])
-            acc = warpgroup_mma(p16, v, acc, is_async=True)
-            qk = warpgroup_mma_wait(1, deps=(qk,))
-            mbarrier.arrive(k_empty.index(s), count=1)
-            qk = bias_scores(qk, cols + key, row + past, ramp, bend, SOFTCAP, ALIBI)
-            if EDGE > 1:
-                if i < EDGE:
-                    limit = gl.full([64], 0, gl.int32, ROW) + S
-                    if CAUSAL:
-                        limit = gl.minimum(limit, row + gl.arange(0, 64, ROW) + (past + 1))
-                    qk = hide(qk, cols + key, limit, limit, 0)
-            p, peak, total, shrink = softmax_step(qk, peak, total, scale, LAZY, POLY)
-            if PINNED:  # passes at once, and ptxas moves no instruction across: see softmax.py
-                mbarrier.wait(v_full.index(before), ((it - 1) // STAGES) & 1)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(v_empty.index(before), count=1)
-            acc = shrink_rows(acc, gl.convert_layout(shrink, ROW_O), LAZY)
-            p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+            p16, acc, peak, total = key_step(
+                q, p16, acc, peak, total, i, it, (n_iter - 1 - i) * BN, row, seen, ramp,
+                biases[2], scale, k_ring, v_ring, sizes, D, BN, S_LAYOUT, O_LAYOUT, STAGES, CAUSAL,
+                0, EDGE, ALIBI, SOFTCAP, DTYPE,
+            )  # fmt: skip
             it += 1
         mbarrier.arrive(q_empty.index(place), count=1)
 
@@ -196,26 +134,17 @@ def chained_consumer(
         qk = warpgroup_mma_wait(1, deps=(qk,))
         if more:
             mbarrier.arrive(k_empty.index(it % STAGES), count=1)
-        lse = (peak * scale + gl.log2(total)) * LN_2
-        rows = row + gl.arange(0, 64, ROW)
-        if ALIBI:
-            lse = lse - ramp * scale * LN_2 * (rows - row).to(gl.float32)
-        gl.store(lse_ptr + head.to(gl.int64) * T + rows, lse, mask=rows < T)
+        store_lse(lse_ptr, peak, total, ramp, head, row, T, scale, ROW, ALIBI)
         share = gl.convert_layout(1.0 / total, ROW_O)
-        p, peak, total, ramp = _first_softmax(
-            qk, next_head, next_row, next_n_iter, biases, scale, sizes,
-            BN, S_LAYOUT, CAUSAL, EDGE, ALIBI, SOFTCAP, SINKS, LAZY, POLY,
+        p, peak, total, ramp = first_softmax(
+            qk, next_head, next_row, (next_n_iter - 1) * BN, seen, biases, scale, sizes,
+            BN, S_LAYOUT, CAUSAL, 0, EDGE, ALIBI, SOFTCAP, SINKS,
         )  # fmt: skip
-        if PINNED:
-            mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_empty.index(last % STAGES), count=1)
         p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
         it += 1
-        tma.store_wait(0)  # the tile before has left the staging buffer
-        out_smem.index(W).reshape([64, D]).store((acc * share[:, None]).to(DTYPE))
-        fence_async_shared()
-        tma_store(out_desc, [head // H, row, head % H, 0], out_smem.index(W))
+        store_out(out_desc, out_smem, acc * share[:, None], head, row, H, W, D)
         head = next_head
         row = next_row
         n_iter = next_n_iter

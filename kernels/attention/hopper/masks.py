@@ -17,6 +17,8 @@ from triton.experimental.gluon import language as gl
 BEFORE = gl.constexpr(1)  # a query sees at most `before` keys before its place
 AFTER = gl.constexpr(2)  # and `after` behind it
 DOCUMENTS = gl.constexpr(4)  # and only those of its own document; T is S
+DIAGONAL = gl.constexpr(8)  # `after` is 0: then where a document ends says nothing of its queries,
+#                             and where it starts nothing of its keys
 
 
 @gluon.jit
@@ -61,21 +63,23 @@ def _runs_of(bounds_ptr, b, T, LIMITS: gl.constexpr):
 @gluon.jit
 def keys_of(index, b, T, S, limits, LIMITS: gl.constexpr):
     """(first, last) key that query `index` sees; rows past the end see what the last one does."""
+    NEAR: gl.constexpr = (LIMITS & DOCUMENTS) > 0 and (LIMITS & DIAGONAL) == 0
     before, after, bounds_ptr = limits
     starts, ends = _runs_of(bounds_ptr, b, T, LIMITS)
     index = gl.minimum(index, T - 1)
     first = first_seen(index, S - T, before, starts, LIMITS & BEFORE, LIMITS & DOCUMENTS)
-    last = last_seen(index, S - T, after, ends, S, LIMITS & AFTER, LIMITS & DOCUMENTS)
+    last = last_seen(index, S - T, after, ends, S, LIMITS & AFTER, NEAR)
     return first, last
 
 
 @gluon.jit
 def queries_of(index, b, T, S, limits, LIMITS: gl.constexpr):
     """(first, last) query that sees key `index`; none, so last < first, sees keys past the end."""
+    NEAR: gl.constexpr = (LIMITS & DOCUMENTS) > 0 and (LIMITS & DIAGONAL) == 0
     before, after, bounds_ptr = limits
     starts, ends = _runs_of(bounds_ptr, b, T, LIMITS)
     inside = gl.minimum(index, S - 1)
-    first = first_seen(inside, T - S, after, starts, LIMITS & AFTER, LIMITS & DOCUMENTS)
+    first = first_seen(inside, T - S, after, starts, LIMITS & AFTER, NEAR)
     last = last_seen(inside, T - S, before, ends, T, LIMITS & BEFORE, LIMITS & DOCUMENTS)
     return first, gl.where(index < S, last, -1)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from kernels.attention.hopper.backward import BN, attention_bwd_kernel
 from kernels.attention.hopper.forward import attention_fwd_kernel
 from kernels.attention.hopper.launch import Blocks, Launch, Pointer
-from kernels.attention.hopper.masks import AFTER, BEFORE, DOCUMENTS
-from kernels.attention.hopper.ring import PIECE, RINGS
-from kernels.attention.hopper.rows import cast_dq_kernel, prepare_rows_kernel
+from kernels.attention.hopper.masks import AFTER, BEFORE, DIAGONAL, DOCUMENTS
+from kernels.attention.hopper.ring import LAG, LEAD, PART, PIECE
+from kernels.attention.hopper.rows import ROWS, cast_dq_kernel, prepare_rows_kernel
 from kernels.attention.hopper.tiles import (
     BackwardTile,
     ForwardTile,
@@ -52,6 +52,8 @@ class Options(NamedTuple):
             found |= AFTER.value
         if found == AFTER.value and after == 0:
             return True, 0
+        if found and after == 0:
+            found |= DIAGONAL.value
         return False, found
 
     def masks(self, T: int, S: int) -> dict[str, Any]:
@@ -88,7 +90,13 @@ def forward_tile(q: Tensor, k: Tensor, options: Options) -> ForwardTile:
 def backward_tile(q: Tensor, k: Tensor, options: Options) -> BackwardTile:
     """The tile of tiles.py for a call."""
     causal, limits = options.limits(q.shape[1], k.shape[1])
-    return choose_backward(q.shape[3], causal or limits > 0, limits=limits > 0)
+    return choose_backward(
+        q.shape[3],
+        causal or limits > 0,
+        q.shape[1],
+        limits=limits > 0,
+        biased=options.alibi or options.softcap > 0,
+    )
 
 
 def forward_buffers(q: Tensor) -> dict[str, Tensor]:
@@ -152,9 +160,6 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
         DRAW=tile.draw,
         SHARE=BD == 256,
         CHAINED=tile.chained and not masks["LIMITS"] and BD != 256,
-        LAZY=tile.lazy,
-        POLY=tile.poly,
-        PINNED=tile.pinned,
         **masks,
         **options.caps(),
     )
@@ -162,15 +167,16 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
 
 
 class Heads(NamedTuple):
-    """How kv heads stand together in the backward, and of how many the sums of dQ have room."""
+    """How kv heads stand together in the backward, and what the small kernels do of them."""
 
     chunk: int  # stand together
-    room: int  # have a place in the sums
-    left: int  # from this one on dQ is left to the last kernel
+    room: int  # have a place in the sums of dQ
+    prepared: int  # of the first so many the first kernel makes statistics and zeros
+    left: int  # from this one on the last kernel casts dQ
 
     @property
     def ring(self) -> bool:
-        """Whether places are used again, see ring.py."""
+        """Whether the main kernel does the rest of it, see ring.py."""
         return self.left > 0
 
 
@@ -179,13 +185,13 @@ def heads_together(q: Tensor, k: Tensor, tile: BackwardTile, n_sm: int) -> Heads
     S, H_kv = k.shape[1], k.shape[2]
     n_heads, n_tiles = B * H_kv, -(-S // BN.value)
     chunk = _together(tile.together, 8 * T * D * H // H_kv, 1, n_heads)
-    if not tile.ring:
-        return Heads(chunk, n_heads, 0)
-    chunk = min(n_heads, max(chunk, -(-n_sm // n_tiles)))  # a group has tiles for every program
-    n_groups = -(-n_heads // chunk)
-    if n_groups <= RINGS.value:
-        return Heads(chunk, n_heads, 0)
-    return Heads(chunk, RINGS.value * chunk, (n_groups - 2) * chunk)
+    if tile.ring:
+        chunk = max(chunk, -(-n_sm // n_tiles))  # a group has tiles for every program
+        lead, lag = LEAD.value * chunk, LAG.value * chunk
+        if n_heads > lead + lag:
+            return Heads(chunk, lead + lag, lead, n_heads - lag)
+        chunk = min(chunk, n_heads)
+    return Heads(chunk, n_heads, n_heads, 0)
 
 
 def backward_buffers(
@@ -210,16 +216,15 @@ def backward_buffers(
             for name, x in (("dq", q), ("dk", k), ("dv", k))
         }
     heads = heads_together(q, k, tile, n_sm)
-    sums = _dq_shape(heads.room * (H // H_kv) * _padded(T, tile), D, tile)
-    made["progress"] = None
-    if heads.ring:
-        size = B * H_kv + -(-B * H_kv // heads.chunk)
-        made["progress"] = torch.empty(size, dtype=torch.int32, device=q.device)
+    sums = heads.room * (H // H_kv) * _padded(T, tile) * padded_head(D)
+
+    def scratch(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=q.device)
+
     return made | {
-        "stats": torch.empty(
-            (2 * rows // tile.queries, tile.queries), dtype=torch.float32, device=q.device
-        ),
-        "dq_sum": torch.empty(sums, dtype=torch.float32, device=q.device),
+        "stats": scratch(2 * rows // tile.queries, tile.queries),
+        "dq_sum": scratch(sums // 32, 32),  # in the order of the threads it is no matrix
+        "progress": scratch(2 * B * H_kv, dtype=torch.int32) if heads.ring else None,
     }
 
 
@@ -238,29 +243,25 @@ def plan_backward(
     B, T, H, D = q.shape
     S, H_kv = k.shape[1], k.shape[2]
     BM, BD, group, n_tiles = tile.queries, padded_head(D), H // H_kv, -(-S // BN.value)
-    n_rows = B * H * _padded(T, tile)
+    n_rows = _padded(T, tile) * group  # of a kv head
     heads, n_heads = heads_together(q, k, tile, n_sm), B * H_kv
-    assert not heads.ring or (tile.dq == "registers" and tile.draw)
     row = (H + 2 * H_kv if packed else H) * D  # of dq
     masks = options.masks(T, S)
     columns = BD // 2 if BM == 64 else BD  # of dQ that a consumer makes
-    as_held = tile.dq != "tiles"
-    around = dict(T=T, H=H, D=D, BD=BD, BM=BM, BR=tile.rows, PDL=tile.pdl)
-    around |= dict(D_SUM=BD if as_held else D)
+    around = dict(T=T, H=H, D=D, BD=BD, BM=BM, PDL=tile.pdl)
     prepare = dict(
         out_ptr=Pointer("out"),
         d_out_ptr=Pointer("d_out"),
         lse_ptr=Pointer("lse"),
         d_lse_ptr=Pointer("d_lse"),
         stats_ptr=Pointer("stats"),
-        dq_ptr=Pointer("dq_sum"),
+        sum_ptr=Pointer("dq_sum"),
+        progress_ptr=Pointer("progress"),
         d_out_b=d_out.stride(0),
         d_out_t=d_out.stride(1),
         d_out_h=d_out.stride(2),
-        n_stats=n_rows,
-        progress_ptr=Pointer("progress"),
-        n_zeros=heads.room * group * _padded(T, tile),
-        n_progress=n_heads + -(-n_heads // heads.chunk),
+        n_stats=n_heads * n_rows,
+        n_progress=2 * n_heads,
         **around,
     )
     values = dict(
@@ -269,15 +270,7 @@ def plan_backward(
         v_desc=Blocks("v", (1, BN.value, 1, BD)),
         do_desc=Blocks("d_out", (1, BM, 1, BD)),
         stats_desc=Blocks("stats", (1, BM)),
-        dq_desc=Blocks("dq_sum", (2 * columns, 32) if as_held else (64, columns)),
-        dq_ptr=Pointer("dq_sum"),
-        out_ptr=Pointer("dq"),
-        out_row=row // 8,
-        progress_ptr=Pointer("progress"),
-        piece_desc=Blocks("dq_sum", (PIECE.value // 32, 32)) if heads.ring else None,
-        ring=heads.room,
-        RING=heads.ring,
-        D_OUT=D,
+        dq_desc=Blocks("dq_sum", (2 * columns, 32)),
         dk_desc=Blocks("dk", (1, 64, 1, BD)),
         dv_desc=Blocks("dv", (1, 64, 1, BD)),
         slopes_ptr=Pointer("slopes"),
@@ -296,11 +289,10 @@ def plan_backward(
         RAGGED=not (masks["CAUSAL"] or masks["LIMITS"]) and S % BN.value != 0,
         ALIBI=options.alibi,
         EARLY=tile.early,
-        AHEAD=tile.ahead,
-        NARROW=tile.narrow,
-        DQ=tile.dq,
-        DRAW=tile.draw,
+        AHEAD=tile.ahead and not masks["LIMITS"],
+        DRAW=tile.draw or heads.ring,
         PDL=tile.pdl,
+        **_ring(heads),
         **masks,
         **options.caps(),
     )
@@ -313,16 +305,36 @@ def plan_backward(
         scale=options.scale,
         **around,
         GROUP=group,
-        HELD=columns if as_held else 0,
+        HELD=columns,
         skip=heads.left * group,
         ring=heads.room,
     )
-    n_programs = n_rows // tile.rows
-    n_left = (n_heads - heads.left) * group * _padded(T, tile) // tile.rows
     return (
-        _launch(prepare_rows_kernel, n_programs, prepare),
+        _launch(prepare_rows_kernel, heads.prepared * n_rows // ROWS.value, prepare),
         _launch(attention_bwd_kernel, min(n_sm, n_tiles * n_heads), values, pdl=tile.pdl),
-        _launch(cast_dq_kernel, n_left, cast, pdl=tile.pdl),
+        _launch(cast_dq_kernel, (n_heads - heads.left) * n_rows // ROWS.value, cast, pdl=tile.pdl),
+    )
+
+
+def _ring(heads: Heads) -> dict[str, Any]:
+    """The arguments that only a ring reads."""
+    if not heads.ring:
+        names = ("out_part_desc", "do_part_desc", "piece_desc", "zero_desc", "dq_piece_desc")
+        more = ("lse_ptr", "d_lse_ptr", "stats_ptr", "progress_ptr", "ring")
+        return dict.fromkeys((*names, *more)) | dict(RING=False)
+    lines = PIECE.value // 32
+    return dict(
+        out_part_desc=Blocks("out", (1, PART.value, 1, 64)),
+        do_part_desc=Blocks("d_out", (1, PART.value, 1, 64)),
+        piece_desc=Blocks("dq_sum", (lines, 32)),
+        zero_desc=Blocks("dq_sum", (lines // 2, 32)),
+        lse_ptr=Pointer("lse"),
+        d_lse_ptr=Pointer("d_lse"),
+        stats_ptr=Pointer("stats"),
+        dq_piece_desc=Blocks("dq", (1, 64, 1, 16)),
+        progress_ptr=Pointer("progress"),
+        ring=heads.room,
+        RING=True,
     )
 
 
@@ -332,11 +344,6 @@ def _launch(kernel: Any, n_programs: int, values: dict[str, Any], pdl: bool = Fa
     assert len(arguments) == len(values)
     options = {"num_warps": 4, "launch_pdl": True} if pdl else {"num_warps": 4}
     return Launch(kernel, (n_programs, 1, 1), arguments, options)
-
-
-def _dq_shape(rows: int, D: int, tile: BackwardTile) -> tuple[int, int]:
-    """Of the fp32 dQ; in the order of the threads it is no matrix, and padded columns are there."""
-    return (rows, D) if tile.dq == "tiles" else (rows * padded_head(D) // 32, 32)
 
 
 def _padded(T: int, tile: BackwardTile) -> int:

@@ -1,7 +1,9 @@
 """The two small kernels around the backward: what it needs per query row, and dQ to its dtype.
 
 Dims: B batch, T queries, H heads, D head size, BD = D padded as in the main kernel, BM queries of
-its tiles, to which the buffers between the kernels are padded, BR rows of a program here.
+its tiles, to which the buffers between the kernels are padded; a program here has ROWS rows.
+
+With a ring (ring.py) they are left only the first heads to prepare and the last ones to cast.
 
 With PDL each kernel starts while the one before it ends, and waits before it reads what that left.
 """
@@ -12,44 +14,45 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+ROWS = tl.constexpr(64)  # as many as a consumer of the main kernel adds up in dq.py's order
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _tile(T, H, skip, BM: tl.constexpr, BR: tl.constexpr):
+def _tile(T, H, skip, BM: tl.constexpr):
     """(batch, head past `skip`, rows of the program, rows of a head in buffers padded to BM)."""
-    n_tiles = tl.cdiv(T, BM) * (BM // BR)
+    n_tiles = tl.cdiv(T, BM) * (BM // ROWS)
     pid = tl.program_id(0)
     head = pid // n_tiles
-    rows = (pid - head * n_tiles) * BR + tl.arange(0, BR)
+    rows = (pid - head * n_tiles) * ROWS + tl.arange(0, ROWS)
     head += skip
-    return tl.cast(head // H, tl.int64), tl.cast(head % H, tl.int64), rows, n_tiles * BR
+    return tl.cast(head // H, tl.int64), tl.cast(head % H, tl.int64), rows, n_tiles * ROWS
 
 
-@triton.jit(do_not_specialize=["T", "H", "n_zeros", "n_progress"])
+@triton.jit(do_not_specialize=["T", "H", "n_progress"])
 def prepare_rows_kernel(
     out_ptr,  # [B, T, H, D] contiguous
     d_out_ptr,  # [B, T, H, D], strides below
     lse_ptr, d_lse_ptr,  # [B, H, T] contiguous; d_lse may be None
     stats_ptr,  # [2, B, H, T padded] fp32: lse in log2 units, -delta
-    dq_ptr,  # [n_zeros, D_SUM] fp32: set to 0
+    sum_ptr,  # [B, H, T padded, BD] fp32: set to 0
     progress_ptr,  # [n_progress] int32: set to 0; may be None
-    d_out_b, d_out_t, d_out_h, n_stats, n_zeros, n_progress, T, H,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, PDL: tl.constexpr,
-    D_SUM: tl.constexpr,
+    d_out_b, d_out_t, d_out_h, n_stats, n_progress, T, H,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(out * d_out) - d_lse, all that the softmax's normalisation adds to dS."""
+    """delta = rowsum(out * d_out) - d_lse, all that the softmax's normalisation adds to dS.
+
+    The grid says of how many heads; the buffers may have room for no more than these.
+    """
     if PDL:
         gdc_launch_dependents()
-    b, h, rows, padded = _tile(T, H, 0, BM, BR)
+    b, h, rows, padded = _tile(T, H, 0, BM)
     place = (b * H + h) * padded + rows
     dims = tl.arange(0, BD)
     inside = rows < T
     within = inside[:, None]
-    written = (place < n_zeros)[:, None]
     if BD > D:
         within = within & (dims < D)[None, :]
-        written = written & (dims < D_SUM)[None, :]
     at = ((b * T + rows) * H + h)[:, None] * D + dims[None, :]
     out = tl.load(out_ptr + at, mask=within, other=0.0).to(tl.float32)
     at = (b * d_out_b + h * d_out_h + rows * tl.cast(d_out_t, tl.int64))[:, None] + dims[None, :]
@@ -62,43 +65,37 @@ def prepare_rows_kernel(
     lse = tl.load(lse_ptr + at, mask=inside, other=float("inf")) * LOG2_E
     tl.store(stats_ptr + place, lse)
     tl.store(stats_ptr + n_stats + place, -delta)
-    tl.store(
-        dq_ptr + place[:, None] * D_SUM + dims[None, :], tl.zeros([BR, BD], tl.float32), written
-    )
+    tl.store(sum_ptr + place[:, None] * BD + dims[None, :], tl.zeros([ROWS, BD], tl.float32))
     if progress_ptr is not None:
-        entries = tl.program_id(0) * 2 + tl.arange(0, 2)
-        tl.store(progress_ptr + entries, tl.zeros([2], tl.int32), entries < n_progress)
+        n_programs = tl.num_programs(0)
+        for start in range(tl.program_id(0) * 128, n_progress, n_programs * 128):
+            entries = start + tl.arange(0, 128)
+            tl.store(progress_ptr + entries, tl.zeros([128], tl.int32), entries < n_progress)
 
 
 @triton.jit(do_not_specialize=["T", "H", "skip", "ring"])
 def cast_dq_kernel(
-    sum_ptr,  # [ring, GROUP, T padded, D_SUM] fp32
+    sum_ptr,  # [ring, GROUP, T padded, BD] fp32, blocks of ROWS rows in the order of dq.py
     dq_ptr,  # [B, T, H, D], strides below; heads past `skip`
     dq_b, dq_t, dq_h, scale, T, H, skip,
     ring,  # kv heads of which there is room in the sums: the place of head i is i % ring
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, PDL: tl.constexpr,
-    D_SUM: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
     GROUP: tl.constexpr,
-    HELD: tl.constexpr,  # 0, or columns that a consumer holds: see dq.py; then BR is 64
+    HELD: tl.constexpr,  # columns that a consumer of the main kernel adds up
 ):  # fmt: skip
     """dq = scale * sum."""
     if PDL:
         gdc_wait()
-    b, h, rows, padded = _tile(T, H, skip, BM, BR)
+    b, h, rows, padded = _tile(T, H, skip, BM)
     head = b * H + h
-    place = (head // GROUP % ring * GROUP + head % GROUP) * padded + rows
+    place = (head // GROUP % ring * GROUP + head % GROUP) * padded + tl.min(rows, 0)
     dims = tl.arange(0, BD)
     within = (rows < T)[:, None]
     if BD > D:
         within = within & (dims < D)[None, :]
-    if HELD > 0:
-        block = tl.min(place, 0) * BD
-        value = tl.load(sum_ptr + block + tl.arange(0, BR * BD))
-        # part, 8 columns, warp, row, lane of 4, 8 rows, column
-        value = value.reshape([BD // HELD, HELD // 8, 4, 8, 4, 2, 2])
-        value = value.permute((2, 5, 3, 0, 1, 4, 6)).reshape([BR, BD]) * scale
-    else:
-        at = place[:, None] * D_SUM + dims[None, :]
-        value = tl.load(sum_ptr + at, within, other=0.0) * scale
+    value = tl.load(sum_ptr + place * BD + tl.arange(0, ROWS * BD))
+    # part, 8 columns, warp, row, lane of 4, 8 rows, column
+    value = value.reshape([BD // HELD, HELD // 8, 4, 8, 4, 2, 2])
+    value = value.permute((2, 5, 3, 0, 1, 4, 6)).reshape([ROWS, BD]) * scale
     at = (b * dq_b + h * dq_h + rows * tl.cast(dq_t, tl.int64))[:, None] + dims[None, :]
     tl.store(dq_ptr + at, value.to(dq_ptr.dtype.element_ty), mask=within)

@@ -30,7 +30,7 @@ def tile_at(position, n_tiles, n_heads, chunk):
 
 @gluon.jit
 def draw(counter_ptr, DRAW: gl.constexpr):
-    """Producer, before it loads a tile: ask for a number. The answer takes as long as a tile."""
+    """Producer, some time before the next tile: ask for a number."""
     number = 0
     if DRAW:
         number = gl.atomic_add(counter_ptr, 1, sem="relaxed")

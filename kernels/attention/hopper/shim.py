@@ -1,4 +1,4 @@
-"""Names of Gluon that differ between Triton versions, and the one it has no name for.
+"""Names of Gluon that differ between Triton versions, and what it has no name for.
 
 Triton 3.6 and 3.7 say `async_copy_global_to_shared`; later versions say `async_load` and have
 `async_atomic_add`. The builder of 3.6 and 3.7 can already emit the reducing copy.
@@ -27,15 +27,20 @@ def _reduce_add(desc: Any, coord: Any, src: Any, _semantic: Any = None) -> None:
 
 
 tma_add = getattr(tma, "async_atomic_add", _reduce_add)
-
-
-@builtin
-def counting(x: Any, _semantic: Any = None) -> Any:
-    """0, 1, 2, ... in the layout of the vector x."""
-    return _semantic.arange(0, x.type.get_block_shapes()[0], x.type.layout)
-
-
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # of the threads of a partition
+
+
+@gluon.constexpr_function
+def _wait_code(n):
+    return f"cp.async.bulk.wait_group {n}; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def stored(BUT: gl.constexpr):
+    """Until all that this partition stored or added by the copy engine, but for the last BUT
+    copies, is in global memory; `tma.store_wait` waits until it has left shared memory."""
+    CODE: gl.constexpr = _wait_code(BUT)
+    gl.inline_asm_elementwise(CODE, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -19,9 +19,6 @@ class ForwardTile:
     draw: bool  # tiles from a counter, see schedule.py
     together: int  # bytes of K and V that the tiles standing together may span; 0: one head
     chained: bool = False  # no gap between tiles, see forward_chained.py; plain masks only
-    lazy: bool = False  # rescale only where the maximum grew by more than 2 ** 8, see softmax.py
-    pinned: bool = False  # the softmax before the wait for P V, also in machine code
-    poly: int = 0  # of 8 exponentials, how many by a polynomial
 
 
 @dataclass(frozen=True)
@@ -33,12 +30,9 @@ class BackwardTile:
     early: bool  # issue dP beside S, not after the softmax
     draw: bool  # tiles from a counter, see schedule.py
     together: int  # bytes of Q, dO and dQ that the tiles standing together may span; 0: one head
-    rows: int = 64  # of a program of the two small kernels; divides `queries`
     pdl: bool = False  # programmatic dependent launch: each kernel starts while the last one ends
-    ahead: bool = False  # issue S of the next tile before this one is done, see backward_ahead.py
-    narrow: bool = False  # dS = P dP in bf16 or fp16; with `ahead` only
-    dq: str = "tiles"  # how dQ is added up, see dq.py
-    ring: bool = False  # dQ in a ring that stays in L2, see ring.py; with `draw` and "registers"
+    ahead: bool = False  # issue S of the next tile before this one is done; plain masks only
+    ring: bool = False  # one kernel does most of the small ones' work beside its own, see ring.py
 
 
 LARGEST_HEAD = {"forward": 256, "backward": 128}
@@ -64,6 +58,7 @@ BACKWARD = {
     (128, False): BackwardTile(64, 2, False, False, 16 * MIB),
     (128, True): BackwardTile(64, 2, False, True, 16 * MIB),
 }
+AHEAD = 2048  # queries from which on, at D = 128, scores a tile ahead are worth it
 # three consumers are worth +10 % at D = 64, unless under a causal mask tiles of 192 queries leave
 # much of the last one empty: at 1024 causal queries these ran at 314 TFLOP/s, the three at 284
 FORWARD_128_ROWS = {
@@ -98,10 +93,13 @@ def choose_forward(
     return FORWARD[size, causal]
 
 
-def choose_backward(head_size: int, causal: bool, *, limits: bool = False) -> BackwardTile:
-    """The tile for a call; masks with two ends (`limits`) need registers of their own."""
+def choose_backward(
+    head_size: int, causal: bool, queries: int, *, limits: bool = False, biased: bool = False
+) -> BackwardTile:
+    """The tile for a call; masks with two ends (`limits`) need registers of their own, and so do
+    ALiBi and a soft cap (`biased`)."""
     size = padded_head(head_size)
     tile = BACKWARD[size, causal]
     if limits:
         return replace(tile, queries=64, early=False, stages=3 if size == 64 else tile.stages)
-    return tile
+    return replace(tile, ahead=size == 128 and queries >= AHEAD and not biased)

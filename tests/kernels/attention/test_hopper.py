@@ -8,7 +8,7 @@ import torch
 
 from kernels.attention import attention
 from kernels.attention.hopper import backward, forward, supports, supports_backward
-from kernels.attention.hopper.tiles import BACKWARD
+from kernels.attention.hopper.tiles import choose_backward
 from kernels.attention.problem import Problem, describe
 from tests.accuracy import assert_as_accurate
 from tests.kernels.attention.cases import Case, inputs_of, run, run_reference
@@ -105,15 +105,19 @@ def test_repeats_differ_by_the_order_of_fp32_additions_only(D: int, call: str) -
 
 
 @pytest.mark.gpu
-def test_overlapped_small_kernels_change_nothing() -> None:
-    """Fresh tensors each time: what the first kernel writes must be there for the second."""
-    tile = replace(BACKWARD[128, True], pdl=True, rows=32)
-    for _ in range(50):
+@pytest.mark.parametrize("S", [1024, 4096])
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("change", ["pdl", "ring"])
+def test_small_kernels_beside_the_main_one_change_nothing(change: str, D: int, S: int) -> None:
+    """Fresh tensors each time: what one kernel, or warp, writes must be there for the next."""
+    for i in range(50):
+        causal = i % 2 == 0
         q, k, v, d_out = (
-            torch.randn(1, 1024, 8, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+            torch.randn(16384 // S, S, 16, D, device="cuda", dtype=torch.bfloat16) for _ in range(4)
         )
-        call: dict[str, Any] = dict(causal=True, scale=0.1)
+        call: dict[str, Any] = dict(causal=causal, scale=0.1)
         out, lse = forward(q, k, v, **call)
+        tile = replace(choose_backward(D, causal, S), **{change: True})
         ours = backward(d_out, None, q, k, v, out, lse, tile=tile, **call)
         theirs = backward(d_out, None, q, k, v, out, lse, **call)
         assert torch.equal(ours[1], theirs[1])

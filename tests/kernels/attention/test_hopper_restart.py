@@ -160,7 +160,7 @@ def test_no_tensor_is_kept_alive(launch: Launch) -> None:
 
 def test_kernels_without_descriptors_restart_too(card: Card) -> None:
     q = torch.randn(1, 64, 2, 64, dtype=torch.bfloat16)
-    tile = plan.choose_backward(64, True)
+    tile = plan.choose_backward(64, True, 64)
     launches = plan.plan_backward(q, q, q, plan.Options(causal=True, scale=0.1), tile, 3)
     cast = launches[2]
     cast.kernel = card.kernel(cast.kernel.arg_names)
