@@ -54,6 +54,9 @@ CASES = {
     "head size 160, documents": Case(
         T=900, S=900, D=160, options={"causal": True, "window": (300, 0)}, documents=True
     ),
+    # long enough for scores a tile ahead
+    "long": Case(T=2100, S=2200, D=128, H=4, options={"causal": True}),
+    "long, full": Case(T=2048, S=2177, D=128, options={"causal": False}),
     "many heads": Case(T=200, S=200, D=64, B=3, H=40, H_kv=20, options={"causal": True}),
 }
 
