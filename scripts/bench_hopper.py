@@ -253,7 +253,8 @@ class Bench:
         launches = plan.plan_backward(self.q, self.k, self.d_out, options, tile, n_sm)
         tensors: dict[str, Tensor | None] = dict(q=self.q, k=self.k, v=self.v, out=out, lse=lse)
         tensors |= dict(d_out=self.d_out, d_lse=None, slopes=None, bounds=None)
-        counter = torch.zeros(1, dtype=torch.int32, device="cuda") if tile.draw or tile.ring else None
+        drawn = tile.draw or tile.ring
+        counter = torch.zeros(1, dtype=torch.int32, device="cuda") if drawn else None
         tensors |= dict(counter=counter)
         tensors |= plan.backward_buffers(self.q, self.k, tile, n_sm)
         found = {}
