@@ -10,7 +10,8 @@ length; at the longest also a causal window of 1024 keys and packed documents of
 average. FLOPs: forward 4 B H S S D, half when causal, with the queries and keys that meet under the
 other masks; backward 2.5 x forward. Times are medians by CUDA events, L2 flushed between calls; in
 --graph mode of ten calls in one CUDA graph, L2 warm. Errors: head 0 of batch 0 against float64;
-`x eager` divides by the error of eager PyTorch in bf16. Decoding: bench_decode.py.
+`x eager` divides by the error of eager PyTorch in bf16. Last come rows of decoding, at batch 64 and
+8,192 cached tokens, 32/8 heads; more of it: bench_decode.py.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from torch import Tensor
 from kernels.attention.reference import attention_reference
 
 GRAPH_CALLS = 10  # in one CUDA graph
+DECODE = "decode"  # a row of another kind
 
 
 def milliseconds(function: Callable[[], Any], warmup: int = 25, rep: int = 60) -> float:
@@ -181,10 +183,24 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
 def shapes(args: argparse.Namespace) -> list[Shape]:
     """Every mask that was asked for; window and documents at the longest length only."""
     found = []
-    for head_size, mask in itertools.product(args.head_sizes, args.masks):
+    masks = [mask for mask in args.masks if mask != DECODE]
+    for head_size, mask in itertools.product(args.head_sizes, masks):
         lengths = args.lengths if mask in ("causal", "full") else [max(args.lengths)]
         found += [Shape(head_size, mask, length) for length in lengths]
     return found
+
+
+def decoding(args: argparse.Namespace) -> dict[str, Any]:
+    """Our two layouts and the peers at one shape per head size; prints a row each."""
+    import bench_decode  # which imports this file
+
+    peers = [name for name in args.backends if name in bench_decode.PEERS]
+    wanted = dict(layouts=["contiguous", "paged"], page=64, peers=peers, ragged=False, rep=20)
+    copy = bench_decode.copy_bandwidth(20)
+    print(f"decoding; a copy runs at {copy:.0f} GB/s")
+    shapes = [bench_decode.Shape(64, 8192, 32, 8, D, 1) for D in args.head_sizes]
+    rows = bench_decode.compare(argparse.Namespace(**wanted), shapes, copy)
+    return {"copy_gb_per_s": copy, "rows": rows}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -246,7 +262,8 @@ def main() -> None:
         default=[1024, 4096, 16384],
         help="default 1024 4096 16384",
     )
-    add("--masks", nargs="+", choices=list(MASKS), default=list(MASKS), help="default: all")
+    masks = [*MASKS, DECODE]
+    add("--masks", nargs="+", choices=masks, default=masks, help="default: all")
     add(
         "--backends",
         nargs="+",
@@ -271,6 +288,8 @@ def main() -> None:
     about, began = environment(), time.perf_counter()
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     result = {"environment": about, "graph": args.graph, "rows": compare(args)}
+    if DECODE in args.masks:
+        result["decoding"] = decoding(args)
     print(f"{time.perf_counter() - began:.0f} s")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

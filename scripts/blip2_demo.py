@@ -1,8 +1,9 @@
-"""BLIP-2 with flashtrain's attention in all of its towers, beside eager; random weights.
+"""BLIP-2 with flashtrain's attention in all of its towers, beside eager; random weights or given.
 
     python scripts/blip2_demo.py                            # tiny, float32 on the CPU, OPT
     python scripts/blip2_demo.py --language t5
     python scripts/blip2_demo.py --size base                # bf16 on a GPU
+    python scripts/blip2_demo.py --weights Salesforce/blip2-opt-2.7b        # or a folder
 
 Images and prompts of two lengths, padded on the left, go in. Shown: the error of logits and
 gradients beside eager's, both against float64; the tokens that each generates; the loss before and
@@ -30,7 +31,7 @@ from transformers import (
 
 from flashtrain.integrations.transformers import register
 
-IMAGE = 3  # the token that stands where the image goes
+IMAGE = 3  # the token that stands where the image goes, in random models
 PROMPTS = {"tiny": (9, 6), "base": (64, 40)}  # tokens
 
 
@@ -74,13 +75,15 @@ def batch_of(model: Blip2ForConditionalGeneration, size: str) -> dict[str, Tenso
     """Two images, a prompt for each, padded on the left, with labels."""
     queries, edge = model.config.num_query_tokens, model.config.vision_config.image_size
     longest = max(PROMPTS[size])
+    image = model.config.image_token_index
     ids = torch.randint(4, model.config.text_config.vocab_size, (2, queries + longest))
+    ids[ids == image] = 4
     mask = torch.ones_like(ids)
     for row, tokens in enumerate(PROMPTS[size]):
         padding = longest - tokens
-        ids[row, padding : padding + queries] = IMAGE
+        ids[row, padding : padding + queries] = image
         ids[row, :padding] = mask[row, :padding] = 0
-    labels = torch.where((mask > 0) & (ids != IMAGE), ids, -100)
+    labels = torch.where((mask > 0) & (ids != image), ids, -100)
     batch = {"pixel_values": torch.randn(2, 3, edge, edge), "input_ids": ids}
     batch |= {"attention_mask": mask, "labels": labels}
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -99,20 +102,25 @@ def main() -> int:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: a GPU where there is one",
     )
+    parser.add_argument("--weights", help="a folder or a name at Hugging Face, not random ones")
     parser.add_argument("--tokens", type=int, default=8, help="to generate")
     options = parser.parse_args()
 
     register()
     set_seed(0)
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    model = Blip2ForConditionalGeneration(config(options.size, options.language)).eval()
-    model = model.to(options.device, dtype)
+    if options.weights:
+        model = Blip2ForConditionalGeneration.from_pretrained(options.weights, dtype=dtype)
+    else:
+        model = Blip2ForConditionalGeneration(config(options.size, options.language))
+    model = model.eval().to(options.device, dtype)
     batch = batch_of(model, options.size)
     given = {n: x.to(dtype) if x.is_floating_point() else x for n, x in batch.items()}
     prompt = {n: x for n, x in given.items() if n != "labels"}
     count = sum(p.numel() for p in model.parameters()) / 1e6
     print(
-        f"BLIP-2 {options.size} with {options.language}, {count:.1f} M random parameters, {dtype},"
+        f"BLIP-2 {options.weights or f'{options.size} with {options.language}, random weights'},"
+        f" {count:.1f} M parameters, {dtype},"
         f" {torch.cuda.get_device_name() if options.device == 'cuda' else 'CPU'}"
     )
     passed = agreement(model, batch)

@@ -23,10 +23,11 @@ def test_other_dtypes_are_as_accurate_as_eager(name: str, other_platform: Platfo
     check(inputs_of(sized(CASES[name], platform), platform.device, platform.dtype))
 
 
-@pytest.mark.parametrize("head_size", [1, 33, 96, 192, 256])
-def test_every_head_size_is_accurate(head_size: int, platform: Platform) -> None:
+@pytest.mark.parametrize("sizes", [1, 33, 80, 88, 96, (192, 128), 256], ids=str)
+def test_every_head_size_is_accurate(sizes: int | tuple[int, int], platform: Platform) -> None:
     T = 300 if platform.on_gpu else 20
-    case = Case(T=T, S=T, D=head_size, H=1, H_kv=1, options={"causal": True})
+    D, Dv = (sizes, sizes) if isinstance(sizes, int) else sizes
+    case = Case(T=T, S=T, D=D, Dv=Dv, H=1, H_kv=1, options={"causal": True})
     check(inputs_of(case, platform.device, platform.dtype))
 
 
