@@ -101,7 +101,7 @@ _CROWDED_SM80 = {
         Tile(128, 64, 8, 2),
         Tile(32, 64, 8, 2, spills=80),
         Tile(64, 64, 8, 2),
-        Tile(64, 64, 8, 2),
+        Tile(64, 64, 8, 2, spills=8),
     ),
     128: Tiles(
         Tile(128, 64, 8, 2, spills=32),
@@ -111,7 +111,7 @@ _CROWDED_SM80 = {
     ),
     256: Tiles(
         Tile(64, 32, 8, 2),
-        Tile(32, 32, 8, 2, spills=8),
+        Tile(32, 32, 8, 2, spills=80),
         Tile(32, 32, 8, 2),
         Tile(32, 32, 8, 2, spills=8),
     ),
