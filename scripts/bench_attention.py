@@ -15,10 +15,8 @@ other masks; backward 2.5 x forward. Times are medians by CUDA events, L2 flushe
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
-import platform
 import statistics
 import sys
 import time
@@ -35,6 +33,7 @@ from attention_peers import BACKENDS, MASKS, Call, Shape
 from torch import Tensor
 
 from kernels.attention.reference import attention_reference
+from scripts.where import where
 
 GRAPH_CALLS = 10  # in one CUDA graph
 DECODE = "decode"  # a row of another kind
@@ -237,18 +236,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def environment() -> dict[str, str]:
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    versions["cudnn"] = str(torch.backends.cudnn.version())
-    versions["python"] = platform.python_version()
-    if importlib.util.find_spec("flash_attn") is not None:
-        from importlib.metadata import packages_distributions, version
-
-        for name in packages_distributions().get("flash_attn", []):
-            versions[name] = version(name)
-    return {"gpu": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"), **versions}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -285,7 +272,10 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU, torch sees none")
-    about, began = environment(), time.perf_counter()
+    about, began = (
+        where("flash_attn") | {"cudnn": str(torch.backends.cudnn.version())},
+        time.perf_counter(),
+    )
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     result = {"environment": about, "graph": args.graph, "rows": compare(args)}
     if DECODE in args.masks:

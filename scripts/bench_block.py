@@ -21,9 +21,7 @@ the faster one (kernels/README.md). Whole steps without each: scripts/bench_with
 import argparse
 import itertools
 import json
-import platform
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch._functorch.config
-import triton
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,6 +44,7 @@ from kernels.norm import kernel as norm
 from kernels.norm.reference import add_norm_reference
 from kernels.norm.tiles import backward_tile, forward_tile
 from scripts.graph_timing import copy_rate, microseconds, on_the_side, product_rate
+from scripts.where import where
 
 VOCABULARY, EPS = 50304, 1e-5
 
@@ -324,12 +322,10 @@ def main() -> int:
     torch.manual_seed(0)
     torch._functorch.config.donated_buffer = False  # backwards run more than once
     copies, whole = copy_rate(), product_rate()
-    environment = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": triton.__version__, "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"), "pass GB/s": round(copies),
-        "product TFLOP/s": round(whole),
-    }  # fmt: skip
+    environment = where() | {
+        "pass GB/s": str(round(copies)),
+        "product TFLOP/s": str(round(whole)),
+    }
     print("  ".join(f"{key} {value}" for key, value in environment.items()))
     print(f"{'part':<26}{'model':>7}{'us':>9}{'other':>9}{'ratio':>7}{'rate':>15}{'of limit':>9}")
     rows: list[Row] = []

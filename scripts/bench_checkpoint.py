@@ -17,7 +17,6 @@ checkpoints is needed in --folder.
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -38,6 +37,7 @@ from flashtrain.config import Config, to_dict
 from flashtrain.data.source import open_loader, prepare_source
 from flashtrain.metrics import GIB
 from flashtrain.parallel.mesh import ALONE
+from scripts.where import where
 
 TINY = (
     "experiment=null model=gpt_tiny data=random model.vocabulary=512 data.sequence_length=64 "
@@ -266,14 +266,11 @@ def main() -> int:
         bench = Bench(config, device, Path(temporary))
         raw = options.raw_gib or (4.0 if cuda else 0.25)
         row: Row = {
-            "environment": {
+            "environment": where()
+            | {
                 "case": options.case,
-                "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
                 "cores": len(os.sched_getaffinity(0)),
                 "file system": file_system(Path(temporary)),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "date": time.strftime("%Y-%m-%d"),
                 "load": os.getloadavg()[0],
             }
         }

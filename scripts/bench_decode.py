@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 import triton
-from bench_attention import environment
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -38,6 +37,7 @@ from kernels.attention.decode_reference import decode_reference
 from kernels.attention.decode_tiles import DecodeTile
 from kernels.attention.portable.decode import decode
 from kernels.attention.portable.launch import Features
+from scripts.where import where
 
 DTYPE = torch.bfloat16
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # tried by --sweep
@@ -386,7 +386,7 @@ def main() -> None:
             args.lengths or ([8192] if args.sweep else [1024, 8192, 65536]),
         )
     ]
-    about, began = environment(), time.perf_counter()
+    about, began = where(), time.perf_counter()
     copy = copy_bandwidth(args.rep)
     print(", ".join(f"{k} {v}" for k, v in about.items()) + f"; copy {copy:.0f} GB/s")
     rows = (sweep if args.sweep else compare)(args, shapes, copy)

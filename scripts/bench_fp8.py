@@ -17,7 +17,6 @@ difference to an fp32 product of the same bf16 operands, over the norm of that p
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -30,7 +29,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import triton
 from torch import Tensor
 
 from flashtrain.compose import load
@@ -49,6 +47,7 @@ from kernels.fp8_cast import (
     reference,
 )
 from kernels.fp8_cast.tiles import Tile, choose
+from scripts.where import where
 
 TOKENS = {"gpt2_124m": (32, 1024), "gpt_1.3b": (8, 2048), "llama_8b": (1, 8192)}
 PARTS = ("products", "casts", "layers", "blocks")
@@ -354,13 +353,7 @@ def main() -> int:
         return 2
     torch.set_float32_matmul_precision("highest")
     began = time.perf_counter()
-    about = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    about = where()
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     rows: list[dict[str, Any]] = []
 

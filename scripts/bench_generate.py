@@ -16,7 +16,6 @@ On a CPU it runs too, at that speed.
 import argparse
 import importlib.util
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -41,6 +40,7 @@ from flashtrain.model.generate import complete
 from flashtrain.model.gpt import GPT
 from flashtrain.model.sampling import Sampling
 from flashtrain.parallel.mesh import SINGLE
+from scripts.where import where
 
 DEFAULT_CASE = "experiment=gpt_1.3b position=gpt2"
 Generate = Callable[[list[list[int]], int], list[list[int]]]
@@ -190,18 +190,12 @@ def main() -> int:
     except (ConfigError, ValueError) as error:
         print(f"bench_generate: {error}", file=sys.stderr)
         return 2
-    environment = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
+    environment = where("transformers") | {
         "case": options.case,
         "prompt": options.prompt,
         "tokens": options.tokens,
         "seconds": round(time.perf_counter() - began, 1),
     }
-    if options.peer:
-        environment["transformers"] = sys.modules["transformers"].__version__
     print(environment)
     if options.json:
         options.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=2))

@@ -13,10 +13,8 @@ are not taken.
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -28,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from kernels.linear_cross_entropy import linear_cross_entropy, rows_triton, tiles
 from kernels.linear_cross_entropy.problem import Terms
 from kernels.linear_cross_entropy.tiles import Tile, chunk_tokens
+from scripts.where import where
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, labels -> summed loss
 CHECKED = 512  # tokens whose results are compared with float64
@@ -273,16 +271,6 @@ def shapes(args: argparse.Namespace) -> list[Shape]:
     return [Shape(*s) for s in itertools.product(args.words, args.widths, args.tokens)]
 
 
-def environment() -> dict[str, str]:
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    versions["python"] = platform.python_version()
-    if importlib.util.find_spec("liger_kernel") is not None:
-        from importlib.metadata import version
-
-        versions["liger-kernel"] = version("liger-kernel")
-    return {"gpu": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"), **versions}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -311,7 +299,7 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU, torch sees none")
-    about, began = environment(), time.perf_counter()
+    about, began = where("liger_kernel"), time.perf_counter()
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     rows = sweep(args) if args.sweep else compare(args)
     print(f"{time.perf_counter() - began:.0f} s")

@@ -20,7 +20,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -41,6 +40,7 @@ from flashtrain.data.source import open_loader, prepare_source
 from flashtrain.metrics import flops_per_token
 from flashtrain.parallel.mesh import mesh_of
 from scripts.training_peer import peer_step
+from scripts.where import where
 
 ONE_GPU = [
     "experiment=gpt2_124m data.sequence_length=1024 data.batch_size=32 data.micro_batch_size=32",
@@ -225,14 +225,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
             if "error" in row:
                 print(f"  {row['error']}", flush=True)
-    environment = {
-        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
     if rank == 0 and options.json:
-        options.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=2))
+        options.json.write_text(json.dumps({"environment": where(), "rows": rows}, indent=2))
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0

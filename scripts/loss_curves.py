@@ -20,7 +20,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import queue
 import statistics
 import subprocess
@@ -36,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from flashtrain.launch import ENDED
 from flashtrain.tracking.compare import read_rows
+from scripts.where import where
 
 LAST_SHARE = 0.1  # of the steps, over which the final training loss is meant
 
@@ -121,7 +121,7 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = list(filter(None, pool.map(lambda plan: one(*plan), planned)))
     return {
-        "environment": environment(),
+        "environment": where(),
         "common": args.common,
         "runs": runs,
     }
@@ -135,18 +135,6 @@ def gpus() -> list[str | None]:
     import torch
 
     return [str(number) for number in range(torch.cuda.device_count())] or [None]
-
-
-def environment() -> dict[str, str]:
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def by_name(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -14,7 +14,6 @@ Open the trace at https://ui.perfetto.dev.
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -48,6 +47,7 @@ from flashtrain.compose import load
 from flashtrain.config import Config, ConfigError, EngineKind
 from flashtrain.data.source import open_loader, prepare_source
 from flashtrain.parallel.mesh import mesh_of
+from scripts.where import where
 
 DEFAULT = (
     "experiment=gpt2_124m data.sequence_length=1024 data.batch_size=32 data.micro_batch_size=32"
@@ -308,12 +308,8 @@ def main(arguments: list[str] | None = None) -> int:
         copies = copy_limit(device)
         rows = rows_of(result, update_bytes(engine), products, copies)
         traced = result.time / result.steps / 1e3
-        summary: dict[str, Any] = {
+        summary: dict[str, Any] = where() | {
             "case": options.case,
-            "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "date": time.strftime("%Y-%m-%d"),
             "steps": result.steps,
             "step_ms": round(plain, 3),
             "traced_step_ms": round(traced, 3),
