@@ -125,8 +125,8 @@ def main() -> int:
                 arguments.mtbf, arguments.minutes, arguments.every, arguments.seed, folder
             )
         print(
-            f"goodput {kept.share:.1%}: {kept.steps} steps lasted in {kept.seconds:.0f} s with "
-            f"{kept.kills} kills; undisturbed {kept.undisturbed:.1f} a second"
+            f"goodput {kept.share:.1%}: {kept.steps} steps, which lasted, took "
+            f"{kept.training_s:.0f} of {kept.seconds:.0f} s with {kept.kills} kills"
         )
         results["goodput"] = {**asdict(kept), "share": kept.share}
     if arguments.stall:

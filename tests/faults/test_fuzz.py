@@ -39,6 +39,17 @@ def test_what_would_be_missed_is_said(kind: str, monkeypatch: pytest.MonkeyPatch
     assert kind in outcome.missed[0]
 
 
+def test_training_time_is_that_of_steps_that_no_kill_fell_into(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(SCRIPTS)])
+    goodput = script("fault_goodput")
+    # three steps of 1 s; a kill and a start of 7 s; two more, of 1 s and of 2 s
+    ends = [1.0, 2.0, 3.0, 10.0, 11.0, 13.0]
+    assert goodput.training_time(ends, [3.5]) == 1 + 1 + 1 + 1 + 1 + 2
+    assert goodput.training_time(ends, []) == 13
+
+
 def test_the_best_interval_is_youngs_where_failures_are_rare() -> None:
     times = script("effective_time")
     for mtbf, stall in ((1e6, 1.0), (1e7, 10.0)):
