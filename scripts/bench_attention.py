@@ -29,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import triton
-from attention_peers import BACKENDS, MASKS, Call, Shape
 from torch import Tensor
 
 from kernels.attention.reference import attention_reference
-from scripts.where import where
+from scripts.parts.attention_peers import BACKENDS, MASKS, Call, Shape
+from scripts.parts.where import where
 
 GRAPH_CALLS = 10  # in one CUDA graph
 DECODE = "decode"  # a row of another kind

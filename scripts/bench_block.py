@@ -43,8 +43,8 @@ from kernels.linear.tiles import pass_tile
 from kernels.norm import kernel as norm
 from kernels.norm.reference import add_norm_reference
 from kernels.norm.tiles import backward_tile, forward_tile
-from scripts.graph_timing import copy_rate, microseconds, on_the_side, product_rate
-from scripts.where import where
+from scripts.parts.graph_timing import copy_rate, microseconds, on_the_side, product_rate
+from scripts.parts.where import where
 
 VOCABULARY, EPS = 50304, 1e-5
 

@@ -37,7 +37,7 @@ from flashtrain.config import Config, to_dict
 from flashtrain.data.source import open_loader, prepare_source
 from flashtrain.metrics import GIB
 from flashtrain.parallel.mesh import ALONE
-from scripts.where import where
+from scripts.parts.where import where
 
 TINY = (
     "experiment=null model=gpt_tiny data=random model.vocabulary=512 data.sequence_length=64 "

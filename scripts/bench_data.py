@@ -34,7 +34,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import machine_text
 import numpy as np
 
 from flashtrain.config import DataConfig
@@ -45,6 +44,7 @@ from flashtrain.data.samples import Blocks, Samples, Shuffled
 from flashtrain.data.shards import TokenShards
 from flashtrain.data.tokenizer import load_tokenizer, train_bpe
 from flashtrain.data.windows import WindowShuffled
+from scripts.parts import machine_text
 
 SHARD_TOKENS = 1 << 23  # small, so that a small corpus has many
 WINDOW = 2  # shards read at a time where whole shards are read ahead

@@ -37,7 +37,7 @@ from kernels.attention.decode_reference import decode_reference
 from kernels.attention.decode_tiles import DecodeTile
 from kernels.attention.portable.decode import decode
 from kernels.attention.portable.launch import Features
-from scripts.where import where
+from scripts.parts.where import where
 
 DTYPE = torch.bfloat16
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # tried by --sweep

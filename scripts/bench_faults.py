@@ -20,12 +20,15 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import effective_time
-from fault_fuzz import fuzz
-from fault_goodput import goodput
-from fault_kinds import KINDS
-from fault_node import WAYS, lose_node
-from fault_rounds import Tally, bench, small_disk, undisturbed_run
+
+from scripts.parts.fault_fuzz import fuzz
+from scripts.parts.fault_goodput import goodput
+from scripts.parts.fault_kinds import KINDS
+from scripts.parts.fault_node import WAYS, lose_node
+from scripts.parts.fault_rounds import Tally, bench, small_disk, undisturbed_run
 
 
 def report(tally: Tally, every: int) -> None:

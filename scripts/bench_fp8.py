@@ -47,7 +47,7 @@ from kernels.fp8_cast import (
     reference,
 )
 from kernels.fp8_cast.tiles import Tile, choose
-from scripts.where import where
+from scripts.parts.where import where
 
 TOKENS = {"gpt2_124m": (32, 1024), "gpt_1.3b": (8, 2048), "llama_8b": (1, 8192)}
 PARTS = ("products", "casts", "layers", "blocks")

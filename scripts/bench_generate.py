@@ -40,7 +40,7 @@ from flashtrain.model.generate import complete
 from flashtrain.model.gpt import GPT
 from flashtrain.model.sampling import Sampling
 from flashtrain.parallel.mesh import SINGLE
-from scripts.where import where
+from scripts.parts.where import where
 
 DEFAULT_CASE = "experiment=gpt_1.3b position=gpt2"
 Generate = Callable[[list[list[int]], int], list[list[int]]]

@@ -30,14 +30,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import triton
-from hopper_features import check_features, milliseconds, relative, time_features
-from hopper_variants import SHAPES, Shape, backward_variants, compile_all, forward_variants
-from supervise import State, report, say, supervise
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.attention import hopper
 from kernels.attention.hopper import plan
+from scripts.parts.hopper_features import check_features, milliseconds, relative, time_features
+from scripts.parts.hopper_variants import (
+    SHAPES,
+    Shape,
+    backward_variants,
+    compile_all,
+    forward_variants,
+)
+from scripts.parts.supervise import State, report, say, supervise
 
 PARTS = ("features", "timed", "portable", "forward", "backward", "host")
 ROUNDS = 3  # of timings of all variants of a shape

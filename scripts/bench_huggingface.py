@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import transformers
-from huggingface_compare import IMPLEMENTATIONS, agreement, milliseconds
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from flashtrain.integrations.transformers import register
+from scripts.parts.huggingface_compare import IMPLEMENTATIONS, agreement, milliseconds
 
 SIZES = dict(  # those of Llama 3.2 1B but for its vocabulary
     hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,

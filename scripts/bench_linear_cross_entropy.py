@@ -31,7 +31,7 @@ from torch import Tensor
 from kernels.linear_cross_entropy import linear_cross_entropy, rows_triton, tiles
 from kernels.linear_cross_entropy.problem import Terms
 from kernels.linear_cross_entropy.tiles import Tile, chunk_tokens
-from scripts.where import where
+from scripts.parts.where import where
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, labels -> summed loss
 CHECKED = 512  # tokens whose results are compared with float64

@@ -30,13 +30,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from plan import complete
-from scaling_runs import measured
 
 from flashtrain.compose import load, read, resolve
 from flashtrain.config import Config, ConfigError
 from flashtrain.layout import data_ranks, resolve_parallel
 from flashtrain.planning.gpus import build_cluster, one_host
 from flashtrain.planning.layouts import predict
+from scripts.parts.scaling_runs import measured
 
 COLUMNS = {
     "layout": "layout", "gpus": "GPUs", "ms/step": "ms/step", "tokens/s/GPU": "tokens/s/GPU",
@@ -258,7 +258,7 @@ def main() -> int:
         parser.error("--config and --gpus, or --again")
     try:
         if options.plot:
-            from scaling_plot import draw_bars, pyplot
+            from scripts.parts.scaling_plot import draw_bars, pyplot
 
             pyplot()  # refused now and not after the runs
         report = json.loads(options.again.read_text()) if options.again else None

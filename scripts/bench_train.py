@@ -12,7 +12,7 @@ most. `loader tokens/s`: how fast this rank's loader gives batches when nothing 
 Times whole optimizer steps (loader, forward, backward, norm, clip, AdamW) with CUDA events after a
 warm-up and reports medians. FLOPs per token: flashtrain/metrics.py.
 
---peer: a folder with nanoGPT's model.py. Its step (scripts/training_peer.py) on as many made-up
+--peer: a folder with nanoGPT's model.py. Its step (parts/training_peer.py) on as many made-up
 tokens is timed after each case, and the ratios are printed: tokens/s, and peak memory.
 """
 
@@ -39,8 +39,8 @@ from flashtrain.data.loader import DataLoader
 from flashtrain.data.source import open_loader, prepare_source
 from flashtrain.metrics import flops_per_token
 from flashtrain.parallel.mesh import mesh_of
-from scripts.training_peer import peer_step
-from scripts.where import where
+from scripts.parts.training_peer import peer_step
+from scripts.parts.where import where
 
 ONE_GPU = [
     "experiment=gpt2_124m data.sequence_length=1024 data.batch_size=32 data.micro_batch_size=32",

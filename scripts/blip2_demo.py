@@ -19,7 +19,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from huggingface_compare import IMPLEMENTATIONS, agreement, milliseconds
 from torch import Tensor
 from transformers import (
     Blip2Config,
@@ -30,6 +29,7 @@ from transformers import (
 )
 
 from flashtrain.integrations.transformers import register
+from scripts.parts.huggingface_compare import IMPLEMENTATIONS, agreement, milliseconds
 
 IMAGE = 3  # the token that stands where the image goes, in random models
 PROMPTS = {"tiny": (9, 6), "base": (64, 40)}  # tokens

@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from flashtrain.launch import ENDED
 from flashtrain.tracking.compare import read_rows
-from scripts.where import where
+from scripts.parts.where import where
 
 LAST_SHARE = 0.1  # of the steps, over which the final training loss is meant
 

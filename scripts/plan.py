@@ -162,7 +162,7 @@ def plan_layouts(own: dict[str, str], overrides: list[str], options: argparse.Na
 
 
 def plan_scaling(own: dict[str, str], overrides: list[str], options: argparse.Namespace) -> int:
-    from scaling_plot import draw_curves, pyplot
+    from scripts.parts.scaling_plot import draw_curves, pyplot
 
     pyplot()  # refused now and not after the search
     cluster = build_cluster(own["gpu"], own["links"] or None, int(own["node"]))

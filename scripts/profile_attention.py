@@ -20,9 +20,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from hopper_variants import Shape, backward_variants, forward_variants
 
 from kernels.attention import hopper
+from scripts.parts.hopper_variants import Shape, backward_variants, forward_variants
 
 # words in the counters' names, and what the column is called
 COUNTERS = {

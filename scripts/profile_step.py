@@ -7,7 +7,7 @@
 Runs whole optimizer steps on random tokens (loader, forward, backward, norm, clip, optimizer),
 first without the profiler, then traced. Each part's arithmetic is held to the card's own limits,
 measured here: a large matrix product and a copy. Attention counts 4 B H T^2 D / 2 forward (causal)
-and 2.5 times that backward. The table is rank 0's; which kernel is which: scripts/step_parts.py.
+and 2.5 times that backward. The table is rank 0's; which kernel is which: parts/step_parts.py.
 Open the trace at https://ui.perfetto.dev.
 """
 
@@ -26,7 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
-from step_parts import (
+from torch.profiler import ProfilerActivity, record_function
+
+from flashtrain.build import build_engine
+from flashtrain.compose import load
+from flashtrain.config import Config, ConfigError, EngineKind
+from flashtrain.data.source import open_loader, prepare_source
+from flashtrain.parallel.mesh import mesh_of
+from scripts.parts.step_parts import (
     DATA,
     EXCHANGED,
     GROUPS,
@@ -40,14 +47,7 @@ from step_parts import (
     Total,
     profile,
 )  # fmt: skip
-from torch.profiler import ProfilerActivity, record_function
-
-from flashtrain.build import build_engine
-from flashtrain.compose import load
-from flashtrain.config import Config, ConfigError, EngineKind
-from flashtrain.data.source import open_loader, prepare_source
-from flashtrain.parallel.mesh import mesh_of
-from scripts.where import where
+from scripts.parts.where import where
 
 DEFAULT = (
     "experiment=gpt2_124m data.sequence_length=1024 data.batch_size=32 data.micro_batch_size=32"

@@ -21,12 +21,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from attention_peers import Shape
-from bench_attention import environment, fresh, milliseconds
+from bench_attention import fresh, milliseconds
 from torch import Tensor
 
 from kernels.attention.portable import Features, backward, forward
 from kernels.attention.tiles import Tile, Tiles, choose
+from scripts.parts.attention_peers import Shape
+from scripts.parts.where import where
 
 # (query rows, key rows, warps, stages)
 FORWARD = [
@@ -177,7 +178,7 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU, torch sees none")
-    about, began = environment(), time.perf_counter()
+    about, began = where(), time.perf_counter()
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     rows, lines = [], []
     for head_size, mask in itertools.product(args.head_sizes, args.masks):

@@ -1,27 +1,17 @@
 """scripts/bench_faults.py's damage to checkpoints, in small, and its table of expected values."""
 
-import importlib.util
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from scripts import effective_time as times
+from scripts.parts import fault_fuzz as fuzz
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_random_damage_is_never_loaded() -> None:
-    fuzz = script("fault_fuzz")
     outcome = fuzz.fuzz(14 * len(fuzz.KINDS), seed=3)
     assert outcome.missed == []
     assert outcome.rounds == 14 * len(fuzz.KINDS)
@@ -31,7 +21,6 @@ def test_random_damage_is_never_loaded() -> None:
 @pytest.mark.parametrize("kind", ["swapped", "truncated"])
 def test_what_would_be_missed_is_said(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a start that takes the newest, whatever it is."""
-    fuzz = script("fault_fuzz")
     monkeypatch.setattr(fuzz, "_taken", lambda folder: max(folder.iterdir()))
     monkeypatch.setattr(fuzz, "KINDS", {kind: fuzz.KINDS[kind]})
     outcome = fuzz.fuzz(5, seed=3)
@@ -51,7 +40,6 @@ def test_training_time_is_that_of_steps_that_no_kill_fell_into(
 
 
 def test_the_best_interval_is_youngs_where_failures_are_rare() -> None:
-    times = script("effective_time")
     for mtbf, stall in ((1e6, 1.0), (1e7, 10.0)):
         young = math.sqrt(2 * stall * mtbf)
         assert times.best_interval(mtbf, stall, 0.0, 60.0) == pytest.approx(young, rel=0.01)
@@ -60,7 +48,6 @@ def test_the_best_interval_is_youngs_where_failures_are_rare() -> None:
 
 
 def test_the_share_falls_with_every_cost_and_the_interval_is_the_best() -> None:
-    times = script("effective_time")
     cost = {"mtbf": 3600.0, "stall": 2.0, "write": 10.0, "again": 60.0}
     best = times.best_interval(**cost)
     share = times.effective_share(best, **cost)
@@ -73,7 +60,6 @@ def test_the_share_falls_with_every_cost_and_the_interval_is_the_best() -> None:
 
 @pytest.mark.parametrize("write", [0.0, 30.0])
 def test_a_simulated_run_trains_the_expected_share(write: float) -> None:
-    times = script("effective_time")
     cost = {"tau": 100.0, "mtbf": 1000.0, "stall": 5.0, "write": write, "again": 50.0}
     share, failures = times.simulate(**cost, seconds=2e6, seed=1)
     assert failures == pytest.approx(2000, rel=0.1)

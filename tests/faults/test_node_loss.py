@@ -1,20 +1,16 @@
-"""scripts/fault_node.py: a node is lost, and the spare takes its place."""
+"""scripts/parts/fault_node.py: a node is lost, and the spare takes its place."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.faults.test_fuzz import SCRIPTS, script
+from scripts.parts.fault_node import lose_node
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["killed", "cut"])
-def test_a_spare_takes_the_place_of_a_lost_node(
-    way: str, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path, str(SCRIPTS)])
-    lost = script("fault_node").lose_node(tmp_path, tokens, way)
+def test_a_spare_takes_the_place_of_a_lost_node(way: str, tokens: Path, tmp_path: Path) -> None:
+    lost = lose_node(tmp_path, tokens, way)
     if lost.skipped:
         pytest.skip(lost.skipped)
     assert lost.started_s is not None

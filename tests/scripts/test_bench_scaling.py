@@ -53,7 +53,7 @@ def test_layouts_run_one_after_the_other_and_have_one_loss(tmp_path: Path) -> No
 
 
 def test_what_fails_costs_no_other_case(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: Any = importlib.import_module("scaling_runs")
+    runs: Any = importlib.import_module("scripts.parts.scaling_runs")
     starts = []
 
     def until_failure(cases: list[list[str]], *_: object) -> Iterator[object]:
@@ -72,7 +72,7 @@ def test_what_fails_costs_no_other_case(bench: ModuleType, monkeypatch: pytest.M
 def test_what_leaves_gpus_runs_beside_others_where_asked(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs: Any = importlib.import_module("scaling_runs")
+    runs: Any = importlib.import_module("scripts.parts.scaling_runs")
     started = []
 
     def run_cases(cases: list[list[str]], gpus: int, _: object, visible: str = "") -> Iterator[Any]:

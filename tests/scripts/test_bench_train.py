@@ -9,7 +9,7 @@ import torch
 
 from flashtrain.data.loader import Batch
 from scripts import bench_start, bench_train
-from scripts.training_peer import peer_step
+from scripts.parts.training_peer import peer_step
 
 CASE = (
     "model=gpt_tiny model.n_layers=2 model.vocabulary=640 model.bias=true position=gpt2 "

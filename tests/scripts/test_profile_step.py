@@ -11,7 +11,17 @@ import pytest
 
 from flashtrain.compose import load
 from flashtrain.metrics import flops_per_token, matrix_parameters
-from scripts.step_parts import BACKWARD, DATA, MODEL, RANGE, STEP, UPDATE, Part, Problem, profile
+from scripts.parts.step_parts import (
+    BACKWARD,
+    DATA,
+    MODEL,
+    RANGE,
+    STEP,
+    UPDATE,
+    Part,
+    Problem,
+    profile,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 # 192 tokens a micro-batch: no layer has as many inputs or outputs

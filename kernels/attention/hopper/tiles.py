@@ -1,6 +1,6 @@
 """Tiles and schedules of the Hopper kernels, per head size and mask.
 
-`python scripts/bench_hopper.py` times them beside their neighbours (scripts/hopper_variants.py).
+`python scripts/bench_hopper.py` times them beside their neighbours (parts/hopper_variants.py).
 """
 
 from dataclasses import dataclass, replace

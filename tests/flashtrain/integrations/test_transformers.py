@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="needs transformers: pip install 'fla
 import transformers
 from transformers import CLIPModel, PreTrainedModel
 
-from scripts.huggingface_compare import Float64
+from scripts.parts.huggingface_compare import Float64
 from tests.accuracy import assert_as_accurate
 from tests.flashtrain.integrations.models import FAMILIES, TOKENS, Family, inputs, make
 

@@ -1,6 +1,6 @@
 """One rank of a measurement by bench_scaling.py: times optimizer steps of one case after the other.
 
-    torchrun ... scripts/scaling_worker.py --cases CASES --rows ROWS --steps 10 --warmup 5
+    torchrun ... scripts/parts/scaling_worker.py --cases CASES --rows ROWS --steps 10 --warmup 5
 
 CASES is JSON, a list of lists of Hydra overrides; rank 0 appends a line of JSON to ROWS after each.
 What a case leaves (memory, groups, compiled code) is given back before the next. Steps are whole
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist

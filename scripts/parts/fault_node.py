@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fault_run import LIMIT, ROOT, Run, children, send
+from scripts.parts.fault_run import LIMIT, ROOT, Run, children, send
 
 WAYS = ("killed", "cut")
 TWO = "2 processes:"  # in the first lines of a start

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from fault_kinds import kill_a_rank_and_look_on
-from fault_run import Run, make_tokens
+from scripts.parts.fault_kinds import kill_a_rank_and_look_on
+from scripts.parts.fault_run import Run, make_tokens
 
 
 @dataclass

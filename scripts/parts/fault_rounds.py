@@ -12,11 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fault_kinds import FULL, KINDS, RESTARTED, RESUMING, SILENT, STARTING, kill_a_rank
-from fault_run import Run, Silence, make_tokens
-
 from flashtrain.checkpoint.integrity import MANIFEST
 from flashtrain.checkpoint.shelf import checkpoints
+from scripts.parts.fault_kinds import (
+    FULL,
+    KINDS,
+    RESTARTED,
+    RESUMING,
+    SILENT,
+    STARTING,
+    kill_a_rank,
+)
+from scripts.parts.fault_run import Run, Silence, make_tokens
 
 WAIT_S = 8.0  # after a start, within which a rank is killed `while starting`
 DISK_MB = 64

@@ -1,16 +1,11 @@
 """The second part of bench_hopper.py: every feature of the Hopper kernels, right and how fast."""
 
 import math
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import triton
-from supervise import State, report, say
 from torch import Tensor
 
 from kernels.attention import hopper
@@ -19,6 +14,7 @@ from kernels.attention.hopper.tiles import LARGEST_HEAD
 from kernels.attention.op import document_bounds
 from kernels.attention.problem import UNBOUNDED
 from kernels.attention.reference import attention_reference
+from scripts.parts.supervise import State, report, say
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,10 @@
 Needs matplotlib, which flashtrain itself does not: `pip install matplotlib`.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from flashtrain.planning.scaling import Curve
 

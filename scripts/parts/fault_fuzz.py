@@ -8,7 +8,6 @@ it was (a file swapped with its equal) is harmless, which is proved by comparing
 import logging
 import random
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -16,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from flashtrain import checkpoint
 

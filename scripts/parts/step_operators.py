@@ -1,6 +1,6 @@
 """What the operators of a trace do: products with their sizes, passes over memory with their bytes.
 
-Used by scripts/step_parts.py. Of arguments a trace has shapes and types, of scalars their values.
+Used by step_parts.py. Of arguments a trace has shapes and types, of scalars their values.
 """
 
 import math

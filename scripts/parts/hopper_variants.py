@@ -2,17 +2,11 @@
 
 import multiprocessing
 import os
-import sys
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
-from hopper_features import FEATURES, TIMED
-from supervise import say
 from torch import Tensor
 
 from kernels.attention.hopper import plan
@@ -22,6 +16,8 @@ from kernels.attention.hopper.tiles import (
     choose_backward,
     choose_forward,
 )
+from scripts.parts.hopper_features import FEATURES, TIMED
+from scripts.parts.supervise import say
 
 MIB = 1 << 20
 

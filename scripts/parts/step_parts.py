@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from scripts.step_operators import PASSES, PRODUCTS, Event, bytes_moved, product_sizes
+from scripts.parts.step_operators import PASSES, PRODUCTS, Event, bytes_moved, product_sizes
 
 Gaps = list[tuple[float, float]]
 

@@ -7,9 +7,8 @@ import resource
 import signal
 import time
 
-from fault_run import Run, send
-
 from flashtrain.checkpoint.shelf import checkpoints
+from scripts.parts.fault_run import Run, send
 
 AGAIN = "flashtrain: restart "  # what the launcher says
 NOT_SAVED = "training goes on and tries again"  # what a run says that cannot write a checkpoint
