@@ -7,6 +7,7 @@ import pytest
 
 from scripts import effective_time as times
 from scripts.parts import fault_fuzz as fuzz
+from scripts.parts import fault_goodput as goodput
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -28,11 +29,7 @@ def test_what_would_be_missed_is_said(kind: str, monkeypatch: pytest.MonkeyPatch
     assert kind in outcome.missed[0]
 
 
-def test_training_time_is_that_of_steps_that_no_kill_fell_into(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path, str(SCRIPTS)])
-    goodput = script("fault_goodput")
+def test_training_time_is_that_of_steps_that_no_kill_fell_into() -> None:
     # three steps of 1 s; a kill and a start of 7 s; two more, of 1 s and of 2 s
     ends = [1.0, 2.0, 3.0, 10.0, 11.0, 13.0]
     assert goodput.training_time(ends, [3.5]) == 1 + 1 + 1 + 1 + 1 + 2
