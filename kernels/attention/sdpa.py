@@ -56,7 +56,7 @@ def attention_sdpa(
     """out [B, T, H, Dv] and, where asked for, lse [B, H, T] of a supported problem."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, D]
     aligned = problem.after == 0 and problem.queries == problem.keys
-    is_causal = problem.plain and aligned
+    is_causal = _decided(problem.plain and aligned)
     bare = problem.plain and not problem.causal
     mask = None
     if not is_causal and not bare:
@@ -64,7 +64,7 @@ def attention_sdpa(
     if problem.device.type == "cpu":  # its fused kernel takes one size of heads
         q, k, v = (F.pad(x, (0, problem.widest - x.shape[3])) for x in (q, k, v))
     if not problem.return_lse:
-        grouped = problem.heads != problem.kv_heads
+        grouped = _decided(problem.heads != problem.kv_heads)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
         )
@@ -73,6 +73,13 @@ def attention_sdpa(
     if mask is not None:  # PyTorch says 0 where a query sees no key
         lse = lse.masked_fill((mask == float("-inf")).all(-1), float("-inf"))
     return out[..., : problem.value_size].transpose(1, 2), lse
+
+
+def _decided(condition: Any) -> bool:
+    """A bool for PyTorch, also of sizes that torch.compile holds as symbols: a branch decides."""
+    if condition:  # noqa: SIM103
+        return True
+    return False
 
 
 def _mask(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 
 @pytest.fixture(autouse=True)
@@ -20,5 +21,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return wrapper
 
+    # torch.device(...) as a context looks once for the functions it changes, and must not find ours
+    _device_constructors()
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))

@@ -145,6 +145,20 @@ def test_compiles_without_a_graph_break(name: str, backend: str, platform: Platf
         torch.testing.assert_close(other[key], value, rtol=loose, atol=loose)
 
 
+def test_compiled_lengths_may_change() -> None:
+    """As they do in a curriculum; torch.compile then holds every size as a symbol."""
+    torch._dynamo.reset()
+
+    def call(q: Tensor) -> Tensor:
+        return attention(q, q, q, causal=True) * 1.0
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for T in (16, 24, 33):
+        q = torch.randn(2, T, 2, 16, requires_grad=True)
+        (mine,), (other,) = (torch.autograd.grad(f(q).sum(), q) for f in (compiled, call))
+        torch.testing.assert_close(mine, other)
+
+
 def _compiler(platform: Platform) -> str:
     return "inductor" if platform.on_gpu else "aot_eager"
 
