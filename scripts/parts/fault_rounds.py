@@ -87,12 +87,15 @@ def resumed(run: Run, tally: Tally, expected: Expected | None) -> bool:
 
 
 def disturb(run: Run, kind: str, dice: random.Random, tally: Tally) -> Expected | None:
-    """Break a run that trains; what its next start must do, or None where there is none."""
+    """Break a run that trains; what its next start must do; None where there is none, or where
+    the run ended before the fault came."""
     target = run.reached() + dice.randrange(run.every)
     run.until(lambda: run.reached() >= target)
     began = time.time()
-    tally.injected[kind] += 1
     KINDS[kind](run, dice)
+    if kind not in ("SIGTERM", FULL) and not run.goes_on() and run.wait() == 0:
+        return None  # it came too late: the run is at its end
+    tally.injected[kind] += 1
     if kind == "SIGTERM":
         tally.stopping_s.append(time.time() - began)
         newest = checkpoints(run.folder / "checkpoints")[0]
@@ -182,7 +185,8 @@ def _bench(run: Run, kinds: list[str], dice: random.Random, undisturbed: dict[st
         if not run.goes_on():
             silent = silence if expected is not None and expected.kind == SILENT else None
             run.start(restarts=int(kind == RESTARTED), wandb=silent)
-        if kind in (STARTING, RESUMING) and not_yet_training(run, kind, dice):
+        early = kind in (STARTING, RESUMING) and run.reached() < run.steps
+        if early and not_yet_training(run, kind, dice):
             # what the fault before must lead to, this one must lead to as well
             tally.injected[kind] += 1
             kill_a_rank(run, dice)
@@ -197,7 +201,10 @@ def _bench(run: Run, kinds: list[str], dice: random.Random, undisturbed: dict[st
             if kinds and run.reached() < run.steps - 4 * run.every:
                 tally.fault_s.append(time.monotonic() - clock)
                 clock = time.monotonic()
-                expected = disturb(run, kinds.pop(), dice, tally)
+                kind = kinds.pop()
+                expected = disturb(run, kind, dice, tally)
+                if expected is None and kind != FULL:
+                    kinds.insert(0, kind)
                 continue
         if run.wait() != 0:
             raise SystemExit(f"a start failed by itself:\n{run.output()[-2000:]}")
