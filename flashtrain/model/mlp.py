@@ -1,5 +1,7 @@
 """The feed-forward half of a block. Dims: D = d_model, F = d_ff (this rank's part of it)."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,7 +13,7 @@ from flashtrain.model.norm import StreamNorm
 from kernels.linear import norm_gelu_mlp
 
 
-class MLP(nn.Module):
+class MLP(nn.Module, ABC):
     """s + mlp(norm(s)) [B, T, D] with s = x + branch, each token on its own: all at once, or in
     `chunks` parts.
 
@@ -39,8 +41,8 @@ class MLP(nn.Module):
     def _part(self, norm: StreamNorm, x: Tensor, branch: Tensor | None = None) -> Tensor:
         return self.run(norm, x, branch)
 
-    def run(self, norm: StreamNorm, x: Tensor, branch: Tensor | None) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def run(self, norm: StreamNorm, x: Tensor, branch: Tensor | None) -> Tensor: ...
 
 
 class GeluMLP(MLP):

@@ -1,12 +1,10 @@
 """The row kernel compiles for GPUs that need not be there, without spills or split accesses."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.kernels.compiled import compiled
 
 SCRIPT = Path(__file__).with_name("compile_rows.py")
 
@@ -14,14 +12,7 @@ SCRIPT = Path(__file__).with_name("compile_rows.py")
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 86, 90])
 def test_the_row_kernel_compiles_without_spills(capability: int, tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(capability)],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = compiled(SCRIPT, capability, tmp_path)
     assert len(found) == 13
     for kernel in found:
         assert kernel["spilled"] == 0, kernel
