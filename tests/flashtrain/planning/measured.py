@@ -20,8 +20,8 @@ TWO_GPUS = [
      "parallel=data attention=triton loss.fused=false", 2, 111_167, 60.0),
 ]  # fmt: skip
 # Four H200 of one host (scripts/scaling/README.md). rates.py is fitted to three of these: gpt_1.3b
-# on tensor 4 without overlap, tensor 2 and 4 with it. Left out are gpt_1.3b on fsdp x tensor 2, which
-# the time model misses by +36 %, and fp8 on several GPUs, by +13 to +30 %.
+# on tensor 4 without overlap, tensor 2 and 4 with it. Left out are gpt_1.3b on fsdp x tensor 2,
+# which the time model misses by +36 %, and fp8 on several GPUs, by +13 to +30 %.
 WIDE = (
     "experiment=gpt_1.3b model.norm=rmsnorm model.mlp=swiglu model.d_ff=11008 "
     "model.tied_head=false model.n_layers=8 model.d_model=4096 model.n_heads=32 "
