@@ -317,6 +317,7 @@ class TrainerConfig:
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     compile: bool | None = None  # torch.compile each block; null: on CUDA
     # steps as CUDA graphs, which leave the host nothing to launch; auto: on one GPU, where they can
+    # be; on: on tensor-parallel ones, too
     cuda_graph: CudaGraph = CudaGraph.auto
     recompute: Recompute = Recompute.none  # activation checkpointing
     # parts of its tokens that each MLP runs one after the other; its inside is recomputed part by

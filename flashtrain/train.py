@@ -5,6 +5,7 @@
 
 import os
 import sys
+from contextlib import closing
 from functools import partial
 
 import torch
@@ -45,7 +46,7 @@ def train(config: Config, device: torch.device, store: Store | None = None) -> N
     interruption = Interruption(config.trainer.time_limit)
     run = Run(config, engine, mesh, device)
     watch = Watch(run.folder / HANGS, mesh.rank, config.trainer, interruption, store)
-    with interruption, loader, run, watch:
+    with closing(engine), interruption, loader, run, watch:
         first = run.resume()
         hooks: list[Hook] = [Profile(run, loader), Log(run, loader), Spikes(config.trainer)]
         between = Between(watch, interruption.agreed)

@@ -84,6 +84,7 @@ def measure(case: str, steps: int, warmup: int, device: torch.device) -> dict[st
     waited = (loader.data_time - waited) / steps * 1e3
     alone = loader_rate(loader, warmup + steps)
     loader.close()
+    engine.close()
     tokens = config.data.batch_size * config.data.sequence_length
     flops = flops_per_token(config.model, config.data.sequence_length)
     world = mesh.world_size

@@ -325,6 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
         show(rows)
         if options.json:
             options.json.write_text(json.dumps({**summary, "rows": rows}, indent=2))
+    engine.close()
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0

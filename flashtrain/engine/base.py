@@ -46,3 +46,7 @@ class Engine(Protocol):
     def loaded(self) -> None:
         """Take over what was written to the views of `state`. Collective."""
         ...
+
+    def close(self) -> None:
+        """Give back what must go before the process groups do. The last call of all."""
+        ...

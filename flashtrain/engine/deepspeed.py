@@ -43,6 +43,7 @@ from flashtrain.model.shard import Span, whole
 from flashtrain.optim.adamw import build_adamw
 from flashtrain.parallel.loss import IGNORED
 from flashtrain.parallel.mesh import Mesh
+from flashtrain.parallel.transport import forget_transports
 
 
 def check_keys(config: Config) -> None:
@@ -200,6 +201,9 @@ class DeepSpeedEngine:
             flat, at = self.places[name]
             own.data.copy_(flat.narrow(0, at, own.numel()))
         self.zero_optimizer.checkpoint_event_epilogue()
+
+    def close(self) -> None:
+        forget_transports()
 
     def _flat(self) -> list[Tensor]:
         """The fp32 partitions of this rank."""

@@ -6,6 +6,10 @@ those of the recording lie, gradients come back at the same places, and the lear
 number on the device. Micro-batches of another shape or number (data.ramp) get graphs of their own.
 
 The first steps of a shape run as they are: they compile, choose tiles, and make what is made once.
+
+Collectives are recorded with the rest, by every rank alike: NCCL's as PyTorch starts them, and the
+copies and flags of peer memory (parallel/peer_memory.py). A rank that hangs in a replay cannot say
+in which collective.
 """
 
 import logging
@@ -144,25 +148,32 @@ def recorder() -> Record:
 
 
 def uses_graphs(config: Config, device: torch.device) -> bool:
-    """What `trainer.cuda_graph` means here; ConfigError where it is on and cannot be."""
-    reason = no_graphs(config)
+    """What `trainer.cuda_graph` means here; ConfigError where it is on and cannot be.
+
+    auto: on one GPU. Tensor-parallel ranks are recorded where it is on.
+    """
+    wanted, reason = config.trainer.cuda_graph, no_graphs(config)
     if device.type != "cuda":
         reason = "the device is not a CUDA GPU"
-    if config.trainer.cuda_graph is CudaGraph.on and reason is not None:
+    if wanted is CudaGraph.on and reason is not None:
         raise ConfigError(f"trainer.cuda_graph=on: {reason}; take auto or off")
-    return config.trainer.cuda_graph is not CudaGraph.off and reason is None
+    if reason is not None or wanted is CudaGraph.off:
+        return False
+    return wanted is CudaGraph.on or config.parallel.tensor == 1
 
 
 def no_graphs(config: Config) -> str | None:
     """Why steps of this config cannot be CUDA graphs; None where they can. `config` is resolved."""
     parallel, trainer = config.parallel, config.trainer
-    world = parallel.pipeline * parallel.context
-    for size in (parallel.tensor, parallel.shard, parallel.replicate):
-        world *= size or 1
+    others = parallel.pipeline * parallel.context * (parallel.shard or 1)
+    others *= parallel.replicate or 1
     if config.engine.name is not EngineKind.native:
         return f"engine={config.engine.name.name} runs its own steps"
-    if world > 1:
-        return f"{world} processes talk to each other in a step, which is not recorded"
+    if others > 1:
+        return (
+            "of processes that talk to each other in a step only tensor-parallel ones are "
+            f"recorded, and here {others} share the data, a sequence or the layers"
+        )
     if trainer.offload_activations:
         return "trainer.offload_activations=true moves activations as the host says"
     if trainer.nvtx:

@@ -34,6 +34,7 @@ from flashtrain.parallel.fsdp import give_back, held_parameters, set_pass, take_
 from flashtrain.parallel.gradients import average_gradients
 from flashtrain.parallel.loss import IGNORED, cross_entropy_sum, linear_cross_entropy_sum
 from flashtrain.parallel.mesh import Axis, Mesh
+from flashtrain.parallel.transport import forget_transports
 
 
 class SummedLoss(nn.Module):
@@ -162,6 +163,10 @@ class NativeEngine:
 
     def loaded(self) -> None:
         """Nothing to do: the views are the weights themselves."""
+
+    def close(self) -> None:
+        self.graphs = None  # NCCL ends no group while a graph holds operations of it
+        forget_transports()
 
     def _summing_gradients(self, last: bool) -> contextlib.AbstractContextManager[None]:
         if last or not isinstance(self.forward, DistributedDataParallel):

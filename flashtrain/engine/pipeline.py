@@ -50,6 +50,7 @@ from flashtrain.parallel.gradients import average_gradients, sum_gradients
 from flashtrain.parallel.loss import IGNORED
 from flashtrain.parallel.mesh import Axis, Mesh
 from flashtrain.parallel.pipeline import Chain, Stage, shared_axis
+from flashtrain.parallel.transport import forget_transports
 from flashtrain.pipelining import SPLIT_BACKWARD
 
 log = logging.getLogger("flashtrain.engine")
@@ -216,6 +217,9 @@ class PipelineEngine:
 
     def loaded(self) -> None:
         """Nothing to do: the views are the weights themselves."""
+
+    def close(self) -> None:
+        forget_transports()
 
 
 class _ScheduledStage(PipelineStage):

@@ -9,10 +9,13 @@ it, each grown to the largest use so far:
 Copies run on streams of their own, between flags that say "these bytes have arrived" and "this
 memory may be written again". A flag is a 32-bit word on the GPU that waits for it:
 
-    stream  the front end of a stream writes and waits (cuStreamWriteValue32, cuStreamWaitValue32):
-            no multiprocessor is needed, so a flag passes while a product fills the GPU. Values
-            count up, and a wait is for at least its own
+    stream  the front end of a stream writes and waits (cuStreamWriteValue32, cuStreamBatchMemOp):
+            no multiprocessor is needed, so a flag passes while a product fills the GPU
     kernel  PyTorch's own one-block kernels (put_signal, wait_signal)
+
+A flag is 1 from when it is raised until it is waited for, which makes it 0 again: the same values
+each time, so that a CUDA graph which holds them can be replayed. It is never raised twice in
+between: a sender waits for READ before it raises ARRIVED again, a reader the other way round.
 
 No deadlock, even if streams shared one hardware queue: whatever a wait is for, its rank has queued
 before any wait of its own that comes later in the same order of calls.
@@ -21,9 +24,8 @@ before any wait of its own that comes later in the same order of calls.
 import ctypes
 import socket
 import zlib
-from collections import Counter
 from math import prod
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,7 +34,7 @@ from torch.distributed import ProcessGroup
 
 from flashtrain.parallel.transport import others
 
-WAIT_AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ
+WAIT_VALUE, WRITE_VALUE, EQUAL = 1, 2, 1  # CU_STREAM_MEM_OP_.._VALUE_32, CU_STREAM_WAIT_VALUE_EQ
 READ, ARRIVED = 0, 1  # channels of flags: the memory may be written again; chunk 0, 1, .. is there
 
 
@@ -66,33 +68,44 @@ class Flags(Protocol):
         ...
 
     def wait(self, peer: int, channel: int) -> None:
-        """On the current stream: wait until `peer` has told once more than was waited for."""
+        """On the current stream: wait until `peer` has told, and be ready for the next time."""
         ...
+
+
+class _Operation(ctypes.Structure):
+    """CUstreamBatchMemOpParams, a union of 48 bytes, for a 32-bit value waited for or written."""
+
+    _fields_: ClassVar = [
+        ("kind", ctypes.c_uint32),
+        ("address", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+        ("how", ctypes.c_uint32),
+        ("unused", ctypes.c_uint64 * 2),
+    ]
 
 
 class StreamFlags:
     def __init__(self, handle: Any) -> None:
         self.pads, self.rank, self.size = handle.signal_pad_ptrs, handle.rank, handle.world_size
-        self.told: Counter[tuple[int, int]] = Counter()
-        self.heard: Counter[tuple[int, int]] = Counter()
         driver = ctypes.CDLL("libcuda.so.1")
-        self.write, self.read = driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2
-        for call in (self.write, self.read):
-            call.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+        self.write, self.batch = driver.cuStreamWriteValue32_v2, driver.cuStreamBatchMemOp_v2
+        self.write.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+        self.batch.argtypes = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint]
+        self.waits: dict[int, ctypes.Array[_Operation]] = {}  # by the address of the flag
 
     def raise_on(self, peer: int, channel: int) -> None:
-        self.told[peer, channel] += 1
         word = self.pads[peer] + 4 * (channel * self.size + self.rank)
-        self._on_stream(self.write, word, self.told[peer, channel], 0)
+        self._on_stream(self.write, word, 1, 0)
 
     def wait(self, peer: int, channel: int) -> None:
-        self.heard[peer, channel] += 1
         word = self.pads[self.rank] + 4 * (channel * self.size + peer)
-        self._on_stream(self.read, word, self.heard[peer, channel], WAIT_AT_LEAST)
+        if word not in self.waits:
+            heard = _Operation(WAIT_VALUE, word, 1, EQUAL), _Operation(WRITE_VALUE, word, 0, 0)
+            self.waits[word] = (_Operation * 2)(*heard)
+        self._on_stream(self.batch, 2, self.waits[word], 0)
 
-    def _on_stream(self, call: Any, word: int, value: int, how: int) -> None:
-        # compared as signed differences, so counts may wrap around
-        error = call(torch.cuda.current_stream().cuda_stream, word, value % 2**32, how)
+    def _on_stream(self, call: Any, *arguments: Any) -> None:
+        error = call(torch.cuda.current_stream().cuda_stream, *arguments)
         if error:
             raise RuntimeError(f"CUDA driver error {error} in {call.__name__}")
 
@@ -242,3 +255,4 @@ class _PeerRing:
     def release(self) -> None:
         with torch.cuda.stream(self.pulling):
             self.region.flags.raise_on(self.previous, READ)
+        self.main.wait_stream(self.pulling)  # nothing to wait for, but graphs end on one stream

@@ -28,7 +28,6 @@ from flashtrain.build import build_engine
 from flashtrain.compose import load
 from flashtrain.data.source import open_loader, prepare_source
 from flashtrain.parallel.mesh import Mesh, mesh_of
-from flashtrain.parallel.transport import forget_transports
 
 
 class Clock:
@@ -81,6 +80,7 @@ def measure(overrides: list[str], steps: int, warmup: int, device: torch.device)
         dtype=torch.float64, device=device,
     )  # fmt: skip
     dist.all_reduce(peak, dist.ReduceOp.MAX)
+    engine.close()
     del engine
     forget(mesh, device)
     rate = config.data.batch_size * config.data.sequence_length / median * 1e3
@@ -99,7 +99,6 @@ def measure(overrides: list[str], steps: int, warmup: int, device: torch.device)
 
 def forget(mesh: Mesh, device: torch.device) -> None:
     """Give back what a case took; only the group of all ranks stays. Collective."""
-    forget_transports()
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":

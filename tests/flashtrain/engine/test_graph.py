@@ -159,7 +159,9 @@ def test_off_the_gpu_there_is_none() -> None:
 @pytest.mark.parametrize(
     ("changes", "world", "reason"),
     [
-        (["parallel=tensor2"], 2, "2 processes talk to each other"),
+        (["parallel=data"], 2, "only tensor-parallel ones are recorded, and here 2 share"),
+        (["parallel=fsdp", "parallel.tensor=2"], 4, "and here 2 share the data, a sequence or"),
+        (["parallel=pipeline2"], 2, "and here 2 share"),
         (["trainer.recompute=full", "trainer.offload_activations=true"], 1, "offload_activations"),
         (["engine=deepspeed"], 1, "engine=deepspeed"),
         (["trainer.nvtx=true"], 1, "nvtx"),

@@ -1,16 +1,17 @@
 """The transport over peer memory without a GPU: threads for ranks, one hardware queue for each.
 
 Here every stream runs at once what it is given, in the order of the host's calls: the strictest
-order a GPU can keep. So a wait for something that another rank queues later would hang, and memory
-that is written too early would show in the numbers.
+order a GPU can keep. So a wait for something that another rank queues later would hang, memory that
+is written too early would show in the numbers, and a flag raised before the last time was heard is
+an error.
 """
 
 import contextlib
+import ctypes
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from flashtrain.parallel import peer_memory, pipelined
-from flashtrain.parallel.peer_memory import PeerMemory
+from flashtrain.parallel.peer_memory import PeerMemory, StreamFlags
 from flashtrain.parallel.transport import use_transport
 
 CPU, LIMIT = torch.device("cpu"), 20
+TOLD_TWICE, FOR_EVER = 1, 2  # errors of the driver
 
 
 class World:
@@ -30,37 +32,65 @@ class World:
     def __init__(self, size: int) -> None:
         self.size = size
         self.meeting = threading.Barrier(size, timeout=LIMIT)
-        self.changed = threading.Condition()
         self.memories: dict[tuple[int, int], Tensor] = {}  # by number of region and rank
+        self.pads: dict[tuple[int, int], Tensor] = {}
 
 
-class Flags:
-    def __init__(self, world: World, number: int, rank: int, raised: Counter[Any]) -> None:
-        self.world, self.number, self.rank, self.raised = world, number, rank, raised
-        self.heard: Counter[tuple[int, int]] = Counter()
+class Driver:
+    """The two calls of libcuda.so, on the host's memory and at once."""
 
-    def raise_on(self, peer: int, channel: int) -> None:
-        with self.world.changed:
-            self.raised[self.number, self.rank, peer, channel] += 1
-            self.world.changed.notify_all()
+    changed = threading.Condition()
 
-    def wait(self, peer: int, channel: int) -> None:
-        self.heard[peer, channel] += 1
-        key, enough = (self.number, peer, self.rank, channel), self.heard[peer, channel]
-        with self.world.changed:
-            told = self.world.changed.wait_for(lambda: self.raised[key] >= enough, LIMIT)
-        assert told, f"rank {self.rank} waited for rank {peer}, channel {channel}, for ever"
+    def __init__(self, name: str) -> None:
+        self.cuStreamWriteValue32_v2 = Call(self.write)
+        self.cuStreamBatchMemOp_v2 = Call(self.batch)
+
+    def write(self, stream: int, address: int, value: int, how: int) -> int:
+        word = ctypes.c_uint32.from_address(address)
+        with self.changed:
+            # one that nobody has waited for yet would be lost
+            if word.value == value:
+                return TOLD_TWICE
+            word.value = value
+            self.changed.notify_all()
+        return 0
+
+    def batch(self, stream: int, count: int, operations: Any, how: int) -> int:
+        for operation in operations[:count]:
+            word = ctypes.c_uint32.from_address(operation.address)
+            if operation.kind == peer_memory.WRITE_VALUE:
+                with self.changed:
+                    word.value = operation.value
+                continue
+            assert (operation.kind, operation.how) == (peer_memory.WAIT_VALUE, peer_memory.EQUAL)
+            with self.changed:
+                told = self.changed.wait_for(lambda: word.value == operation.value, LIMIT)  # noqa: B023
+            if not told:
+                return FOR_EVER
+        return 0
+
+
+class Call:
+    def __init__(self, function: Callable[..., int]) -> None:
+        self.function, self.__name__ = function, function.__name__
+
+    def __call__(self, *arguments: Any) -> int:
+        return self.function(*arguments)
 
 
 class Region:
-    raised: ClassVar[Counter[Any]] = Counter()
-
     def __init__(self, group: Any, device: torch.device, size: int, flags: str) -> None:
         self.size, self.used, self.world = size, False, group.world
         self.number = group.regions = group.regions + 1
-        self.world.memories[self.number, group.place] = torch.full((size,), 255, dtype=torch.uint8)
-        self.flags = Flags(self.world, self.number, group.place, self.raised)
+        here = self.number, group.place
+        self.world.memories[here] = torch.full((size,), 255, dtype=torch.uint8)
+        self.world.pads[here] = torch.zeros(1024, dtype=torch.int32)
         self.world.meeting.wait()
+        ranks = range(self.world.size)
+        pads = [self.world.pads[self.number, rank].data_ptr() for rank in ranks]
+        self.flags = StreamFlags(
+            SimpleNamespace(signal_pad_ptrs=pads, rank=group.place, world_size=self.world.size)
+        )
 
     def view(self, rank: int, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         values = self.world.memories[self.number, rank].view(dtype)
@@ -68,6 +98,8 @@ class Region:
 
 
 class Stream:
+    cuda_stream = 0
+
     def wait_stream(self, other: object) -> None: ...
 
     def wait_event(self, event: object) -> None: ...
@@ -88,8 +120,8 @@ def one_queue(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(peer_memory, "torch", SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(peer_memory, "dist", together)
     monkeypatch.setattr(peer_memory, "Region", Region)
+    monkeypatch.setattr(peer_memory.ctypes, "CDLL", Driver)
     monkeypatch.setattr(pipelined, "SMALLEST", 1)
-    Region.raised = Counter()
     return None
 
 

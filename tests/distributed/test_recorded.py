@@ -1,0 +1,69 @@
+"""Steps of tensor-parallel ranks as CUDA graphs give what they give one by one, to the last bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashtrain.build import build_engine
+from flashtrain.compose import load
+from flashtrain.config import ConfigError
+from flashtrain.data.source import open_loader, prepare_source
+from flashtrain.engine.graph import uses_graphs
+from flashtrain.engine.native import NativeEngine
+from flashtrain.parallel.mesh import mesh_of
+from tests.harness import run_ranks
+
+CASE = [
+    "model=gpt_tiny", "model.n_layers=2", "model.d_model=512", "model.n_heads=8",
+    "model.vocabulary=640", "data=random", "data.sequence_length=512", "data.batch_size=4",
+    "data.micro_batch_size=2", "optimizer.lr=0.003", "trainer.steps=20", "parallel=tensor2",
+]  # fmt: skip
+CHANGES = {
+    "collectives": ["parallel.overlap=off"],
+    "overlap": ["parallel.overlap=on"],
+    "llama": ["parallel.overlap=on", "model.mlp=swiglu", "model.norm=rmsnorm", "position=rope"],
+    "fp8": ["parallel.overlap=off", "precision=fp8_tensorwise"],
+    "uncompiled": ["parallel.overlap=on", "trainer.compile=false"],
+}
+
+
+def test_auto_records_one_gpu_only() -> None:
+    gpu = torch.device("cuda", 0)
+    assert uses_graphs(load(["model=gpt_tiny", "model.vocabulary=640", "data=random"]), gpu)
+    assert not uses_graphs(load(CASE, 2), gpu)
+    assert uses_graphs(load([*CASE, "trainer.cuda_graph=on"], 2), gpu)
+    with pytest.raises(ConfigError, match="cuda_graph=on: of processes that talk"):
+        uses_graphs(load([*CASE, "parallel.shard=2", "trainer.cuda_graph=on"], 4), gpu)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", CHANGES)
+def test_on_gpus_every_number_is_the_same(name: str, tmp_path: Path) -> None:
+    run_ranks(check_every_number, 2, tmp_path, name, backend="nccl", limit=300)
+
+
+def check_every_number(name: str) -> None:
+    device, results = torch.device("cuda", dist.get_rank()), []
+    for kind in ("off", "on"):
+        config = load([*CASE, *CHANGES[name], f"trainer.cuda_graph={kind}"], 2)
+        config = prepare_source(config, 2)
+        mesh = mesh_of(config.parallel)
+        engine = build_engine(config, mesh, device)
+        assert isinstance(engine, NativeEngine)
+        assert (engine.graphs is not None) == (kind == "on")
+        numbers: list[Tensor] = []
+        with open_loader(config, mesh.data.rank, mesh.data.size, device) as loader:
+            for step in range(8):
+                numbers.append(engine.forward_backward(loader.step(step)))
+                numbers.append(engine.step(0.003 / (1 + step)))
+                if step in (1, 4):  # outside of the graphs, over the same memory of peers
+                    numbers.append(engine.evaluate(loader.evaluation(4)))
+        assert engine.graphs is None or len(engine.graphs.recorded) == 1
+        results.append([*numbers, *(p.detach().clone() for p in engine.parameters.values())])
+        engine.close()
+    for plain, recorded in zip(*results, strict=True):
+        assert torch.equal(plain, recorded)
