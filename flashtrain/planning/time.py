@@ -18,7 +18,7 @@ What is hidden still costs INTERFERENCE of its time (rates.py).
 
 from dataclasses import dataclass
 
-from flashtrain.config import Config, ContextKind, PipelineSchedule, Recompute
+from flashtrain.config import Config, ContextKind, CudaGraph, PipelineSchedule, Recompute
 from flashtrain.planning.collectives import Group
 from flashtrain.planning.compute import BlockWork, block_work, ends_work, optimizer_work
 from flashtrain.planning.gpus import Cluster
@@ -101,7 +101,7 @@ def predict_step(config: Config, cluster: Cluster) -> Step:
         shard=shard,
         replicate=replicate,
         pipeline=pipeline,
-        host=max(0.0, _launches(sizes) - busy),
+        host=max(0.0, _launches(config, sizes) - busy),
     )
 
 
@@ -211,9 +211,9 @@ def _pipeline(config: Config, sizes: Sizes, group: Group, passes: float) -> floa
     return waits + 2 * m * runs * group.send(each)
 
 
-def _launches(sizes: Sizes) -> float:
+def _launches(config: Config, sizes: Sizes) -> float:
     """Of a whole step; without tensor ranks steps are recorded or compiled into few launches."""
-    if sizes.tensor == 1:
+    if sizes.tensor == 1 or config.trainer.cuda_graph is CudaGraph.on:
         return 0.0
     block = LAUNCH_OVERLAP + LAUNCH_PIECE * sizes.tensor if sizes.overlap else LAUNCH
     return sizes.micro_batches * sizes.layers * block
