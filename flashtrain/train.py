@@ -20,7 +20,7 @@ from flashtrain.data.source import open_loader
 from flashtrain.determinism import checked
 from flashtrain.hooks import Benchmark, Between, Evaluate, Log, Sample, Save
 from flashtrain.interruption import Interruption
-from flashtrain.launch import REFUSED, STOPPED
+from flashtrain.launch import REFUSED, STOPPED, leave
 from flashtrain.parallel.mesh import mesh_of
 from flashtrain.profiling import Profile, out_of_memory
 from flashtrain.rollback import Rollback
@@ -77,4 +77,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
