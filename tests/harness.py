@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-LIMIT = 60  # seconds a rank may take; a hang becomes a failure
+LIMIT = 120  # seconds a rank may take; a hang becomes a failure
 
 # what most ranks need, by measured import time (s): torch 1.5, the compiler 3, config's hydra 0.5
 mp.set_forkserver_preload(
