@@ -76,7 +76,7 @@ def test_tensor_ranks_measure_the_same_and_training_does_not_notice(
     texts = f"trainer.benchmark.texts=[{folder}/fox.txt]"
     one, two = tmp_path / "one", tmp_path / "two"
     train(admit(config(folder, one), 1, 1), torch.device("cpu"))
-    split = admit(config(folder, two, texts, "parallel=tensor2", world=2), 2, 2)
+    split = admit(config(folder, two, texts, "parallel=tensor2", world=2), 2, 1)
     run_ranks(train, 2, tmp_path, split, torch.device("cpu"))
     losses = logged(one, "train/loss")
     assert list(losses) == [1, 2, 3, 4, 5]
@@ -127,7 +127,7 @@ def test_tasks_are_measured_at_intervals(
         "trainer.benchmark.limit=2",
     ]
     split = config(folder, tmp_path / "run", *tasks, "parallel=tensor2", world=2)
-    admitted = admit(split, 2, 2)
+    admitted = admit(split, 2, 1)
     # importing lm-eval and reading its list of tasks takes 10 s and more
     run_ranks(train, 2, tmp_path, admitted, torch.device("cpu"), limit=180)
     for key in ("benchmark/choices/acc", "benchmark/answers/exact_match"):
