@@ -77,11 +77,19 @@ def on_tasks(examinee: Examinee, config: BenchmarkConfig) -> list[Row]:
 
 
 def as_metrics(rows: Sequence[Row]) -> dict[str, float]:
-    """{"benchmark/novel.txt/perplexity": 30.1, ..}"""
+    """{"benchmark/novel.txt/perplexity": 30.1, ..}; texts of one name in two folders by their
+    paths."""
+    texts = {row["text"] for row in rows if "text" in row}
+    names = [Path(text).name for text in texts]
     return {
         f"benchmark/{name}/{key}": value
         for row in rows
-        for name in [row.get("task") or Path(row["text"]).name]
+        for name in [row.get("task") or _told_apart(row["text"], names)]
         for key, value in row.items()
         if key not in ("text", "task", "tokens", "bytes", "loss") and math.isfinite(value)
     }
+
+
+def _told_apart(text: str, names: Sequence[str]) -> str:
+    name = Path(text).name
+    return name if names.count(name) == 1 else text

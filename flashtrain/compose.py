@@ -169,7 +169,11 @@ def resolve(config: Config, world_size: int) -> Config:
         "trainer.benchmark.every": config.trainer.benchmark.every,
         "trainer.benchmark.limit": config.trainer.benchmark.limit,
         "position.rope_theta": config.position.rope_theta,
-        "position.scaling.factor": config.position.scaling.factor,
+        **{
+            f"position.scaling.{key}": value
+            for key, value in dataclasses.asdict(config.position.scaling).items()
+            if key != "rope_type"
+        },
         "tracking.peak_tflops": config.tracking.peak_tflops,
     }.items():
         positive = value is None or (value > 0 and math.isfinite(value))
@@ -352,6 +356,17 @@ def check_position(model: ModelConfig, position: PositionConfig) -> None:
                 f"position.scaling.rope_type={scaling.rope_type.name} needs "
                 "position.scaling.original_max_position_embeddings",
             )
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        need(
+            scaling.rope_type is not RopeType.llama3 or low < high,
+            f"position.scaling.low_freq_factor={low} must lie below position.scaling."
+            f"high_freq_factor={high}: frequencies between the two are blended",
+        )
+        need(
+            scaling.rope_type is not RopeType.yarn or position.rope_theta > 1,
+            f"position.rope_theta={position.rope_theta} must be above 1 with "
+            "position.scaling.rope_type=yarn, which divides by its logarithm",
+        )
     if Target.embedding in targets:
         need(
             len(targets) == 1,

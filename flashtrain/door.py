@@ -42,6 +42,7 @@ def admit(config: Config, world_size: int, local_processes: int) -> Config:
     Makes the embedded text's token shards where they are absent. Raises ConfigError or DataError.
     """
     refuse_secrets(to_dict(config), os.environ)
+    _check_gpus(local_processes)
     choose_mode(config.tracking.wandb.mode)  # refuses a W&B that is asked for and not installed
     check_tensorboard(config.tracking.tensorboard)
     if config.engine.name is EngineKind.deepspeed:
@@ -89,6 +90,22 @@ def describe_attention(config: Config) -> str:
             return explain(q, k, v, causal=True, backend=name, **options)
         except ValueError as error:
             raise ConfigError(f"attention.backend={name}: {error}") from error
+
+
+def _check_gpus(local_processes: int) -> None:
+    """Refuse processes that would find no GPU of their own. Without GPUs all run on the CPU."""
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < local_processes:
+        raise ConfigError(
+            f"{local_processes} processes on this machine, which has {gpus} GPUs"
+            f"{_hidden_gpus()}: each takes one, so start {gpus} at most (--nproc, GPUS or "
+            "--nproc-per-node)"
+        )
+
+
+def _hidden_gpus() -> str:
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "" if shown is None else f" in CUDA_VISIBLE_DEVICES={shown}"
 
 
 def _check_files(config: Config) -> None:

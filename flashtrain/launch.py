@@ -68,10 +68,18 @@ def main(arguments: list[str]) -> int:
         return REFUSED
     assert config.run_dir is not None
     folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ENDED).unlink(missing_ok=True)
     path = folder / f"launch-{os.getpid()}.json"
-    path.write_text(json.dumps(to_dict(config), indent=2))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ENDED).unlink(missing_ok=True)
+        path.write_text(json.dumps(to_dict(config), indent=2))
+    except OSError as error:  # the workers' own sentence (claim.py), before there are any
+        print(
+            f"flashtrain: run_dir={folder} cannot be written to ({error.strerror}): name another "
+            "folder, or make this one writable",
+            file=sys.stderr,
+        )
+        return REFUSED
     try:
         status = _run(n_processes, path, folder, RESTARTS if restarts is None else restarts)
     finally:
@@ -162,13 +170,15 @@ def _what_next(folder: str, prompt: str, overrides: list[str]) -> str:
     scripts = os.path.relpath(Path(__file__).resolve().parent.parent / "scripts")
     python = os.path.relpath(sys.executable) if sys.prefix != sys.base_prefix else "python"
     again = shlex.join([f"{scripts}/train.sh", *overrides])
+    sample = shlex.join([python, f"{scripts}/generate.py", f"run={folder}"])
+    curve = shlex.join([python, f"{scripts}/report.py", folder])
     return "\n".join(
         f"{label:<9}{command}"
         for label, command in (
             ("run", folder),
             ("resume", f"{again}   (goes on where it stopped)"),
-            ("sample", f"{python} {scripts}/generate.py run={folder} prompt={shlex.quote(prompt)}"),
-            ("curve", f"{python} {scripts}/report.py {folder}   (writes report.html there)"),
+            ("sample", f"{sample} prompt={shlex.quote(prompt)}"),
+            ("curve", f"{curve}   (writes report.html there)"),
         )
     )
 

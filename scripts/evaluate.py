@@ -82,6 +82,9 @@ def wanted(options: argparse.Namespace) -> BenchmarkConfig:
     """What to measure on. Refuses before a model is read."""
     if not options.text and not options.tasks:
         raise ConfigError("nothing to evaluate on: name --text FILE or --tasks NAME,NAME")
+    for flag in ("batch_size", "stride", "limit"):
+        if (number := getattr(options, flag)) is not None and number < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')} {number} must be 1 or more")
     config = BenchmarkConfig(
         texts=options.text,
         tasks=[task for task in options.tasks.split(",") if task],
@@ -97,6 +100,11 @@ def follow(options: argparse.Namespace, config: BenchmarkConfig, device: torch.d
     """Evaluate the newest checkpoint, wait for the next one; end with the run."""
     if dist.is_initialized():
         raise ConfigError("--follow is for one process: each would see new checkpoints on its own")
+    if not options.run.is_dir() or (options.run / "manifest.json").is_file():
+        raise ConfigError(
+            f"--follow waits for checkpoints of a run, and {options.run} is no run folder: name "
+            "the folder that train.sh printed at its start"
+        )
     run, seen = options.run, None
     while True:
         ended = (run / ENDED).is_file()

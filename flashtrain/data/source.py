@@ -172,7 +172,8 @@ def open_samples(config: Config) -> tuple[Samples, Samples]:
 
 
 def read_ids(config: Config) -> Ids:
-    """Of the tokenizer that all sources share; DataError where they do not."""
+    """Of the tokenizer that all sources share; DataError where they do not, or where the data to
+    evaluate on have another one."""
     sizes: dict[str, Ids] = {}  # by fingerprint
     told: dict[str, str] = {}
     if config.data.tokenizer_path is not None:
@@ -184,6 +185,11 @@ def read_ids(config: Config) -> Ids:
             manifest = Manifest.load(folder_of(source.path, config.data))
             sizes[manifest.tokenizer] = Ids(manifest.vocabulary, manifest.end_of_text)
             told.setdefault(manifest.tokenizer, source.path)
+    if told and config.data.validation_path is not None:
+        held_out = MixSource(config.data.validation_path)
+        if is_own(held_out):
+            tokenizer_of_it = Manifest.load(folder_of(held_out.path, config.data)).tokenizer
+            told.setdefault(tokenizer_of_it, f"data.validation_path={held_out.path}")
     if len(told) > 1:
         one, other, *_ = told.values()
         raise DataError(

@@ -3,6 +3,7 @@
 Everything is read from the run folders, so runs that still train can be compared as well.
 """
 
+import contextlib
 import json
 import math
 import statistics
@@ -55,18 +56,30 @@ def read_record(folder: Path) -> Record:
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"{folder} holds no config.json: name run folders, as runs/NAME")
-    config = json.loads(path.read_text())
-    flat = flatten(config)
+    try:
+        config = json.loads(path.read_text())
+        flat = flatten(config)
+        int(flat["trainer.steps"])
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is no whole configuration of a run ({type(error).__name__}: {error}): name "
+            "run folders, as runs/NAME"
+        ) from error
     return Record(folder, str(config.get("name", folder.name)), flat, read_rows(folder))
 
 
 def read_rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """Whole rows of one of a run's records; a line that is being written is left out."""
+    """Whole rows of one of a run's records; a line that is being written is left out, and what a
+    full disk or a crash left of one."""
     path = folder / name
     if not path.is_file():
         return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.strip() and line.endswith(b"\n")]
+    rows = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            with contextlib.suppress(ValueError):  # files.py goes on in a new line after half a one
+                rows.append(json.loads(line))
+    return rows
 
 
 def is_finite(value: Any) -> bool:

@@ -8,7 +8,6 @@ first and `init` gets a limit of its own.
 import contextlib
 import html
 import importlib.util
-import json
 import logging
 import netrc
 import os
@@ -24,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from flashtrain.config import ConfigError, WandbConfig, WandbMode
+from flashtrain.tracking.compare import read_rows
 
 log = logging.getLogger("flashtrain.tracking")
 
@@ -136,8 +136,7 @@ class Wandb:
 
     def _texts(self) -> list[dict[str, Any]]:
         """Samples of the whole run as `tracking/files.py` keeps them, also from before a resume."""
-        path = self.folder / "samples.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return read_rows(self.folder, "samples.jsonl")
 
     def _upload_checkpoint(self) -> None:
         """The newest one; nobody deletes it any more."""

@@ -90,6 +90,17 @@ REFUSED = [
     ("position=learned position.applies_to=[q,embedding]", "[q,embedding] alone"),
     ("position=rope position.applies_to=[]", "position.applies_to position=none"),
     (
+        "position=llama3 position.scaling.original_max_position_embeddings=0",
+        "position.scaling.original_max_position_embeddings=0 above 0",
+    ),
+    ("position=llama3 position.scaling.low_freq_factor=4", "low_freq_factor=4.0 high_freq_factor"),
+    ("position.scaling.beta_fast=-1", "position.scaling.beta_fast=-1.0 above 0"),
+    (
+        "position.scaling.rope_type=yarn position.scaling.original_max_position_embeddings=9 "
+        "position.rope_theta=1",
+        "position.rope_theta=1.0 above 1 yarn",
+    ),
+    (
         "position=rope position.scaling.rope_type=yarn position.scaling.factor=4",
         "yarn position.scaling.original_max_position_embeddings",
     ),

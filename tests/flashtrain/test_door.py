@@ -54,6 +54,19 @@ def damage_manifest(key: str, value: object) -> Callable[[Path], None]:
     return damage
 
 
+def test_more_processes_than_gpus_are_refused(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert admitted(shards, "parallel=tensor2", world=2).parallel.tensor == 2
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    several = load([*SMALL, f"data.path={shards}", "parallel=data"], 4)
+    refusal = "^4 processes on this machine, which has 2 GPUs in CUDA_VISIBLE_DEVICES=0,1: each"
+    with pytest.raises(ConfigError, match=refusal):
+        admit(several, 4, 4)
+    assert admit(several, 4, 2).parallel.replicate == 4  # two machines
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "no folder"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json"),

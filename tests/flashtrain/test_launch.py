@@ -1,7 +1,13 @@
-"""How processes end."""
+"""What a start refuses by itself, what it says at the end, how processes end."""
 
+import shlex
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from flashtrain.launch import REFUSED, _what_next, main
 
 ENDS = """
 import atexit
@@ -16,3 +22,23 @@ def test_leaving_loses_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (3, "")
     assert done.stdout == "the last linewhat was to be done at the end\n"
+
+
+def test_a_run_folder_that_cannot_be_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    small = ["experiment=null", "data=random", "model.vocabulary=128", "tracking=quiet"]
+    for folder in ("file", "file/run"):
+        assert main(["--nproc", "1", *small, f"run_dir={tmp_path}/{folder}"]) == REFUSED
+        said = capsys.readouterr().err
+        assert said.startswith(f"flashtrain: run_dir={tmp_path}/{folder} cannot be written to (")
+        assert said.count("\n") == 1
+
+
+def test_the_next_commands_can_be_pasted_whatever_the_folder_is_called() -> None:
+    lines = _what_next("runs/my run", "ROMEO: 'tis", ["run_dir=runs/my run"]).splitlines()
+    said = {line[:9].strip(): shlex.split(line[9:]) for line in lines if not line.startswith("run")}
+    assert said["sample"][-2:] == ["run=runs/my run", "prompt=ROMEO: 'tis"]
+    assert "runs/my run" in said["curve"]
+    assert "run_dir=runs/my run" in said["resume"]

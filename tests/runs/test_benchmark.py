@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from flashtrain.benchmark import as_metrics
 from flashtrain.compose import load
 from flashtrain.config import Config, ConfigError
 from flashtrain.data.prepare import Recipe, prepare
@@ -75,12 +76,22 @@ def test_tensor_ranks_measure_the_same_and_training_does_not_notice(
     texts = f"trainer.benchmark.texts=[{folder}/fox.txt]"
     one, two = tmp_path / "one", tmp_path / "two"
     train(admit(config(folder, one), 1, 1), torch.device("cpu"))
-    split = admit(config(folder, two, texts, "parallel=tensor2", world=2), 2, 2)
+    split = admit(config(folder, two, texts, "parallel=tensor2", world=2), 2, 1)
     run_ranks(train, 2, tmp_path, split, torch.device("cpu"))
     losses = logged(one, "train/loss")
     assert list(losses) == [1, 2, 3, 4, 5]
     assert logged(two, "train/loss") == pytest.approx(losses, rel=1e-5)
     assert list(logged(two, "benchmark/fox.txt/perplexity")) == [2, 4, 5]
+
+
+def test_texts_of_one_name_are_told_apart() -> None:
+    rows = [{"text": text, "perplexity": n} for n, text in enumerate(("a/x.txt", "b/x.txt", "b/y"))]
+    assert as_metrics([*rows, {"task": "x.txt", "acc": 0.5}]) == {
+        "benchmark/a/x.txt/perplexity": 0,
+        "benchmark/b/x.txt/perplexity": 1,
+        "benchmark/y/perplexity": 2,
+        "benchmark/x.txt/acc": 0.5,
+    }
 
 
 def test_a_benchmark_that_fails_costs_a_warning_and_no_random_number(
@@ -116,7 +127,7 @@ def test_tasks_are_measured_at_intervals(
         "trainer.benchmark.limit=2",
     ]
     split = config(folder, tmp_path / "run", *tasks, "parallel=tensor2", world=2)
-    admitted = admit(split, 2, 2)
+    admitted = admit(split, 2, 1)
     # importing lm-eval and reading its list of tasks takes 10 s and more
     run_ranks(train, 2, tmp_path, admitted, torch.device("cpu"), limit=180)
     for key in ("benchmark/choices/acc", "benchmark/answers/exact_match"):

@@ -77,12 +77,23 @@ def test_a_run_is_followed_to_its_end(run: Path, monkeypatch: pytest.MonkeyPatch
     assert rows(run)[0]["loss"] != rows(run)[1]["loss"]
 
 
+@pytest.mark.parametrize("name", ["nowhere", "checkpoints/step-00000010"])
+def test_what_will_have_no_checkpoints_is_not_waited_for(
+    run: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits"))
+    assert ask(monkeypatch, run / name, "--text", run / "a.txt", "--follow") == 2
+    assert f"{name} is no run folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ([], "nothing to evaluate on"),
         (["--text", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["--text", "a.txt", "--stride", "17"], "stride of 17 must lie between 1 and 16"),
+        (["--text", "a.txt", "--stride", "0"], "--stride 0 must be 1 or more"),
+        (["--text", "a.txt", "--batch-size", "-1"], "--batch-size -1 must be 1 or more"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(

@@ -154,6 +154,18 @@ def test_what_contradicts_itself_is_refused(
     assert "\n" not in str(refusal.value)
 
 
+def test_text_of_another_tokenizer_is_not_evaluated_on(tmp_path: Path) -> None:
+    web, other = make_shards(tmp_path / "web"), make_shards(tmp_path / "other", vocabulary=4000)
+    named = [f"data.path={web}", f"data.validation_path={other}"]
+    assert config(*named).data.validation_path == str(other)
+    file = other / "manifest.json"
+    file.write_text(file.read_text().replace('"tokenizer": "none"', '"tokenizer": "another"'))
+    with pytest.raises(DataError, match=f"validation_path={other} have different tokenizers"):
+        config(*named)
+    plain = write_nanogpt(tmp_path / "train.bin", range(200))  # says nothing of its tokenizer
+    assert config(f"data.path={plain}", named[1], "model.vocabulary=4000").model.vocabulary == 4000
+
+
 def test_a_part_reads_its_part_only() -> None:
     whole: Any = RandomTokens(100, 1, 1000)
     part = Part(whole, 200, 300)

@@ -83,6 +83,22 @@ def test_a_row_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     assert read_record(run).step == 2
 
 
+def test_half_a_row_of_a_full_disk_is_left_out(tmp_path: Path) -> None:
+    run = made(tmp_path, "a", [4.0, 3.0])
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with (run / name).open("a") as file:  # files.py goes on in a line of its own
+            file.write('{"step": 2, "na\n{"step": 3, "name": "sample", "text": "again"}\n')
+    assert read_record(run).step == 3
+    assert "again" in write_report(run).read_text()
+
+
+@pytest.mark.parametrize("text", ['{"trainer": {"ste', "[1]", '{"architectures": ["Llama"]}'])
+def test_a_configuration_that_is_no_runs_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json is no whole configuration of a run"):
+        read_record(tmp_path)
+
+
 def test_points_lie_where_their_values_are() -> None:
     svg = line_chart([Curve([(0, 1.0), (5, 2.0), (10, 3.0)], "a", 0)], x="step", y="loss")
     (path,) = re.findall(r'points="([^"]+)"', svg)

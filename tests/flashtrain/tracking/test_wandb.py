@@ -252,7 +252,8 @@ def test_samples_are_a_table_of_the_whole_run_and_the_last_checkpoint_an_artifac
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{"step": n, "name": "sample", "text": f"text {n}"} for n in (10, 20)]
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torn = '{"step": 15, "na\n'  # of a disk that was full for a while
+    (tmp_path / "samples.jsonl").write_text(torn.join(json.dumps(row) + "\n" for row in rows))
     for step in (10, 20):
         folder = tmp_path / "checkpoints" / f"step-{step:08d}"
         folder.mkdir(parents=True)
