@@ -192,7 +192,15 @@ def check_savings(config: Config) -> None:
 
 
 def check_steps(config: Config) -> None:
-    """Which engines can record a step."""
+    """Which engines can record a step, or repeat one."""
+    every = config.trainer.check_determinism
+    need(
+        every is None
+        or (config.engine.name is EngineKind.native and config.parallel.pipeline == 1),
+        f"trainer.check_determinism={every} needs engine=native with parallel.pipeline=1, not "
+        f"engine={config.engine.name.name} with parallel.pipeline={config.parallel.pipeline}: only "
+        "there can a step be repeated",
+    )
     reason = no_graphs(config) if config.trainer.cuda_graph is CudaGraph.on else None
     need(reason is None, f"trainer.cuda_graph=on: {reason}; take auto or off")
 
