@@ -6,6 +6,7 @@ from flashtrain.config import (
     Config,
     ConfigError,
     ContextKind,
+    CudaGraph,
     EngineKind,
     LinearKind,
     OptimizerKind,
@@ -147,6 +148,7 @@ def check_layout(config: Config, world_size: int) -> None:
         f"{ranks} data-parallel ranks",
     )
     check_savings(config)
+    check_steps(config)
     if config.parallel.context > 1:
         check_context(config)
     need(
@@ -187,6 +189,39 @@ def check_savings(config: Config) -> None:
         f"engine=native with parallel.pipeline=1, not engine={config.engine.name.name} with "
         f"parallel.pipeline={config.parallel.pipeline}",
     )
+
+
+def check_steps(config: Config) -> None:
+    """Which engines can record a step, or repeat one."""
+    every = config.trainer.check_determinism
+    need(
+        every is None
+        or (config.engine.name is EngineKind.native and config.parallel.pipeline == 1),
+        f"trainer.check_determinism={every} needs engine=native with parallel.pipeline=1, not "
+        f"engine={config.engine.name.name} with parallel.pipeline={config.parallel.pipeline}: only "
+        "there can a step be repeated",
+    )
+    reason = no_graphs(config) if config.trainer.cuda_graph is CudaGraph.on else None
+    need(reason is None, f"trainer.cuda_graph=on: {reason}; take auto or off")
+
+
+def no_graphs(config: Config) -> str | None:
+    """Why steps of this config cannot be CUDA graphs; None where they can. `config` is resolved."""
+    parallel, trainer = config.parallel, config.trainer
+    others = parallel.pipeline * parallel.context * (parallel.shard or 1)
+    others *= parallel.replicate or 1
+    if config.engine.name is not EngineKind.native:
+        return f"engine={config.engine.name.name} runs its own steps"
+    if others > 1:
+        return (
+            "of processes that talk to each other in a step only tensor-parallel ones are "
+            f"recorded, and here {others} share the data, a sequence or the layers"
+        )
+    if trainer.offload_activations:
+        return "trainer.offload_activations=true moves activations as the host says"
+    if trainer.nvtx:
+        return "trainer.nvtx=true names operations, which a graph has not"
+    return None
 
 
 def check_sequence(tokens: int, parallel: ParallelConfig, key: str) -> None:

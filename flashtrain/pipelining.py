@@ -55,9 +55,11 @@ def check_pipeline(config: Config) -> None:
         "the ends of every stage would be kept, not those of the model; set it to 0",
     )
     need(
-        parallel.shard == 1 or per_rank == 1 or not has_shared_vectors(config.position),
-        f"parallel.shard={parallel.shard} with {name} and position=learned on heads: stages of a "
-        "rank would share a table that is cut; use parallel.pipeline_schedule=1f1b",
+        not cuts_weights(parallel) or per_rank == 1 or not has_shared_vectors(config.position),
+        f"parallel.shard={parallel.shard} parallel.context={parallel.context} with {name} and "
+        "position=learned on heads: stages of a rank would share a table that is cut; set "
+        "parallel.shard=1 and parallel.shard_context=false, or use "
+        "parallel.pipeline_schedule=1f1b",
     )
 
 
@@ -91,7 +93,7 @@ def check_split_backward(config: Config, name: str) -> None:
         f"split in two; leave it null, or {way}",
     )
     need(
-        parallel.shard == 1 and not (parallel.context > 1 and parallel.shard_context),
+        not cuts_weights(parallel),
         f"parallel.shard={parallel.shard} parallel.context={parallel.context} with {name}: FSDP "
         "reduces gradients in the first half of backward, where those of weights are still to "
         f"come; set parallel.shard=1 and parallel.shard_context=false, or {way}",
@@ -106,6 +108,11 @@ def check_split_backward(config: Config, name: str) -> None:
         f"precision.linear={linear.name} with {name}: fp8 products have a backward of their own; "
         f"{way}",
     )
+
+
+def cuts_weights(parallel: ParallelConfig) -> bool:
+    """Whether ranks keep parts of the same weights: those of `shard`, and context ranks too."""
+    return parallel.shard != 1 or (parallel.context > 1 and parallel.shard_context)
 
 
 def has_shared_vectors(position: PositionConfig) -> bool:

@@ -22,7 +22,8 @@ def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) 
     if schedule.kind is ScheduleKind.cosine:
         return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
     if schedule.kind is ScheduleKind.wsd:
-        if schedule.decay_share == 0:
+        begin = max(warmup, steps * (1 - schedule.decay_share))
+        if step < begin or begin == steps:
             return peak
-        done = max(0.0, (done - (1 - schedule.decay_share)) / schedule.decay_share)
+        done = (step - begin) / (steps - begin)
     return peak + (floor - peak) * done

@@ -21,8 +21,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from flashtrain.config import Config, ConfigError, CudaGraph, EngineKind
+from flashtrain.config import Config, ConfigError, CudaGraph
 from flashtrain.data.loader import Batch
+from flashtrain.layout import no_graphs
 
 log = logging.getLogger("flashtrain.engine.graph")
 
@@ -150,7 +151,7 @@ def recorder() -> Record:
 def uses_graphs(config: Config, device: torch.device) -> bool:
     """What `trainer.cuda_graph` means here; ConfigError where it is on and cannot be.
 
-    auto: on one GPU. Tensor-parallel ranks are recorded where it is on.
+    auto: on one GPU. Tensor-parallel ranks are recorded where it is on. `config` is resolved.
     """
     wanted, reason = config.trainer.cuda_graph, no_graphs(config)
     if device.type != "cuda":
@@ -160,22 +161,3 @@ def uses_graphs(config: Config, device: torch.device) -> bool:
     if reason is not None or wanted is CudaGraph.off:
         return False
     return wanted is CudaGraph.on or config.parallel.tensor == 1
-
-
-def no_graphs(config: Config) -> str | None:
-    """Why steps of this config cannot be CUDA graphs; None where they can. `config` is resolved."""
-    parallel, trainer = config.parallel, config.trainer
-    others = parallel.pipeline * parallel.context * (parallel.shard or 1)
-    others *= parallel.replicate or 1
-    if config.engine.name is not EngineKind.native:
-        return f"engine={config.engine.name.name} runs its own steps"
-    if others > 1:
-        return (
-            "of processes that talk to each other in a step only tensor-parallel ones are "
-            f"recorded, and here {others} share the data, a sequence or the layers"
-        )
-    if trainer.offload_activations:
-        return "trainer.offload_activations=true moves activations as the host says"
-    if trainer.nvtx:
-        return "trainer.nvtx=true names operations, which a graph has not"
-    return None

@@ -153,6 +153,8 @@ class PeerMemory:
         self.group, self.device, self.kind = group, device, flags
         self.rank, self.size = group.rank(), group.size()
         self.regions: dict[str, Region] = {}
+        # CUDA graphs hold addresses in them, and evaluations may need more than the steps recorded
+        self.outgrown: list[Region] = []
         # small things on these go before the blocks of a product that have not started
         self.pushing = torch.cuda.Stream(device, priority=-1)
         self.pulling = torch.cuda.Stream(device, priority=-1)
@@ -162,6 +164,7 @@ class PeerMemory:
         if name not in self.regions or self.regions[name].size < size:
             torch.cuda.synchronize(self.device)  # the old one is no longer written or read ..
             dist.barrier(group=self.group)  # .. on any rank
+            self.outgrown += [self.regions[name]] if name in self.regions else []
             self.regions[name] = Region(self.group, self.device, size, self.kind)
         return self.regions[name]
 

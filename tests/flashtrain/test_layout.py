@@ -115,6 +115,16 @@ def test_free_degrees_take_what_is_left(
             "position=learned position.applies_to=[q]",
             "parallel.shard=2 interleaved position=learned 1f1b",
         ),
+        (
+            "parallel=pipeline2 parallel.pipeline_schedule=interleaved parallel.context=2 "
+            "position=learned position.applies_to=[q]",
+            "parallel.context=2 interleaved position=learned parallel.shard_context=false 1f1b",
+        ),
+        (
+            "parallel=pipeline2 trainer.check_determinism=5",
+            "trainer.check_determinism=5 parallel.pipeline=2 engine=native",
+        ),
+        ("engine=deepspeed trainer.check_determinism=5", "trainer.check_determinism=5 deepspeed"),
         ("parallel=context2 optimizer=muon", "optimizer=muon parallel.shard_context=false"),
         ("engine=deepspeed trainer.compile=true", "trainer.compile=true parallel.zero=3"),
         ("+engine.deepspeed.zero_optimization.stage=1", "engine.deepspeed engine=deepspeed"),

@@ -42,6 +42,15 @@ def test_wsd_is_flat_until_its_last_share() -> None:
     assert rates[900] == pytest.approx(PEAK / 2, rel=1e-6)
 
 
+def test_wsd_decays_for_its_share_of_the_run_after_any_warmup() -> None:
+    rates = curve(ScheduleKind.wsd, warmup_steps=500, decay_share=0.2, final_ratio=0.0)
+    assert rates[799] == pytest.approx(PEAK)
+    assert rates[900] == pytest.approx(PEAK / 2, rel=1e-6)
+    late = curve(ScheduleKind.wsd, warmup_steps=900, decay_share=0.2, final_ratio=0.0)
+    assert late[900] == pytest.approx(PEAK)
+    assert late[950] == pytest.approx(PEAK / 2, rel=1e-6)
+
+
 def test_warmup_longer_than_the_run_never_exceeds_the_peak() -> None:
     schedule = ScheduleConfig(warmup_steps=5000)
     assert learning_rate(STEPS - 1, STEPS, PEAK, schedule) == pytest.approx(PEAK)

@@ -13,8 +13,9 @@ from flashtrain.compose import load
 from flashtrain.config import ConfigError
 from flashtrain.data.loader import Batch
 from flashtrain.data.source import open_loader, prepare_source
-from flashtrain.engine.graph import WARMUP, Graph, Graphs, no_graphs, uses_graphs
+from flashtrain.engine.graph import WARMUP, Graph, Graphs, uses_graphs
 from flashtrain.engine.native import NativeEngine
+from flashtrain.layout import no_graphs
 from flashtrain.optim import build_optimizer
 from flashtrain.parallel.mesh import mesh_of
 
@@ -171,6 +172,8 @@ def test_what_cannot_be_recorded_says_so(changes: list[str], world: int, reason:
     config = load([*CASE, *changes], world)
     assert reason in (no_graphs(config) or "")
     assert no_graphs(load(CASE)) is None
+    with pytest.raises(ConfigError, match=f"cuda_graph=on: .*{reason}.*; take auto or off"):
+        load([*CASE, *changes, "trainer.cuda_graph=on"], world)  # whatever engine would run it
 
 
 def engine_of(*changes: str) -> tuple[NativeEngine, Any]:

@@ -9,6 +9,7 @@ an error.
 import contextlib
 import ctypes
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from torch.testing import assert_close
 
 from flashtrain.parallel import peer_memory, pipelined
 from flashtrain.parallel.peer_memory import PeerMemory, StreamFlags
-from flashtrain.parallel.transport import use_transport
+from flashtrain.parallel.transport import transport_of, use_transport
 
 CPU, LIMIT = torch.device("cpu"), 20
 TOLD_TWICE, FOR_EVER = 1, 2  # errors of the driver
@@ -189,3 +190,14 @@ def test_products_over_peer_memory(
             assert_close(ddown, whole.flatten(0, 1).T @ ys[rank].flatten(0, 1))
 
     on_threads(size, check)
+
+
+def test_memory_that_a_graph_may_hold_outlives_growth(one_queue: None) -> None:
+    def check(rank: int) -> None:
+        transport = transport_of(f"rank {rank}")
+        assert isinstance(transport, PeerMemory)
+        small = weakref.ref(transport.region("gather", 64))
+        assert transport.region("gather", 128).size == 128
+        assert small() is not None
+
+    on_threads(2, check)
