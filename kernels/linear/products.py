@@ -27,12 +27,11 @@ ALIGNMENTS = (256, 16)  # bytes, of all addresses
 
 
 def resolve(x: Tensor, backend: str) -> str:
-    """The backend that `auto` means for x."""
-    if backend != "auto":
-        return backend
-    if not x.is_cuda or x.dtype not in SMALL or x.numel() == 0:
+    """`torch` where that is what `auto` means for x. Which other backend it means is for the ops to
+    ask: torch.compile can look neither at a card nor for a library while it traces."""
+    if backend == "auto" and (not x.is_cuda or x.dtype not in SMALL or x.numel() == 0):
         return "torch"
-    return "cublaslt" if _is_hopper(x.device) and available() else "triton"
+    return backend
 
 
 @torch.library.custom_op("flashtrain_linear::add_product", mutates_args=())
@@ -195,7 +194,9 @@ def _plan(a: Matrix, b: Matrix, d: Matrix, epilogue: Epilogue, alignment: int) -
 def _takes_cublaslt(x: Tensor, backend: str) -> bool:
     """Rows of 16 bytes are the library's wish for its fast kernels, and no row at all is nothing
     it computes."""
-    return backend == "cublaslt" and x.shape[1] % 8 == 0 and x.shape[0] > 0
+    if backend == "auto" and not (_is_hopper(x.device) and available()):
+        return False
+    return backend in ("auto", "cublaslt") and x.shape[1] % 8 == 0 and x.shape[0] > 0
 
 
 @cache
