@@ -236,15 +236,20 @@ def for_hopper(given: Options) -> dict[str, Any]:
 
 
 def _features(given: Options) -> Any:
-    """The options as the portable kernels take them, which are always deterministic."""
+    """The options as the portable kernels take them, which are always deterministic: vectors with
+    nothing between their numbers."""
+    slopes, sinks, bounds = (
+        None if x is None else x.contiguous()
+        for x in (given.alibi_slopes, given.sinks, given.bounds)
+    )
     return _portable().Features(
         scale=given.scale,
         before=given.before,
         after=given.after,
         softcap=given.softcap,
-        alibi_slopes=given.alibi_slopes,
-        sinks=given.sinks,
-        bounds=given.bounds,
+        alibi_slopes=slopes,
+        sinks=sinks,
+        bounds=bounds,
         bias=given.bias,
         key_mask=given.key_mask,
         key_range=given.key_range,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.device import on_device
 from kernels.linear import reference
 from kernels.linear.cublaslt import Epilogue, Matrix, Plan, UnsupportedError, available, row_major
 from kernels.linear.tiles import rounds_gradient
@@ -27,12 +28,11 @@ ALIGNMENTS = (256, 16)  # bytes, of all addresses
 
 
 def resolve(x: Tensor, backend: str) -> str:
-    """The backend that `auto` means for x."""
-    if backend != "auto":
-        return backend
-    if not x.is_cuda or x.dtype not in SMALL or x.numel() == 0:
+    """`torch` where that is what `auto` means for x. Which other backend it means is for the ops to
+    ask: torch.compile can look neither at a card nor for a library while it traces."""
+    if backend == "auto" and (not x.is_cuda or x.dtype not in SMALL or x.numel() == 0):
         return "torch"
-    return "cublaslt" if _is_hopper(x.device) and available() else "triton"
+    return backend
 
 
 @torch.library.custom_op("flashtrain_linear::add_product", mutates_args=())
@@ -40,14 +40,17 @@ def add_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor, backend: str
 ) -> Tensor:
     """As reference.add_product, by cuBLASLt rounded once."""
+    stream = stream.contiguous()  # as the fake says of the sum
     if _takes_cublaslt(x, backend):
-        stream, y = stream.contiguous(), x.new_empty(x.shape[0], weight.shape[0])
+        x, weight, bias = _as_they_count(x, weight, bias)
+        y = x.new_empty(x.shape[0], weight.shape[0])
         epilogue = Epilogue.none if bias is None else Epilogue.bias
-        plan = _plan(row_major(weight, True), row_major(x), row_major(y), epilogue,
-                     _alignment(x, weight, y, stream, bias))  # fmt: skip
-        if plan is not None:
-            plan.run(weight, x, y, c=stream, bias=bias)
-            return y
+        with on_device(x):
+            plan = _plan(row_major(weight, True), row_major(x), row_major(y), epilogue,
+                         _alignment(x, weight, y, stream, bias))  # fmt: skip
+            if plan is not None:
+                plan.run(weight, x, y, c=stream, bias=bias)
+                return y
     return reference.add_product(x, weight, bias, stream)
 
 
@@ -62,13 +65,15 @@ def gelu_product(
 ) -> tuple[Tensor, Tensor]:
     """As reference.gelu_product."""
     if _takes_cublaslt(x, backend):
+        x, weight, bias = _as_they_count(x, weight, bias)
         z, a = (x.new_empty(x.shape[0], weight.shape[0]) for _ in "za")
         epilogue = Epilogue.gelu_aux if bias is None else Epilogue.gelu_aux_bias
-        plan = _plan(row_major(weight, True), row_major(x), row_major(a), epilogue,
-                     _alignment(x, weight, z, a, bias))  # fmt: skip
-        if plan is not None:
-            plan.run(weight, x, a, aux=z, bias=bias)
-            return z, a
+        with on_device(x):
+            plan = _plan(row_major(weight, True), row_major(x), row_major(a), epilogue,
+                         _alignment(x, weight, z, a, bias))  # fmt: skip
+            if plan is not None:
+                plan.run(weight, x, a, aux=z, bias=bias)
+                return z, a
     return reference.gelu_product(x, weight, bias)
 
 
@@ -105,11 +110,12 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, backend: str) -> 
         return (dy.t() @ x).to(dtype)
     if _takes_cublaslt(dy, backend):
         dw = dy.new_empty(dy.shape[1], x.shape[1], dtype=dtype)
-        plan = _plan(row_major(x), row_major(dy, True), row_major(dw), Epilogue.none,
-                     _alignment(dy, x, dw))  # fmt: skip
-        if plan is not None:
-            plan.run(x, dy, dw)
-            return dw
+        with on_device(dy):
+            plan = _plan(row_major(x), row_major(dy, True), row_major(dw), Epilogue.none,
+                         _alignment(dy, x, dw))  # fmt: skip
+            if plan is not None:
+                plan.run(x, dy, dw)
+                return dw
     return reference.weight_gradient(dy, x, dtype)
 
 
@@ -138,6 +144,7 @@ def cast(
     again: nothing but a difference between forward's cast and backward's, which a compiler would
     otherwise keep instead.
     """
+    bias = None if bias is None else bias.contiguous()
     return _kernels().cast(weight.contiguous(), bias, dtype)
 
 
@@ -178,8 +185,16 @@ _plans: dict[tuple[object, ...], Plan | None] = {}
 MOST_PLANS = 1024
 
 
+def _as_they_count(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """With nothing between their numbers: the library is told sizes alone."""
+    return x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+
+
 def _plan(a: Matrix, b: Matrix, d: Matrix, epilogue: Epilogue, alignment: int) -> Plan | None:
-    """Made once for each product; None where the library has no way, and PyTorch computes it."""
+    """Made once for each product, on the current device; None where the library has no way, and
+    PyTorch computes it."""
     key = (a, b, d, epilogue, alignment, torch.cuda.current_device())
     if key not in _plans:
         if len(_plans) >= MOST_PLANS:
@@ -195,7 +210,9 @@ def _plan(a: Matrix, b: Matrix, d: Matrix, epilogue: Epilogue, alignment: int) -
 def _takes_cublaslt(x: Tensor, backend: str) -> bool:
     """Rows of 16 bytes are the library's wish for its fast kernels, and no row at all is nothing
     it computes."""
-    return backend == "cublaslt" and x.shape[1] % 8 == 0 and x.shape[0] > 0
+    if backend == "auto" and not (_is_hopper(x.device) and available()):
+        return False
+    return backend in ("auto", "cublaslt") and x.shape[1] % 8 == 0 and x.shape[0] > 0
 
 
 @cache

@@ -98,8 +98,8 @@ def forward(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centers: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, stream ([0] without a branch), mean ([0] for RMSNorm), rstd. x, branch [N, D]."""
-    branch = None if branch is None else branch.contiguous()
-    return _kernels().forward(x.contiguous(), branch, weight, bias, eps, centers)
+    branch, bias = (None if t is None else t.contiguous() for t in (branch, bias))
+    return _kernels().forward(x.contiguous(), branch, weight.contiguous(), bias, eps, centers)
 
 
 @forward.register_fake
@@ -120,10 +120,11 @@ def backward(
     """dx [N, D]; dw, db where there is a bias, and with `sums` the sum of ds over the rows, [1 to
     3, D]; with `again` forward's y, which then need not be kept ([0] without). sums: ds is there.
     """
-    ds = None if ds is None else ds.contiguous()
+    ds, bias = (None if t is None else t.contiguous() for t in (ds, bias))
     return _kernels().backward(
-        dy.contiguous(), ds, stream.contiguous(), weight, bias, mean, rstd, centers, again, sums
-    )
+        dy.contiguous(), ds, stream.contiguous(), weight.contiguous(), bias, mean, rstd, centers,
+        again, sums,
+    )  # fmt: skip
 
 
 @backward.register_fake

@@ -341,3 +341,26 @@ def test_bounds_made_once_say_the_same_as_ids(backend: str, platform: Platform) 
     inputs.extras["documents"] = document_bounds(ids)
     for name, value in run(inputs, backend).items():
         assert torch.equal(value, by_ids[name]), name
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_vectors_may_be_parts_of_others(backend: str, platform: Platform) -> None:
+    """Every other head's slope, one document's bounds for a whole batch."""
+    B = 2
+    made = inputs_of(replace(CASES["everything"], B=B), platform.device, platform.dtype)
+    bounds = document_bounds(made.extras["documents"][:1])
+
+    def grown(x: Tensor) -> Tensor:
+        return torch.stack([x.detach(), torch.full_like(x, 9)], -1).flatten()[::2]
+
+    def call(change: Callable[[Tensor], Tensor], bounds: Tensor) -> list[Tensor]:
+        leaves = {name: x.detach().clone().requires_grad_() for name, x in made.tensors.items()}
+        given = {**leaves, "sinks": change(leaves["sinks"]).requires_grad_()}
+        options = {**made.extras, "alibi_slopes": change(made.extras["alibi_slopes"])}
+        options["documents"] = bounds
+        out = attention(**given, **options, backend=backend)
+        return [out, *torch.autograd.grad(out, list(given.values()), made.d_out)]
+
+    plain = call(torch.clone, bounds.expand(B, -1, -1).contiguous())
+    for mine, other in zip(call(grown, bounds.expand(B, -1, -1)), plain, strict=True):
+        torch.testing.assert_close(mine, other)

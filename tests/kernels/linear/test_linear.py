@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from kernels.linear import linear, norm_gelu_mlp, norm_linear, products
@@ -213,6 +214,17 @@ def test_compiled_without_a_break(kind: str, device: str) -> None:
     compiled = torch.compile(function, fullgraph=True)
     for a, b in zip(run(compiled, inputs, None), run(function, inputs, None), strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.detach().abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_gpu_takes_is_traced_without_a_break(kind: str) -> None:
+    """The choice of a card's ways, too, which a CPU's tensors never reach."""
+    torch._dynamo.reset()
+    with FakeTensorMode():
+        inputs = given_for(kind, Place("cuda", torch.bfloat16, "auto"), torch.float32, True)
+        compiled = torch.compile(KINDS[kind][0], fullgraph=True, backend="eager")
+        for made, plain in zip(compiled(*inputs), KINDS[kind][0](*inputs), strict=True):
+            assert (made.shape, made.dtype) == (plain.shape, plain.dtype)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

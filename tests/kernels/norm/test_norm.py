@@ -137,6 +137,9 @@ def test_any_strides_will_do(platform: Platform) -> None:
     other = run(ours, [*turned, weight, None], "both", None, "rmsnorm", backend="triton")
     for a, b in zip(plain, other, strict=True):
         assert torch.equal(a, b)
+    apart = torch.stack([weight, torch.full_like(weight, 9)], -1)[:, 0]  # of every other number
+    y, _ = ours(x, branch, apart, apart, "layernorm", backend="triton")
+    assert torch.equal(y, ours(x, branch, weight, weight, "layernorm", backend="triton")[0])
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
