@@ -12,7 +12,7 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -81,8 +81,7 @@ class Run:
         start = "starts from its seed"
         if path is None and self.config.model.weights:
             weights = checkpoint.locate(Path(self.config.model.weights), self.peers)
-            checkpoint.load(weights, self.engine.state())
-            self.engine.loaded()
+            self._load(weights)
             start = f"starts from the weights of {weights}"
         notes = [
             f"resumes from {path}" if path else start,
@@ -99,13 +98,26 @@ class Run:
     def restore(self, path: Path) -> dict[str, Any]:
         """Weights, optimizer, generators and left-out batches of a checkpoint; its `meta`."""
         meta = checkpoint.read_meta(path)
-        checkpoint.load(path, self.engine.state(checkpoint.saved_names(path)))
-        self.engine.loaded()
+        self._load(path, checkpoint.saved_names(path))
         rng = checkpoint.read_rng(path, self.mesh.rank, self.mesh.world_size)
         if rng is not None:
             checkpoint.set_rng_state(rng)
         self.skipped = meta.get("skipped", [])
         return meta
+
+    def _load(self, path: Path, saved: Collection[str] = ()) -> None:
+        """Collective. Raises CheckpointError on all ranks alike: of a pipeline perhaps one alone
+        holds what does not fit, and the others would train on."""
+        failure = None
+        try:
+            checkpoint.load(path, self.engine.state(saved))
+        except checkpoint.CheckpointError as error:
+            failure = str(error)
+        failures = self.peers.gather(failure) or []
+        failure = self.peers.broadcast(next(filter(None, failures), None))
+        if failure is not None:
+            raise checkpoint.CheckpointError(failure)
+        self.engine.loaded()
 
     def _choose(self) -> Path | None:
         """The checkpoint that `checkpoint.resume` means; collective, equal on all ranks."""

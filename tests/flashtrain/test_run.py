@@ -3,9 +3,11 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from flashtrain import checkpoint, door
 from flashtrain.checkpoint import CheckpointError
@@ -16,6 +18,7 @@ from flashtrain.hooks import Evaluate
 from flashtrain.run import Run
 from flashtrain.train import train
 from flashtrain.trainer import Step
+from tests.harness import run_ranks
 
 TINY = [
     "experiment=null", "data=random", "model.vocabulary=32", "model.d_model=16", "model.n_heads=2",
@@ -170,3 +173,26 @@ def test_copies_larger_than_the_machine_are_refused(monkeypatch: pytest.MonkeyPa
     door._check_copy(load([*line, "parallel.shard=4", "data.batch_size=16"], 4), 2)  # half of it
     sizes["SC_PHYS_PAGES"] = 200 << 8
     door._check_copy(load(line), 1)
+
+
+def test_what_does_not_fit_one_rank_is_refused_by_all(tmp_path: Path) -> None:
+    run_ranks(check_refused_by_all, 2, tmp_path)
+
+
+def check_refused_by_all() -> None:
+    """As on a pipeline whose last rank alone has layers that the checkpoint lacks."""
+    loaded: list[bool] = []
+    one = Run.__new__(Run)
+    one.peers = checkpoint.Peers(dist.group.WORLD)
+    one.engine = SimpleNamespace(  # type: ignore[assignment]
+        state=lambda saved: None, loaded=lambda: loaded.append(True)
+    )
+
+    def load(path: Path, state: object) -> None:
+        if dist.get_rank() == 1:
+            raise CheckpointError("no such layer")
+
+    checkpoint.load = load
+    with pytest.raises(CheckpointError, match="no such layer"):
+        one._load(Path("step-00000004"))
+    assert not loaded
