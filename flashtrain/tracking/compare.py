@@ -3,6 +3,7 @@
 Everything is read from the run folders, so runs that still train can be compared as well.
 """
 
+import contextlib
 import json
 import math
 import statistics
@@ -61,12 +62,17 @@ def read_record(folder: Path) -> Record:
 
 
 def read_rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """Whole rows of one of a run's records; a line that is being written is left out."""
+    """Whole rows of one of a run's records; a line that is being written is left out, and so is
+    what a full disk once cut (files.py)."""
     path = folder / name
     if not path.is_file():
         return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.strip() and line.endswith(b"\n")]
+    rows = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            if line.endswith(b"\n"):
+                rows.append(json.loads(line))
+    return rows
 
 
 def is_finite(value: Any) -> bool:

@@ -8,7 +8,6 @@ first and `init` gets a limit of its own.
 import contextlib
 import html
 import importlib.util
-import json
 import logging
 import netrc
 import os
@@ -23,7 +22,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from flashtrain.checkpoint.shelf import checkpoints
 from flashtrain.config import ConfigError, WandbConfig, WandbMode
+from flashtrain.tracking.compare import read_rows
 
 log = logging.getLogger("flashtrain.tracking")
 
@@ -116,7 +117,9 @@ class Wandb:
 
             page = wandb.Html(f"<pre>{html.escape(text)}</pre>")
             columns = ["step", "text"]
-            rows = [[row["step"], row["text"]] for row in self._texts() if row.get("name") == name]
+            # of the whole run, also from before a resume
+            texts = read_rows(self.folder, "samples.jsonl")
+            rows = [[row["step"], row["text"]] for row in texts if row.get("name") == name]
             table = wandb.Table(columns=columns, data=rows[-TABLE_ROWS:])
             self.run.log({f"text/{name}": page, f"text/{name}s": table, "step": step})
 
@@ -134,21 +137,16 @@ class Wandb:
         self._try(lambda: _within(seconds, end))
         self.run = None
 
-    def _texts(self) -> list[dict[str, Any]]:
-        """Samples of the whole run as `tracking/files.py` keeps them, also from before a resume."""
-        path = self.folder / "samples.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
     def _upload_checkpoint(self) -> None:
         """The newest one; nobody deletes it any more."""
         import wandb
 
-        found = sorted((self.folder / "checkpoints").glob("step-*/manifest.json"))
+        found = checkpoints(self.folder / "checkpoints")
         if not found:
             return
         artifact = wandb.Artifact(f"{self.name}-{self.id}", type="checkpoint")
-        artifact.add_dir(str(found[-1].parent))
-        self.run.log_artifact(artifact, aliases=["latest", found[-1].parent.name])
+        artifact.add_dir(str(found[0]))
+        self.run.log_artifact(artifact, aliases=["latest", found[0].name])
 
     def state(self) -> dict[str, Any]:
         return {"id": self.id} if self.id else {}
