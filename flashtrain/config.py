@@ -244,6 +244,7 @@ class CheckpointConfig:
     keep: int = 2  # the newest ones that stay on disk
     keep_every: int | None = None  # checkpoints of steps that it divides stay for ever
     keep_best: int = 0  # this many of the lowest validation loss stay too
+    # where a job begins; after a failure its launcher's next starts go on from what it has saved
     resume: str = "auto"  # auto: newest valid one of this run | never | path of a checkpoint
 
 

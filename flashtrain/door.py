@@ -25,6 +25,7 @@ from flashtrain.config import (
     to_dict,
 )
 from flashtrain.data.source import open_tokenizer, prepare_source
+from flashtrain.job import goes_on
 from flashtrain.model.dtypes import DTYPES
 from flashtrain.model.gpt import n_parameters
 from flashtrain.precision import is_fp8
@@ -123,7 +124,10 @@ def _check_files(config: Config) -> None:
             f"model.weights={weights} is not a folder: name a run folder (scripts/import_hf.py "
             "makes one of a Hugging Face model) or a checkpoint inside one"
         )
-    if resume not in ("auto", "never") and not (Path(resume) / "manifest.json").is_file():
+    assert config.run_dir is not None
+    # of a later start of a job, its own checkpoints may have pushed out the one it began with
+    named = resume not in ("auto", "never") and not goes_on(Path(config.run_dir))
+    if named and not (Path(resume) / "manifest.json").is_file():
         raise ConfigError(
             f"checkpoint.resume={resume} is not a checkpoint (it has no manifest.json): name a "
             "folder like runs/NAME/checkpoints/step-00000100, or auto, or never"

@@ -38,10 +38,10 @@ class Log:
         bad = (~step.gradient_norm.isfinite()).long()
         self.bad = self.bad + bad
         self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
-        if not _due(step, trainer.log_every):
+        logs, skips = _due(step, trainer.log_every), self.run.engine.skips_bad_steps
+        if not logs and (skips or not self._may_be_saved(step)):
             return
         loss, norm, in_a_row = float(step.loss), float(step.gradient_norm), int(self.bad_in_a_row)
-        skips = self.run.engine.skips_bad_steps
         if in_a_row >= (trainer.bad_steps if skips else 1):
             sentence = (
                 f"step {step.number}: loss is {loss} and gradient norm {norm}, {in_a_row} steps in "
@@ -60,6 +60,8 @@ class Log:
                 "token ids beyond model.vocabulary in the data; checkpoints in "
                 f"{self.run.folder} may have been trained on them"
             )
+        if not logs:
+            return
         n_bad = int(self.bad)
         if in_a_row:
             log.warning("step %d: gradient norm %s, so the step is skipped", step.number, norm)
@@ -76,6 +78,13 @@ class Log:
                 **self.loader.counters(step.number),
             },
         )
+
+    def _may_be_saved(self, step: Step) -> bool:
+        """A step that went bad and was not skipped is in the weights, and they would push the good
+        checkpoints out. A run that is told to stop in an evaluation saves as well."""
+        trainer = self.run.config.trainer
+        often = (self.run.config.checkpoint.every, trainer.evaluate_every, trainer.benchmark.every)
+        return any(_due(step, every) for every in often)
 
 
 class Between:

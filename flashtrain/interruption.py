@@ -29,7 +29,7 @@ class Interruption:
         """time_limit: minutes from now after which to stop, if any."""
         self.deadline = time.monotonic() + 60 * time_limit if time_limit else None
         self.wish = 0  # 1 + place in SIGNALS, or 1 + CLOCK; the largest of all ranks counts
-        self.asked_at = 0.0
+        self.asked_at = 0.0  # by a signal
         self._before: dict[int, Any] = {}
         self._answer: Callable[[], int] | None = None  # of the step before
 
@@ -59,9 +59,9 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.wish and number == signal.SIGINT and now - self.asked_at > AGAIN_S:
+        if self.asked_at and number == signal.SIGINT and now - self.asked_at > AGAIN_S:
             raise KeyboardInterrupt  # asked twice: now, without saving
-        if not self.wish:
+        if not self.asked_at:  # the clock's wish is nobody's impatience
             self.asked_at = now
         self.wish = max(self.wish, 1 + SIGNALS.index(signal.Signals(number)))
 

@@ -6,6 +6,7 @@ without one. On several nodes start `torchrun ... -m flashtrain.train key=value 
 """
 
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -85,7 +86,8 @@ def main(arguments: list[str]) -> int:
     finally:
         path.unlink(missing_ok=True)
     if status == 0:
-        print(_what_next(config.run_dir, config.trainer.sample_prompt, arguments))
+        with contextlib.suppress(OSError):  # whoever read it went away, or a full disk
+            print(_what_next(config.run_dir, config.trainer.sample_prompt, arguments))
     return status
 
 
@@ -190,8 +192,9 @@ def leave(status: int) -> NoReturn:
     and a run that is told to stop may have few.
     """
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(status)
 
 

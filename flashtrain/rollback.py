@@ -7,10 +7,8 @@ layout, reads what the uninterrupted one would have read.
 """
 
 import logging
-import time
 
 from flashtrain import checkpoint
-from flashtrain.checkpoint.integrity import MANIFEST
 from flashtrain.checkpoint.shelf import set_aside_later
 from flashtrain.run import Run
 from flashtrain.trainer import BadNumbersError, TrainingError
@@ -37,7 +35,7 @@ class Rollback:
 
     def __init__(self, run: Run, first: int) -> None:
         """first: steps done when this start began, as `run.resume` says."""
-        self.run, self.first, self.began = run, first, time.time()
+        self.run, self.first = run, first
 
     def batch(self, step: int) -> int:
         return batch_of(step, self.run.skipped)
@@ -59,9 +57,7 @@ class Rollback:
         run.peers.broadcast(None)  # the others look once the later ones are out of sight
         path = checkpoint.find_latest(folder, run.peers)
         # one that an earlier run left here is not of this run's past
-        mine = path is not None and (
-            self.first > 0 or (path / MANIFEST).stat().st_mtime >= self.began
-        )
+        mine = path is not None and (self.first > 0 or run.owns(path))
         if not run.peers.broadcast(mine):
             raise TrainingError(f"{bad}; there is no checkpoint of this run to go back to")
         assert path is not None

@@ -5,6 +5,7 @@
 <run_dir>/tokenizer.json           what turns its ids back into text
 <run_dir>/checkpoints/step-N/      see checkpoint/store.py
 <run_dir>/metrics.jsonl            one line a logged step; samples.jsonl likewise
+<run_dir>/job.json                 see job.py
 <run_dir>/ended.json               why the latest start ended, if it saved what it had trained
 <run_dir>/wandb/                   W&B's own files
 """
@@ -12,7 +13,7 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +21,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from flashtrain import checkpoint
+from flashtrain import checkpoint, job
 from flashtrain.build import start_from_vectors
 from flashtrain.checkpoint.background import NOTICED_S
 from flashtrain.config import Config, to_dict
@@ -59,6 +60,7 @@ class Run:
             writes=mesh.replicate.rank == 0,
             keep=checkpoint.Retention(saving.keep, saving.keep_every, saving.keep_best),
         )
+        self.before: job.Stamps = {}  # what it must not go on from, see job.py
         self.skipped: list[list[int]] = []  # global batches left out, see rollback.py
         self.evaluated: tuple[int, float] | None = None  # the latest one: its step, its loss
         self.tokenizer = open_tokenizer(config)
@@ -81,8 +83,7 @@ class Run:
         start = "starts from its seed"
         if path is None and self.config.model.weights:
             weights = checkpoint.locate(Path(self.config.model.weights), self.peers)
-            checkpoint.load(weights, self.engine.state())
-            self.engine.loaded()
+            self._load(weights)
             start = f"starts from the weights of {weights}"
         notes = [
             f"resumes from {path}" if path else start,
@@ -99,23 +100,49 @@ class Run:
     def restore(self, path: Path) -> dict[str, Any]:
         """Weights, optimizer, generators and left-out batches of a checkpoint; its `meta`."""
         meta = checkpoint.read_meta(path)
-        checkpoint.load(path, self.engine.state(checkpoint.saved_names(path)))
-        self.engine.loaded()
+        self._load(path, checkpoint.saved_names(path))
         rng = checkpoint.read_rng(path, self.mesh.rank, self.mesh.world_size)
         if rng is not None:
             checkpoint.set_rng_state(rng)
         self.skipped = meta.get("skipped", [])
         return meta
 
+    def _load(self, path: Path, saved: Collection[str] = ()) -> None:
+        """Collective. Raises CheckpointError on all ranks alike: of a pipeline perhaps one alone
+        holds what does not fit, and the others would train on."""
+        failure = None
+        try:
+            checkpoint.load(path, self.engine.state(saved))
+        except checkpoint.CheckpointError as error:
+            failure = str(error)
+        failures = self.peers.gather(failure) or []
+        failure = self.peers.broadcast(next(filter(None, failures), None))
+        if failure is not None:
+            raise checkpoint.CheckpointError(failure)
+        self.engine.loaded()
+
     def _choose(self) -> Path | None:
         """The checkpoint that `checkpoint.resume` means; collective, equal on all ranks."""
         resume = self.config.checkpoint.resume
-        if resume == "never":
-            return None
         if resume == "auto":
             return checkpoint.find_latest(self.folder / "checkpoints", self.peers)
+        launchers = self.peers.gather(job.launcher())
+        if launchers is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.before = job.before(self.folder, {name for name in launchers if name})
+        if self.peers.broadcast(job.stamps_of(self.folder).items() - self.before.items() != set()):
+            path = checkpoint.find_latest(self.folder / "checkpoints", self.peers)
+            if self.peers.broadcast(self.owns(path)):
+                return path  # the launcher started again, see job.py
+        if resume == "never":
+            return None
         checkpoint.verify(Path(resume), self.peers)
         return Path(resume)
+
+    def owns(self, path: Path | None) -> bool:
+        """Whether this job wrote a checkpoint of its folder; rank 0 knows."""
+        stamps = job.stamps_of(self.folder).items() - self.before.items()
+        return path is not None and path.name in dict(stamps)
 
     def _need(self, check: Callable[[Unchanged], None]) -> None:
         """`check` by rank 0, whose DataError is raised on all ranks alike; collective."""

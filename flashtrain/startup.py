@@ -5,10 +5,12 @@ already runs, so no rank can disagree about a time stamp or a default, no worker
 and a refusal ends every rank with one line from rank 0. No GPU is touched before that.
 """
 
+import hashlib
 import json
 import os
 import socket
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from flashtrain.launch import REFUSED
 from flashtrain.meeting import meet
 from flashtrain.watch import HANGS
 
+OWN_WORD_S = 1.0  # for rank 0 to say first what all ranks were about to say
 TIMEOUT = timedelta(minutes=10)  # for ranks to meet, and for rank 0 to look at config and data
 
 
@@ -73,6 +76,21 @@ def start(arguments: list[str]) -> tuple[Config, torch.device, Store | None]:
         )
         dist.barrier()
     return config, device, store
+
+
+def say_why(error: Exception, store: Store | None) -> None:
+    """One line for what ends the run, whether all ranks raise it or one alone, such as the one
+    whose node has lost its tokens. store: of this start, as `start` gives it."""
+    first = True
+    if store is not None and dist.get_rank() != 0:
+        time.sleep(OWN_WORD_S)
+    if store is not None:
+        try:
+            first = store.add(f"said/{hashlib.sha256(str(error).encode()).hexdigest()}", 1) == 1
+        except RuntimeError:  # rank 0's process is gone, and has said why
+            first = False
+    if first or dist.get_rank() == 0:
+        print(f"flashtrain: {error}", file=sys.stderr, flush=True)
 
 
 def collective_timeout(config: Config) -> timedelta:

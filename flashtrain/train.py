@@ -3,7 +3,6 @@
 `scripts/train.sh` makes the environment and starts this on every GPU of one machine.
 """
 
-import os
 import sys
 from contextlib import closing
 from functools import partial
@@ -27,7 +26,7 @@ from flashtrain.rollback import Rollback
 from flashtrain.run import Run
 from flashtrain.schedule import learning_rate
 from flashtrain.spikes import Spikes
-from flashtrain.startup import collective_timeout, start
+from flashtrain.startup import collective_timeout, say_why, start
 from flashtrain.trainer import Hook, Trainer, TrainingError
 from flashtrain.watch import HANGS, Watch
 
@@ -61,9 +60,8 @@ def main(arguments: list[str]) -> int:
     config, device, store = start(arguments)
     try:
         train(config, device, store)
-    except (ConfigError, DataError, CheckpointError, TrainingError) as error:  # on all ranks alike
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"flashtrain: {error}", file=sys.stderr)
+    except (ConfigError, DataError, CheckpointError, TrainingError) as error:
+        say_why(error, store)
         return REFUSED
     except torch.OutOfMemoryError as error:  # on this rank: torchrun ends the others
         print(f"flashtrain: {out_of_memory(config, error)}", file=sys.stderr)

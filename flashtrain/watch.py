@@ -31,6 +31,7 @@ from flashtrain.interruption import Interruption
 from flashtrain.launch import HUNG
 from flashtrain.pulse import Pulse
 
+PROC = Path("/proc")  # Linux has it, macOS has not
 HANGS = "hangs"  # folder of reports, in the run folder
 LOOK_S = 1.0
 ALONE_S = 20.0  # after the end of a neighbour: longer than an error takes to come by itself
@@ -71,7 +72,9 @@ class Watch:
         now = time.monotonic()
         if self.stepping and self.what != "the start":
             self.longest = max(self.longest, now - self.moved)
-        self.what, self.stepping, self.last, self.moved = what, stepping, self.last or last, now
+        # a rollback from the last step trains on
+        self.last = last or (self.last and not stepping)
+        self.what, self.stepping, self.moved = what, stepping, now
 
     def verdict(self, now: float) -> str | None:
         """Why this process must end now, if it must."""
@@ -93,7 +96,7 @@ class Watch:
 
     def _left_alone(self, now: float, idle: float) -> str | None:
         """By which process or node, if training stands still since then."""
-        if self.launcher is not None:
+        if self.launcher is not None and PROC.is_dir():
             if len(children(self.launcher)) >= self.neighbours:
                 self.alone = None
             elif self.alone is None:
@@ -151,11 +154,11 @@ class Watch:
 def children(parent: int) -> list[int]:
     """Living processes that `parent` started."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, ppid = path.read_text().rpartition(")")[2].split()[:2]
+    for path in PROC.glob("[0-9]*/stat"):
+        try:  # bytes: in brackets stands a name, which the kernel cuts in the middle of a letter
+            state, ppid = path.read_bytes().rpartition(b")")[2].split()[:2]
         except OSError:
             continue  # it has ended meanwhile
-        if int(ppid) == parent and state not in "ZX":
+        if int(ppid) == parent and state not in b"ZX":
             found.append(int(path.parent.name))
     return found

@@ -4,6 +4,8 @@ On a terminal a progress bar stays below the lines; in a log file there are only
 the `flashtrain` loggers say comes through here too, so that it does not tear the bar.
 """
 
+import contextlib
+import errno
 import logging
 import sys
 import time
@@ -36,7 +38,7 @@ class Console:
         """file: where to print, standard output by default."""
         self.config, self.folder = config, folder
         file = file or sys.stdout
-        self.rich = Rich(file=file, highlight=False, width=None if file.isatty() else WIDTH)
+        self.rich = _Rich(file=file, highlight=False, width=None if file.isatty() else WIDTH)
         self.steps = config.trainer.steps
         self.bar: Progress | None = None
         self.first, self.step, self.notes = 0, 0, [""]
@@ -105,7 +107,8 @@ class Console:
 
     def finish(self, status: str) -> None:
         if self.bar is not None:
-            self.bar.stop()
+            with contextlib.suppress(OSError, ValueError):  # as in `_print`
+                self.bar.stop()
             self.bar = None
         LOG.removeHandler(self.handler)
         LOG.setLevel(self.level)
@@ -124,13 +127,25 @@ class Console:
         return {}
 
     def _print(self, what: RenderableType) -> None:
-        """A reader that went away (`| head`, a closed terminal) ends the output, not the run."""
+        """A reader that went away (`| head`, a closed terminal) ends the output, not the run; on a
+        full disk only what does not fit is lost."""
         if self.rich.quiet:
             return
         try:
             self.rich.print(what, soft_wrap=isinstance(what, Text))
-        except (OSError, ValueError):
-            self.rich.quiet = True
+        except (OSError, ValueError) as error:
+            self.rich.quiet = not _is_full(error)
+            self.rich._buffer.clear()  # rich would print it again with the next line
+
+
+def _is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+class _Rich(Rich):
+    def on_broken_pipe(self) -> None:
+        """Called while the BrokenPipeError is handled; rich's own would end the process."""
+        raise
 
 
 class _Lines(logging.Handler):

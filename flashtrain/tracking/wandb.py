@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from flashtrain.checkpoint.shelf import checkpoints
 from flashtrain.config import ConfigError, WandbConfig, WandbMode
 from flashtrain.tracking.compare import read_rows
 
@@ -116,7 +117,9 @@ class Wandb:
 
             page = wandb.Html(f"<pre>{html.escape(text)}</pre>")
             columns = ["step", "text"]
-            rows = [[row["step"], row["text"]] for row in self._texts() if row.get("name") == name]
+            # of the whole run, also from before a resume
+            texts = read_rows(self.folder, "samples.jsonl")
+            rows = [[row["step"], row["text"]] for row in texts if row.get("name") == name]
             table = wandb.Table(columns=columns, data=rows[-TABLE_ROWS:])
             self.run.log({f"text/{name}": page, f"text/{name}s": table, "step": step})
 
@@ -134,20 +137,16 @@ class Wandb:
         self._try(lambda: _within(seconds, end))
         self.run = None
 
-    def _texts(self) -> list[dict[str, Any]]:
-        """Samples of the whole run as `tracking/files.py` keeps them, also from before a resume."""
-        return read_rows(self.folder, "samples.jsonl")
-
     def _upload_checkpoint(self) -> None:
         """The newest one; nobody deletes it any more."""
         import wandb
 
-        found = sorted((self.folder / "checkpoints").glob("step-*/manifest.json"))
+        found = checkpoints(self.folder / "checkpoints")
         if not found:
             return
         artifact = wandb.Artifact(f"{self.name}-{self.id}", type="checkpoint")
-        artifact.add_dir(str(found[-1].parent))
-        self.run.log_artifact(artifact, aliases=["latest", found[-1].parent.name])
+        artifact.add_dir(str(found[0]))
+        self.run.log_artifact(artifact, aliases=["latest", found[0].name])
 
     def state(self) -> dict[str, Any]:
         return {"id": self.id} if self.id else {}

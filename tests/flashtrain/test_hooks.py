@@ -19,7 +19,14 @@ def step(number: int, loss: float = 1.0, last: bool = False, norm: float = 0.5) 
 def log_hook(rows: list[tuple[int, dict[str, float]]], every: int = 10, skips: bool = True) -> Log:
     run = SimpleNamespace(
         config=SimpleNamespace(
-            trainer=SimpleNamespace(log_every=every, bad_steps=3, on_bad_steps=OnBadSteps.stop)
+            trainer=SimpleNamespace(
+                log_every=every,
+                bad_steps=3,
+                on_bad_steps=OnBadSteps.stop,
+                evaluate_every=7,
+                benchmark=SimpleNamespace(every=1000),
+            ),
+            checkpoint=SimpleNamespace(every=4),
         ),
         engine=SimpleNamespace(skips_bad_steps=skips),
         trackers=SimpleNamespace(log=lambda number, metrics: rows.append((number, metrics))),
@@ -64,6 +71,18 @@ def test_a_bad_loss_with_a_good_gradient_ends_the_run() -> None:
 def test_an_engine_that_cannot_skip_ends_at_the_first_bad_step() -> None:
     with pytest.raises(TrainingError, match=r"step 10.*1 steps in a row"):
         log_hook([], skips=False).after_step(step(10, norm=float("nan")))
+
+
+@pytest.mark.parametrize(("number", "saved"), [(4, True), (6, False), (7, True), (8, True)])
+def test_what_an_engine_did_not_skip_is_seen_before_it_is_saved(number: int, saved: bool) -> None:
+    """Else checkpoints of bad weights push out those that the run is to go back to."""
+    rows: list[tuple[int, dict[str, float]]] = []
+    log_hook(rows).after_step(step(number, norm=float("nan")))  # it skips: nothing to see
+    hook = log_hook(rows, skips=False)
+    hook.after_step(step(number - 1))
+    with pytest.raises(TrainingError) if saved else contextlib.nullcontext():
+        hook.after_step(step(number, norm=float("nan")))
+    assert rows == []
 
 
 def test_the_trainer_asks_for_each_step_once_and_marks_the_last() -> None:

@@ -51,6 +51,22 @@ def test_the_time_limit_is_in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert stop.agreed() == "the time limit"
 
 
+def test_a_first_signal_after_the_time_limit_lets_the_run_save(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: now[0])
+    with Interruption(time_limit=2) as stop:
+        now[0] += 121
+        assert stop.agreed() == "the time limit"
+        now[0] += 10  # its last step is being saved
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked_at == now[0]  # from here the watch counts
+        now[0] += interruption.AGAIN_S + 1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_the_trainer_stops_after_the_step_and_marks_it() -> None:
     seen: list[Step] = []
     engine = SimpleNamespace(

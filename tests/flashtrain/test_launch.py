@@ -1,5 +1,6 @@
 """What a start refuses by itself, what it says at the end, how processes end."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -42,3 +43,15 @@ def test_the_next_commands_can_be_pasted_whatever_the_folder_is_called() -> None
     assert said["sample"][-2:] == ["run=runs/my run", "prompt=ROMEO: 'tis"]
     assert "runs/my run" in said["curve"]
     assert "run_dir=runs/my run" in said["resume"]
+
+
+def test_a_reader_that_went_away_changes_no_status() -> None:
+    code = "from flashtrain.launch import leave; print('nobody reads this'); leave(0)"
+    reader, writer = os.pipe()
+    os.close(reader)
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, env=buffered
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -1,11 +1,14 @@
 """Back to a checkpoint and on without the batches that did it, as if they had never been there."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from flashtrain import rollback
+from flashtrain.checkpoint import store
+from flashtrain.checkpoint.integrity import FileRecord
 from flashtrain.compose import load
 from flashtrain.config import Config
 from flashtrain.data.loader import Batch, DataLoader
@@ -108,6 +111,22 @@ def test_it_ends_as_a_run_that_never_saw_these_batches(
     train(config(tokens, tmp_path / "parts"), CPU)
     assert asked == [*range(15), *wanted[10:]]
     assert weights(tmp_path / "parts") == weights(tmp_path / "never")
+
+
+def test_a_clock_that_was_set_back_hides_no_checkpoint(
+    tokens: Path, tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = store.write_bytes
+
+    def early(path: Path, content: bytes) -> FileRecord:
+        record = write(path, content)
+        os.utime(path, (1e9, 1e9))
+        return record
+
+    monkeypatch.setattr(store, "write_bytes", early)
+    poison(monkeypatch, asked, {12, 13, 14})
+    train(config(tokens, tmp_path), CPU)
+    assert asked == [*range(15), *range(15, 29)]
 
 
 def test_checkpoints_from_after_the_first_bad_step_are_set_aside(

@@ -3,11 +3,13 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from flashtrain import checkpoint, door
+from flashtrain import checkpoint, door, job
 from flashtrain.checkpoint import CheckpointError
 from flashtrain.compose import load
 from flashtrain.config import ConfigError
@@ -15,7 +17,8 @@ from flashtrain.engine.native import NativeEngine
 from flashtrain.hooks import Evaluate
 from flashtrain.run import Run
 from flashtrain.train import train
-from flashtrain.trainer import Step
+from flashtrain.trainer import Step, Trainer
+from tests.harness import run_ranks
 
 TINY = [
     "experiment=null", "data=random", "model.vocabulary=32", "model.d_model=16", "model.n_heads=2",
@@ -170,3 +173,58 @@ def test_copies_larger_than_the_machine_are_refused(monkeypatch: pytest.MonkeyPa
     door._check_copy(load([*line, "parallel.shard=4", "data.batch_size=16"], 4), 2)  # half of it
     sizes["SC_PHYS_PAGES"] = 200 << 8
     door._check_copy(load(line), 1)
+
+
+@pytest.mark.parametrize("from_path", [False, True])
+def test_a_job_that_is_started_again_goes_on_from_what_it_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, from_path: bool
+) -> None:
+    """Wherever checkpoint.resume made it begin; a new command begins there again."""
+    starts: list[int] = []
+    fit = Trainer.fit
+
+    def note(self: Trainer, start: int, end: int) -> None:
+        starts.append(start)
+        fit(self, start, end)
+
+    monkeypatch.setattr(Trainer, "fit", note)
+    folder = run(tmp_path, "trainer.stop_at=6", "checkpoint.keep=1")  # an earlier run
+    resume = f"checkpoint.resume={folder / 'step-00000006' if from_path else 'never'}"
+    begin = 6 if from_path else 0
+    for stop in (begin + 5, 14):
+        monkeypatch.setattr(job, "launcher", lambda: "a")
+        run(tmp_path, resume, f"trainer.stop_at={stop}", "checkpoint.keep=1", steps=15)
+    assert starts == [0, begin, begin + 5]
+    if from_path:  # pushed out, which a job that goes on does not mind
+        assert not (folder / "step-00000006").exists()
+        door._check_files(load([*TINY, "trainer.steps=9", f"run_dir={tmp_path}", resume]))
+    monkeypatch.setattr(job, "launcher", lambda: "b")
+    if from_path:
+        with pytest.raises(ConfigError, match="is not a checkpoint"):
+            door._check_files(load([*TINY, "trainer.steps=9", f"run_dir={tmp_path}", resume]))
+    else:
+        run(tmp_path, resume, "trainer.stop_at=2", steps=15)
+        assert starts[-1] == 0
+
+
+def test_what_does_not_fit_one_rank_is_refused_by_all(tmp_path: Path) -> None:
+    run_ranks(check_refused_by_all, 2, tmp_path)
+
+
+def check_refused_by_all() -> None:
+    """As on a pipeline whose last rank alone has layers that the checkpoint lacks."""
+    loaded: list[bool] = []
+    one = Run.__new__(Run)
+    one.peers = checkpoint.Peers(dist.group.WORLD)
+    one.engine = SimpleNamespace(  # type: ignore[assignment]
+        state=lambda saved: None, loaded=lambda: loaded.append(True)
+    )
+
+    def load(path: Path, state: object) -> None:
+        if dist.get_rank() == 1:
+            raise CheckpointError("no such layer")
+
+    checkpoint.load = load
+    with pytest.raises(CheckpointError, match="no such layer"):
+        one._load(Path("step-00000004"))
+    assert not loaded

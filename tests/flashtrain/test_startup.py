@@ -1,18 +1,21 @@
 """How a process begins that is not rank 0."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from torch.distributed import HashStore
 
 from flashtrain import startup
 from flashtrain.compose import load
-from flashtrain.config import to_dict
+from flashtrain.config import ConfigError, to_dict
 from flashtrain.data.source import prepare_source
 from flashtrain.launch import REFUSED
 from tests.flashtrain.data.made import make_shards
+from tests.harness import run_ranks
 
 
 def test_a_node_without_the_tokens_says_so_in_one_line(
@@ -35,3 +38,20 @@ def test_a_node_without_the_tokens_says_so_in_one_line(
     said = capsys.readouterr().err
     assert said.startswith("flashtrain: on ") and "no folder of token shards at" in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_why_a_run_ends_is_said_once_and_by_whoever_knows(tmp_path: Path, alone: bool) -> None:
+    run_ranks(check_why, 3, tmp_path, tmp_path, alone)
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(3)]
+    line = "flashtrain: a shard is gone\n"
+    assert said == (["", "", line] if alone else [line, "", ""])
+
+
+def check_why(folder: Path, alone: bool) -> None:
+    rank = dist.get_rank()
+    store = dist.PrefixStore("test", dist.distributed_c10d._get_default_store())
+    with (folder / f"{rank}.txt").open("w") as file, contextlib.redirect_stderr(file):
+        if rank == 2 or not alone:
+            startup.say_why(ConfigError("a shard is gone"), store)
+    dist.barrier()

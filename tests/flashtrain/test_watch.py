@@ -93,6 +93,31 @@ def test_a_neighbour_that_is_gone_is_noticed_but_not_at_the_end(
         there[:] = [1, 2]
 
 
+def test_after_going_back_from_the_last_step_neighbours_count_again(
+    tmp_path: Path, clock: Clock
+) -> None:
+    guard, _ = made(tmp_path)
+    guard.pulse = SimpleNamespace(lost="node 1", limit=5.0)  # type: ignore[assignment]
+    guard.at("what follows step 9", stepping=False, last=True)
+    guard.at("the evaluation after step 9", stepping=False)
+    assert guard.verdict(clock.now + 6) is None
+    guard.at("step 6", stepping=True)
+    assert guard.verdict(clock.now + 6) == "node 1"
+
+
+def test_where_neighbours_cannot_be_seen_none_is_taken_for_gone(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(watch, "PROC", tmp_path / "proc")
+    guard, _ = made(tmp_path)
+    guard.at("step 4", stepping=True)
+    for _ in range(2):
+        assert guard.verdict(clock.now) is None
+        clock.now += ALONE_S + 1
+
+
 def test_another_node_that_is_lost_ends_this_process_but_not_at_the_end(
     tmp_path: Path, clock: Clock
 ) -> None:
@@ -129,6 +154,17 @@ def test_children_are_the_living_ones() -> None:
     while child.pid in watch.children(os.getpid()):  # not reaped yet, but dead
         assert time.monotonic() < deadline
     child.communicate()
+
+
+def test_names_of_other_processes_may_be_any_bytes() -> None:
+    name = "import ctypes; ctypes.CDLL(None).prctl(15, bytes([97] * 14 + [195])); print(); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert child.pid in watch.children(os.getpid())
+        child.kill()
 
 
 def report(rank: int, what: str, collective: str) -> Report:

@@ -14,6 +14,7 @@ from flashtrain.tracking.compare import (
     differences,
     overlaid,
     read_record,
+    read_rows,
 )
 from flashtrain.tracking.report import write_report
 
@@ -176,3 +177,9 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path) -> None:
     assert not outside
     with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):
         write_report(tmp_path)
+
+
+def test_a_row_that_a_full_disk_cut_is_left_out(tmp_path: Path) -> None:
+    whole = [b'{"step": 1}\n', b'{"step": 3}\n']
+    (tmp_path / "metrics.jsonl").write_bytes(whole[0] + b'{"step": 2, "ti\n' + whole[1])
+    assert read_rows(tmp_path) == [{"step": 1}, {"step": 3}]

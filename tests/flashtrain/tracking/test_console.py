@@ -1,6 +1,9 @@
+import contextlib
+import errno
 import io
 import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,6 +146,44 @@ def test_a_reader_that_went_away_ends_the_output_and_not_the_run(tmp_path: Path)
     console.log(1, METRICS)
     logging.getLogger("flashtrain").warning("nobody hears this")
     console.finish("finished")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_so_does_a_closed_pipe(tmp_path: Path, terminal: bool) -> None:
+    reader, writer = os.pipe()
+    out = os.fdopen(writer, "w")
+    if terminal:
+        out.isatty = lambda: True  # type: ignore[method-assign]
+    console = Console(small_config(), tmp_path, file=out)
+    console.start({}, None)
+    os.close(reader)
+    console.log(1, METRICS)
+    console.finish("finished")
+    assert console.rich.quiet
+    with contextlib.suppress(BrokenPipeError):  # of what is left in its buffer
+        out.close()
+
+
+class Disk(io.StringIO):
+    full = False
+
+    def write(self, text: str) -> int:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+
+def test_a_full_disk_costs_lines_and_not_all_that_follow(tmp_path: Path) -> None:
+    out = Disk()
+    console = Console(small_config(), tmp_path, file=out)
+    console.start({}, None)
+    out.full = True
+    console.log(1, METRICS)
+    out.full = False
+    console.log(2, METRICS)
+    console.finish("finished")
+    assert "step 1/" not in out.getvalue()
+    assert "step 2/" in out.getvalue()
 
 
 @pytest.mark.usefixtures("console")

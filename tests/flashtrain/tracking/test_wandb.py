@@ -252,10 +252,12 @@ def test_samples_are_a_table_of_the_whole_run_and_the_last_checkpoint_an_artifac
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{"step": n, "name": "sample", "text": f"text {n}"} for n in (10, 20)]
-    torn = '{"step": 15, "na\n'  # of a disk that was full for a while
-    (tmp_path / "samples.jsonl").write_text(torn.join(json.dumps(row) + "\n" for row in rows))
-    for step in (10, 20):
-        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+    lines = [json.dumps(row) + "\n" for row in rows]
+    lines.insert(1, '{"step": 15, "na\n')  # as a full disk leaves it
+    (tmp_path / "samples.jsonl").write_text("".join(lines))
+    # of a run that went back, over a disk that flipped a bit
+    for step in ("00000010", "00000020", "00000020.abandoned", "00000030.broken"):
+        folder = tmp_path / "checkpoints" / f"step-{step}"
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
         (folder / "weights").write_text(f"weights of {step}")
