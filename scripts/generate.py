@@ -112,6 +112,9 @@ def write(
         min_p=number(options, "min_p", float) if options["min_p"] else None,
         seed=number(options, "seed", int),
     )
+    tokens = number(options, "tokens", int)
+    if tokens < 0:
+        raise ConfigError(f"tokens={tokens} must be 0 or more")
     trained = open_trained(Path(options["run"]), device)
     tokenizer, decoder = trained.tokenizer, trained.decoder
     stop = stops_at(tokenizer, strings)
@@ -119,7 +122,7 @@ def write(
     rounds = generate(
         decoder,
         prompt_ids,
-        number(options, "tokens", int),
+        tokens,
         max_length=trained.config.data.sequence_length,
         sampling=sampling,
         n_ids=tokenizer.size,
