@@ -136,6 +136,11 @@ def check_layout(config: Config, world_size: int) -> None:
             value is None or value % tensor == 0,
             f"{key}={value} is not divisible by parallel.tensor={tensor}",
         )
+    need(
+        data.batch_size % ranks == 0,  # said first: the micro-batch may be what was made of it
+        f"data.batch_size={data.batch_size} is not divisible by {ranks} data-parallel ranks: take "
+        f"a multiple of {ranks}, or another number of processes (--nproc)",
+    )
     per_pass = data.micro_batch_size * ranks
     need(
         data.batch_size % per_pass == 0,

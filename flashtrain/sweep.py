@@ -108,7 +108,7 @@ def plan(arguments: Sequence[str], processes: int, configs: Path = CONFIGS) -> S
         study = _read(Study, "sweep", own["sweep"], configs, [])
     choices = _distinct(
         choice
-        for grid in study.grids
+        for grid in study.grids or [[]]  # a study may be its fixed lines alone
         for choice in _product([*study.fixed, *grid], overrides, configs)
     )
     labels = _labels(choices)
@@ -162,6 +162,8 @@ def _product(lines: Sequence[str], beats: Sequence[str], configs: Path) -> list[
                     raise ConfigError(
                         f"{line}: an interval has no end of values; name them, {key}=1e-3,3e-4"
                     )
+                if not values[key]:
+                    raise ConfigError(f"{line} means no value at all, so there is no job")
     except HydraException as error:
         bad = getattr(error, "override", None) or " ".join(beats)
         first = str(error).strip().splitlines()[0]
@@ -209,5 +211,11 @@ def _read(schema: type, group: str, choice: str, configs: Path, options: list[st
         for override in OverridesParser.create().parse_overrides(options):
             OmegaConf.update(tree, override.get_key_element(), override.value())
         return OmegaConf.to_object(tree)
-    except (OmegaConfBaseException, HydraException) as error:
+    except HydraException as error:
+        bad = getattr(error, "override", None) or " ".join(options)
+        raise ConfigError(
+            f"'{group}.{bad}' is not an override: write a list as [a,b] and text with = or blanks "
+            f"in quotes, '{group}.options=[\"--account=NAME\"]'"
+        ) from error
+    except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error

@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from flashtrain.checkpoint import CheckpointError
 from flashtrain.config import ConfigError
-from flashtrain.data.unfinished import Reader, cut, stops_at
+from flashtrain.data.unfinished import Reader, stops_at
 from flashtrain.engine.decoder import Decoder
 from flashtrain.launch import REFUSED, STOPPED
 from flashtrain.model.cache import cache_bytes_per_token
@@ -112,14 +112,17 @@ def write(
         min_p=number(options, "min_p", float) if options["min_p"] else None,
         seed=number(options, "seed", int),
     )
+    tokens = number(options, "tokens", int)
+    if tokens < 0:
+        raise ConfigError(f"tokens={tokens} must be 0 or more")
     trained = open_trained(Path(options["run"]), device)
     tokenizer, decoder = trained.tokenizer, trained.decoder
     stop = stops_at(tokenizer, strings)
-    prompt_ids = [tokenizer.encode(prompt) or [tokenizer.end_of_text] for prompt in prompts]
+    prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]
     rounds = generate(
         decoder,
-        prompt_ids,
-        number(options, "tokens", int),
+        [ids or [tokenizer.end_of_text] for ids in prompt_ids],
+        tokens,
         max_length=trained.config.data.sequence_length,
         sampling=sampling,
         n_ids=tokenizer.size,
@@ -130,7 +133,7 @@ def write(
     single = len(prompts) == 1 and loud
     if single:
         print(prompts[0], end="", flush=True)
-    reader = Reader(tokenizer, strings)
+    reader = Reader(tokenizer, strings, prompt_ids[0])
     drawn: list[list[int]] = [[] for _ in prompts]
     times = []
     for ids in rounds:
@@ -147,7 +150,8 @@ def write(
     elif loud:
         for row, (prompt, ids) in enumerate(zip(prompts, drawn, strict=True)):
             print(f"── {row + 1} of {len(prompts)}")
-            print(prompt + cut(tokenizer.decode(ids), strings))
+            reader = Reader(tokenizer, strings, prompt_ids[row])
+            print(prompt + reader.add(*ids) + reader.rest())
     if loud:
         print(speed(times, len(prompts), decoder, device), file=sys.stderr)
 

@@ -65,7 +65,7 @@ def tokenizer_of(options: argparse.Namespace, tokens: Dataset) -> Tokenizer | No
 def show_samples(
     options: argparse.Namespace, tokens: Dataset, tokenizer: Tokenizer | None, end: int | None
 ) -> None:
-    length = min(options.length, tokens.tokens - 1)
+    length = max(1, min(options.length, tokens.tokens - 1))
     n_samples = count_samples(tokens, length)
     for number in range(min(options.samples, n_samples)):
         start = sample_index(options.seed, number, n_samples) * length
@@ -114,6 +114,9 @@ def plot(surveys: dict[str, Survey], file: str) -> None:
 
 
 def inspect(options: argparse.Namespace) -> None:
+    for flag in ("length", "limit", "vocabulary"):
+        if (number := getattr(options, flag)) is not None and number < 1:
+            raise ConfigError(f"--{flag} {number} must be 1 or more")
     surveys: dict[str, Survey] = {}
     data = DataConfig(cache_dir=options.cache_dir, cache_gb=options.cache_gb)
     for path in options.paths:

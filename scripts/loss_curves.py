@@ -6,7 +6,8 @@
     python scripts/loss_curves.py --from curves.json --plot curves.png   # draws, without training
 
 Every run is a process of its own on one GPU (or the CPU), its folder FOLDER/NAME-SEED. The same
-command goes on where the time budget ended the last one: finished runs are read, others resumed.
+command goes on where the time budget ended the last one: finished runs are read, others resumed; a
+folder that was trained with other overrides is refused.
 All configurations train a seed before the next seed begins. A seed sets weights and data order.
 --jobs N trains N at once, in turn on the GPUs there are; on one GPU that pays for models too small
 to fill it, and then no speed counts.
@@ -50,7 +51,7 @@ def train(overrides: list[str], folder: Path, deadline: float, gpu: str | None =
 
     gpu: the one to take, as CUDA_VISIBLE_DEVICES names it.
     """
-    log = folder.with_suffix(".log")
+    log = named(folder, ".log")
     command = [sys.executable, "-m", "flashtrain.train", *overrides]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -118,6 +119,8 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
         return {"name": name, "seed": seed, "overrides": text, **read(folder)}
 
     planned = [(seed, *run) for seed in args.seeds for run in args.run]
+    for seed, name, text in planned:
+        refuse_other(args.folder / f"{name}-{seed}", f"{args.common} {text}")
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = list(filter(None, pool.map(lambda plan: one(*plan), planned)))
     return {
@@ -125,6 +128,22 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
         "common": args.common,
         "runs": runs,
     }
+
+
+def refuse_other(folder: Path, overrides: str) -> None:
+    """End here where `folder` is of other overrides: their curves would pass for these."""
+    record, words = named(folder, ".overrides"), " ".join(overrides.split())
+    if record.is_file() and record.read_text() != words:
+        raise SystemExit(
+            f"loss_curves: {folder} is of `{record.read_text()}` and not of `{words}`: take "
+            f"another --folder or NAME, or remove {record} to go on with it all the same"
+        )
+    record.write_text(words)
+
+
+def named(folder: Path, suffix: str) -> Path:
+    """Beside the folder of a run; names may hold dots."""
+    return folder.with_name(folder.name + suffix)
 
 
 def gpus() -> list[str | None]:

@@ -50,6 +50,10 @@ def train(options: argparse.Namespace, bars: Bars) -> Tokenizer:
     folder = Path(options.output)
     if (folder / TOKENIZER_FILE).exists():
         raise DataError(f"{folder / TOKENIZER_FILE} is there already: name another --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # before the hours that training may take
+    except OSError as error:
+        raise DataError(f"--output {folder} cannot be made ({error.strerror})") from error
     recipe = Recipe(
         field=options.field,
         validation_share=options.validation_share,
@@ -60,7 +64,6 @@ def train(options: argparse.Namespace, bars: Bars) -> Tokenizer:
     split = partial(split_document, share=recipe.validation_share, part=text.part)
     pieces = train_texts(text, split, recipe, bars, options.sample)
     tokenizer = train_bpe(pieces, options.vocabulary)
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     return tokenizer
 

@@ -33,19 +33,27 @@ class Reader:
     Held back are characters whose bytes are not all there, and what may begin a stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, strings: Sequence[str] = (), before: Sequence[int] = ()
+    ) -> None:
+        """before: ids of the text that this one goes on from; it is not shown again."""
         self.tokenizer, self.strings = tokenizer, strings
-        self.ids: list[int] = []
+        # Llama 2's decoder takes a blank off whatever it begins with, so it begins with these
+        self.ids = list(before)
+        self.begin = len(tokenizer.decode(before)) if before else 0
         self.shown = 0  # characters
 
-    def add(self, token: int) -> str:
-        self.ids.append(token)
-        text = cut(self.tokenizer.decode(self.ids), self.strings)
+    def add(self, *tokens: int) -> str:
+        self.ids += tokens
+        text = self._text()
         return self._show(text[: len(text) - self._unsure(text)])
 
     def rest(self) -> str:
         """What is left at the end."""
-        return self._show(cut(self.tokenizer.decode(self.ids), self.strings))
+        return self._show(self._text())
+
+    def _text(self) -> str:
+        return cut(self.tokenizer.decode(self.ids)[self.begin :], self.strings)
 
     def _show(self, text: str) -> str:
         new, self.shown = text[self.shown :], max(self.shown, len(text))

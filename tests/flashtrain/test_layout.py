@@ -138,6 +138,15 @@ def test_degrees_that_do_not_fit_are_one_sentence(line: str, words: str) -> None
     assert not [word for word in words.split(" ") if word not in sentence], sentence
 
 
+def test_a_batch_that_ranks_do_not_divide_is_not_blamed_on_a_micro_batch_nobody_set() -> None:
+    """The default run on three or six GPUs."""
+    for world in (3, 6):
+        with pytest.raises(ConfigError, match=r"batch_size=16 .* 3 data-parallel") as refusal:
+            load([], world)
+        assert "micro_batch_size" not in str(refusal.value)
+        assert "multiple of 3" in str(refusal.value) and "--nproc" in str(refusal.value)
+
+
 def test_context_ranks_are_no_data_ranks() -> None:
     config = load([*SMALL, "parallel=context2"], 8)
     assert (config.parallel.replicate, config.parallel.shard) == (4, 1)

@@ -1,6 +1,8 @@
 """Which jobs a line means, where they go, and when they are done."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,14 @@ def test_every_study_can_run(study: str) -> None:
     assert len({json.dumps(sorted(job.overrides)) for job in sweep.jobs}) == len(sweep.jobs)
 
 
+def test_a_study_may_be_its_fixed_lines_alone(tmp_path: Path) -> None:
+    configs = tmp_path / "configs"
+    shutil.copytree(CONFIGS, configs)
+    (configs / "sweep" / "seeds.yaml").write_text('fixed: ["seed=1,2", optimizer.lr=1e-3]')
+    jobs = plan(["sweep=seeds"], 1, configs).jobs
+    assert [job.config.seed for job in jobs] == [1, 2]
+
+
 def test_the_command_line_beats_the_study() -> None:
     assert values(["sweep=position_kinds", "position=rope", "seed=3"], "position", "seed") == [
         ("rope", "3")
@@ -98,6 +108,8 @@ def test_the_command_line_beats_the_study() -> None:
         (["launcher.nods=2", "seed=1"], "nods"),
         (["run_dir=here", "seed=1"], "folder of its own"),
         (["seed=[1"], "seed"),
+        (["data=glob(zz*)"], r"data=glob\(zz\*\) means no value"),
+        (["launcher.options=[--account=A]", "seed=1"], "'launcher.options=.*=A.* in quotes"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_starts(
@@ -105,6 +117,12 @@ def test_what_cannot_run_is_refused_before_anything_starts(
 ) -> None:
     with pytest.raises(ConfigError, match=f"(?s){sentence}"):
         plan(arguments, 1)
+
+
+def test_options_of_sbatch_are_taken_as_the_launcher_says() -> None:
+    (line,) = re.findall(r"'launcher\.(options=.*)'", (CONFIGS / "launcher/slurm.yaml").read_text())
+    sweep = plan(["launcher=slurm", f"launcher.{line}", "seed=1"], 1)
+    assert sweep.launcher.options == ["--account=NAME", "--qos=high"]
 
 
 def test_slurm_jobs_are_checked_for_the_processes_they_will_have() -> None:

@@ -82,6 +82,7 @@ def test_generate_goes_on_from_the_prompt_and_repeats_with_the_seed(
         (["prompt=x"], "run="),
         (["run=x", "top_k=many"], "top_k=many"),
         (["run=x", "min_p=2"], "min_p=2"),
+        (["run=x", "tokens=-300"], "tokens=-300"),
         (["run=x", "end=maybe"], "end=maybe"),
         (["run=x", "promt=y"], "promt=y"),
         (["run=x", "--fast"], "--fast"),

@@ -99,6 +99,25 @@ def test_finished_runs_are_read_and_a_spent_budget_trains_nothing(
     ]
 
 
+def test_curves_of_other_overrides_do_not_pass_for_these(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(overrides: list[str], folder: Path, deadline: float, gpu: str | None) -> str:
+        write(folder, [{"step": 1, "train/loss": 1.0}])
+        return "finished"
+
+    monkeypatch.setattr(script, "train", train)
+    given = ["loss_curves", "--folder", str(tmp_path), "--seeds", "1", "--run", "lr0.1"]
+    monkeypatch.setattr("sys.argv", [*given, "optimizer.lr=0.1"])
+    assert script.main() == 0
+    assert script.main() == 0  # the same again
+    monkeypatch.setattr("sys.argv", [*given, "optimizer.lr=0.2"])
+    with pytest.raises(SystemExit, match=r"lr0\.1-1 is of `optimizer.lr=0.1` and not of `.*0.2`"):
+        script.main()
+    logs = {script.named(tmp_path / name, ".log") for name in ("lr0.1-1", "lr0.3-1")}
+    assert len(logs) == 2
+
+
 def test_jobs_share_the_gpus(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

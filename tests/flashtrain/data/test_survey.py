@@ -79,3 +79,6 @@ def test_the_script_shows_samples_lengths_sources_and_coverage(tmp_path: Path) -
     foreign = subprocess.run([*command, *both], capture_output=True, text=True, timeout=60)
     assert foreign.returncode == 0, foreign.stderr
     assert " 50.00%                 80 tokens" in foreign.stdout
+    for flag in ("--length", "--limit"):
+        refused = subprocess.run([*command, *both, flag, "0"], capture_output=True, text=True)
+        assert (refused.returncode, f"{flag} 0 must be 1 or more" in refused.stderr) == (2, True)

@@ -143,3 +143,12 @@ def test_a_file_made_to_cut_or_pad_does_neither_here(tmp_path: Path) -> None:
     tree["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None,
                        "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}  # fmt: skip
     assert BpeTokenizer(json.dumps(tree)).encode(TEXT[1]) == BPE.encode(TEXT[1])
+
+
+def test_a_place_that_cannot_hold_a_tokenizer_is_refused_before_training(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("the quick brown fox " * 50)
+    command = [sys.executable, str(ROOT / "scripts" / "train_tokenizer.py"), str(text)]
+    refused = subprocess.run([*command, "--output", str(text)], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert f"--output {text} cannot be made" in refused.stderr and "Traceback" not in refused.stderr

@@ -1,6 +1,9 @@
-import pytest
+from pathlib import Path
 
-from flashtrain.data.tokenizer import ByteTokenizer, train_bpe
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from flashtrain.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from flashtrain.data.unfinished import Reader, cut, stops_at
 
 TEXT = "né à Zürich 日本, 🙂 and so on. END of it"
@@ -31,6 +34,21 @@ def test_a_stop_string_ends_the_text_before_it(kind: str, strings: list[str]) ->
     assert (tokenizer.decode(ids) != TEXT) == ended
     assert shown + reader.rest() == cut(TEXT, strings)
     assert cut(TEXT, strings) == min((TEXT.split(s)[0] for s in strings), key=len)
+
+
+def test_a_first_blank_is_shown_where_the_tokenizer_marks_blanks_as_llama_2_does(
+    tmp_path: Path,
+) -> None:
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], show_progress=False)
+    inner.train_from_iterator(["the quick brown fox"] * 9, trainer)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    prompt, *words = (tokenizer.encode(text) for text in ("the quick", "brown", "fox"))
+    reader = Reader(tokenizer, ["fox"], prompt)
+    assert "".join(reader.add(*ids) for ids in words) + reader.rest() == " brown "
+    assert Reader(tokenizer).add(*words[0]) == "brown"
 
 
 def test_bytes_that_never_become_a_character_are_shown_at_the_end() -> None:
