@@ -170,6 +170,9 @@ def resolve(config: Config, world_size: int) -> Config:
         "trainer.benchmark.limit": config.trainer.benchmark.limit,
         "position.rope_theta": config.position.rope_theta,
         "position.scaling.factor": config.position.scaling.factor,
+        "position.scaling.original_max_position_embeddings": (
+            config.position.scaling.original_max_position_embeddings
+        ),
         "tracking.peak_tflops": config.tracking.peak_tflops,
     }.items():
         positive = value is None or (value > 0 and math.isfinite(value))
