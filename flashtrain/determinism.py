@@ -1,8 +1,9 @@
 """Every so many steps, forward and backward twice: a GPU that miscalculates gives two answers.
 
 Silent data corruption is rare and kills no process (6 of 466 interruptions of Llama 3's 54 days,
-Grattafiori et al. 2024, table 5), so nothing else here would see it. Both answers are those of this
-rank alone, before sums over ranks spread one rank's error to all.
+Grattafiori et al. 2024, table 5), so nothing else here would see it. The loss is that of a rank's
+own tokens, which tells ranks apart, but for tensor ranks. Gradients come out of backward summed
+over the ranks that share a weight: an error in one rank's backward is seen, and on all of them.
 """
 
 import logging
@@ -59,7 +60,7 @@ class Twice:
         self.engine.model.zero_grad(set_to_none=True)
 
     def _answer(self) -> list[str]:
-        """This rank's loss and gradients, as text that tells every bit."""
+        """The loss of this rank's tokens and its gradients, as text that tells every bit."""
         gradients = [p.grad for p in self.engine.parameters.values() if p.grad is not None]
         bits = sum(
             (g.detach().contiguous().view(torch.int32).long().sum() for g in gradients),
@@ -77,5 +78,8 @@ class Twice:
                     "sound this needs a kernel that is not deterministic; else look for %s",
                     what,
                     ",".join(map(str, ranks)),
-                    "Xid and ECC errors in the log of that machine",
+                    "Xid and ECC errors in the log of that machine"
+                    if len(ranks) == 1
+                    else "Xid and ECC errors in the logs of all of them: ranks that work on the "
+                    "same tokens or sum their gradients share one rank's error",
                 )

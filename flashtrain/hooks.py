@@ -63,7 +63,7 @@ class Log:
         if not logs:
             return
         n_bad = int(self.bad)
-        if in_a_row:
+        if in_a_row and self.run.mesh.rank == 0:  # all ranks know it
             log.warning("step %d: gradient norm %s, so the step is skipped", step.number, norm)
         self.run.trackers.log(
             step.number,

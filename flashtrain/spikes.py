@@ -58,8 +58,9 @@ class Detector:
 class Spikes:
     """See `trainer.Hook`."""
 
-    def __init__(self, config: TrainerConfig) -> None:
-        self.config, self.every = config.spike, config.log_every
+    def __init__(self, config: TrainerConfig, warns: bool = True) -> None:
+        """warns: on one rank, as all see the same losses."""
+        self.config, self.every, self.warns = config.spike, config.log_every, warns
         self.detector = Detector(config.spike)
         self.losses: list[Tensor] = []  # on the device, since the last reading
         self.number = 0  # of the last step
@@ -91,4 +92,5 @@ class Spikes:
             raise BadNumbersError(sentence, good=number - self.config.steps)
         if self.config.action is OnSpike.stop:
             raise TrainingError(f"{sentence}: go back with trainer.spike.action=rollback")
-        log.warning("%s", sentence)
+        if self.warns:
+            log.warning("%s", sentence)

@@ -47,8 +47,9 @@ def train(config: Config, device: torch.device, store: Store | None = None) -> N
     watch = Watch(run.folder / HANGS, mesh.rank, config.trainer, interruption, store)
     with closing(engine), interruption, loader, run, watch:
         first = run.resume()
-        hooks: list[Hook] = [Profile(run, loader), Log(run, loader), Spikes(config.trainer)]
         between = Between(watch, interruption.agreed)
+        spikes = Spikes(config.trainer, warns=mesh.rank == 0)
+        hooks: list[Hook] = [Profile(run, loader), Log(run, loader), spikes]
         hooks += [Evaluate(run, loader, between), Benchmark(run, between), Sample(run), Save(run)]
         trained = checked(engine, config.trainer.check_determinism, run.peers)
         past = Rollback(run, first)

@@ -3,7 +3,8 @@
 The host then starts two things a step in place of hundreds of kernels, so no GPU waits for it. A
 graph is the kernels with the addresses they were recorded with. So batches are copied to where
 those of the recording lie, gradients come back at the same places, and the learning rate is a
-number on the device. Micro-batches of another shape or number (data.ramp) get graphs of their own.
+number on the device. Micro-batches of another shape or number (data.ramp) get graphs of their own,
+in place of those before: each keeps the memory of all activations and gradients.
 
 The first steps of a shape run as they are: they compile, choose tiles, and make what is made once.
 
@@ -69,7 +70,7 @@ class Graphs:
         """
         self.run_passes, self.run_update = passes, update
         self.parameters = list(parameters)
-        self.record = record or recorder()
+        self.record, self.given = record or recorder(), record
         self.seen: Counter[object] = Counter()
         self.recorded: dict[object, Recorded] = {}
         self.last: Recorded | None = None  # whose gradients are there
@@ -81,6 +82,7 @@ class Graphs:
         key = tuple(_layout(tensor) for batch in batches for tensor in batch)
         own = self.recorded.get(key)
         if own is None:
+            self._retire()
             self.seen[key] += 1
             if self.seen[key] <= WARMUP:
                 return self.run_passes(batches)
@@ -111,6 +113,15 @@ class Graphs:
             parameter.grad = None
         assert own.norm is not None
         return own.norm.clone()
+
+    def _retire(self) -> None:
+        """Give back what other shapes' graphs hold; a ramp does not come back to them."""
+        if not self.recorded:
+            return
+        if self.parameters[0].is_cuda:
+            torch.cuda.synchronize()  # a replay may be under way
+        self.recorded.clear()
+        self.record = self.given or recorder()  # memory whose graphs are gone takes no new ones
 
     def _record(self, batches: list[Batch]) -> Recorded:
         there = [_copy(batch) for batch in batches]

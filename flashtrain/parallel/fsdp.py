@@ -16,6 +16,7 @@ process; their gradients take one small all-reduce a step.
 """
 
 import dataclasses
+import warnings
 from typing import Any
 
 import torch
@@ -41,6 +42,9 @@ def shard_model(
     """
     if mesh.shard.group is None:
         return
+    # torch 2.13 warns on each rank that a block's output is a view and must not be written to; what
+    # comes after a block makes tensors of its own
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
     before = dict(model.named_parameters())
     whole = {parameter for parameter in before.values() if parameter.dim() < 2}
     options: dict[str, Any] = {

@@ -104,6 +104,10 @@ REFUSED = [
         "position=rope position.scaling.rope_type=yarn position.scaling.factor=4",
         "yarn position.scaling.original_max_position_embeddings",
     ),
+    (
+        "position.scaling.rope_type=yarn position.scaling.original_max_position_embeddings=-1",
+        "position.scaling.original_max_position_embeddings=-1",
+    ),
     ("position=rope position.partial_rotary_factor=0.01", "position.partial_rotary_factor=0.01"),
     # memory for time
     ("trainer.mlp_chunks=0", "trainer.mlp_chunks=0 1"),

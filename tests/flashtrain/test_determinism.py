@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flashtrain.checkpoint import Peers
-from flashtrain.config import ConfigError
+from flashtrain.config import Config, ConfigError
 from flashtrain.determinism import Twice, checked
+from flashtrain.engine.native import NativeEngine
+from tests.distributed.test_matrix import batches, build, native
 from tests.harness import run_ranks
 
 
@@ -75,6 +77,34 @@ def check_named() -> None:
     trained(engine, Twice(engine, 1, Peers(dist.group.WORLD)), steps=2)  # type: ignore[arg-type]
     assert all("of ranks 1 is not the same" in line for line in lines), lines
     assert len(lines) == (2 if rank == 0 else 0), lines
+
+
+def test_an_error_that_sums_spread_names_all_its_ranks(tmp_path: Path) -> None:
+    layout = native("gpt2", 6, replicate=2)
+    run_ranks(check_spread, 2, tmp_path, layout.config(2))
+
+
+def check_spread(config: Config) -> None:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("flashtrain.determinism").addHandler(handler)
+    engine, mesh = build(config, 2)
+    assert isinstance(engine, NativeEngine)
+    rank, head, calls = dist.get_rank(), engine.loss.head, []
+
+    def wrong_once(hidden: Tensor, labels: Tensor) -> Tensor:
+        calls.append(rank)
+        if calls == [1]:
+            hidden.register_hook(lambda grad: 1.001 * grad)
+        return head(hidden, labels)
+
+    engine.loss.head = wrong_once  # type: ignore[method-assign]
+    Twice(engine, 1, Peers(dist.group.WORLD)).forward_backward(batches(0, mesh, 6))
+    assert len(lines) == (rank == 0)
+    for line in lines:
+        assert line.startswith("the gradient of ranks 0,1 is not the same")
+        assert "in the logs of all of them" in line
 
 
 def test_an_engine_that_cannot_repeat_a_step_is_refused() -> None:

@@ -16,7 +16,9 @@ def step(number: int, loss: float = 1.0, last: bool = False, norm: float = 0.5) 
     return Step(number, torch.tensor(loss), torch.tensor(norm), 1e-3, last)
 
 
-def log_hook(rows: list[tuple[int, dict[str, float]]], every: int = 10, skips: bool = True) -> Log:
+def log_hook(
+    rows: list[tuple[int, dict[str, float]]], every: int = 10, skips: bool = True, rank: int = 0
+) -> Log:
     run = SimpleNamespace(
         config=SimpleNamespace(
             trainer=SimpleNamespace(
@@ -32,6 +34,7 @@ def log_hook(rows: list[tuple[int, dict[str, float]]], every: int = 10, skips: b
         trackers=SimpleNamespace(log=lambda number, metrics: rows.append((number, metrics))),
         speed=SimpleNamespace(read=lambda number, seconds, tokens: {"perf/step_s": 0.1}),
         folder="runs/x",
+        mesh=SimpleNamespace(rank=rank),
     )
     loader = SimpleNamespace(
         data_time=0.0,
@@ -60,6 +63,12 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run(bad: float)
     hook.after_step(step(6, norm=bad))
     with pytest.raises(TrainingError, match=r"step 7.*3 steps in a row.*optimizer\.lr"):
         hook.after_step(step(7, loss=bad, norm=bad))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_says_that_a_step_is_skipped(rank: int, caplog: pytest.LogCaptureFixture) -> None:
+    log_hook([], every=1, rank=rank).after_step(step(1, norm=float("nan")))
+    assert len(caplog.records) == (rank == 0)
 
 
 def test_a_bad_loss_with_a_good_gradient_ends_the_run() -> None:

@@ -1,6 +1,8 @@
 """Steps as CUDA graphs give what steps one by one give, to the last bit; on the CPU the same
 bookkeeping with a stand-in for the graph."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ from flashtrain.compose import load
 from flashtrain.config import ConfigError
 from flashtrain.data.loader import Batch
 from flashtrain.data.source import open_loader, prepare_source
-from flashtrain.engine.graph import WARMUP, Graph, Graphs, uses_graphs
+from flashtrain.engine.graph import WARMUP, Graph, Graphs, Recorded, uses_graphs
 from flashtrain.engine.native import NativeEngine
 from flashtrain.layout import no_graphs
 from flashtrain.optim import build_optimizer
@@ -103,7 +105,27 @@ def test_each_shape_is_recorded_for_itself_after_its_first_steps() -> None:
         for _ in range(WARMUP + 1):
             graphs.passes([batch(1.0, 1.0)] * count)
             graphs.update()
-    assert len(graphs.recorded) == 2
+    assert len(graphs.recorded) == 1
+
+
+def test_what_a_shape_that_is_over_held_is_given_back() -> None:
+    tiny, plain = Tiny(), Tiny()
+    graphs = Graphs(tiny.passes, tiny.update, [tiny.weight], tiny.record)
+    held: list[weakref.ref[Recorded]] = []
+    for count in (1, 2, 3, 1):
+        for number in range(WARMUP + 2):
+            batches = [batch(number, 1.0)] * count
+            if len(held) == count - 1 and number == 1:
+                assert not graphs.recorded  # in time for what steps that are not recorded need
+            expected = plain.passes(batches), plain.update()
+            assert torch.equal(graphs.passes(batches)[0], expected[0][0])
+            assert torch.equal(graphs.update(), expected[1])
+            assert torch.equal(tiny.weight, plain.weight)
+        (own,) = graphs.recorded.values()
+        held.append(weakref.ref(own))
+        del own
+    gc.collect()
+    assert [recorded() is not None for recorded in held] == [False, False, False, True]
 
 
 def test_gradients_that_wait_are_added_to() -> None:

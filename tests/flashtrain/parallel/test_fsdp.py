@@ -1,6 +1,7 @@
 """What each rank holds of a model cut by FSDP: weights, notes, dtypes. Training is compared in
 tests/distributed/test_matrix.py."""
 
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -119,3 +120,14 @@ def check_one_graph(plain: Config, compiled: Config) -> None:
     torch.testing.assert_close(results[1], results[0])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "a graph for each block"
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_torch_warns_of_no_wrong_gradients(tmp_path: Path) -> None:
+    run_ranks(check_no_warning, 2, tmp_path, config(2, 1, 2, "trainer.compile=false"))
+
+
+def check_no_warning(made: Config) -> None:
+    warnings.filterwarnings("error", "FSDP2-wrapped module")
+    engine = build_engine(made, build_mesh(1, shard=2), CPU)
+    tokens = torch.zeros(2, 6, dtype=torch.int64)
+    engine.forward_backward([Batch(tokens, tokens)])
