@@ -69,10 +69,20 @@ def main(arguments: list[str]) -> int:
         return REFUSED
     assert config.run_dir is not None
     folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ENDED).unlink(missing_ok=True)
     path = folder / f"launch-{os.getpid()}.json"
-    path.write_text(json.dumps(to_dict(config), indent=2))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ENDED).unlink(missing_ok=True)
+        path.write_text(json.dumps(to_dict(config), indent=2))
+    except OSError as error:
+        print(
+            f"flashtrain: run_dir={folder} cannot be written to ({error.strerror}): free some "
+            "space, make it writable, or name another folder",
+            file=sys.stderr,
+        )
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        return REFUSED
     try:
         status = _run(n_processes, path, folder, RESTARTS if restarts is None else restarts)
     finally:

@@ -3,6 +3,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from flashtrain import launch
 
 ENDS = """
 import atexit
@@ -29,3 +34,18 @@ def test_a_reader_that_went_away_changes_no_status() -> None:
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_full_disk_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, *_: object, **__: object) -> int:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    words = ["experiment=null", "data=random", "model.vocabulary=32", "trainer.steps=1"]
+    words += ["tracking.wandb.mode=disabled", f"run_dir={tmp_path}"]
+    assert launch.main(["--nproc", "1", *words]) == launch.REFUSED
+    said = capsys.readouterr().err
+    assert said.startswith(f"flashtrain: run_dir={tmp_path} cannot be written to (No space")
+    assert said.count("\n") == 1
