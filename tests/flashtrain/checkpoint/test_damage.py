@@ -21,6 +21,7 @@ from flashtrain.checkpoint import (
     find_latest,
     restore,
     save,
+    shelf,
     verify,
 )
 from flashtrain.checkpoint.integrity import (
@@ -127,6 +128,41 @@ def test_only_broken_checkpoints_are_a_decision_for_a_human(tmp_path: Path) -> N
             find_latest(tmp_path)
     save_whole(tmp_path, 1)  # a run started again on purpose is not held up
     assert find_latest(tmp_path) == tmp_path / OLD
+
+
+def test_a_run_that_trains_on_may_delete_what_another_process_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where somebody draws samples from a run under way."""
+    save_whole(tmp_path, 1)
+    check = shelf.file_faults
+
+    def slow(folder: Path, files: dict[str, FileRecord]) -> list[str]:
+        if folder.name == OLD:
+            save_whole(tmp_path, 2)
+            shelf.remove(folder)
+        return check(folder, files)
+
+    monkeypatch.setattr(shelf, "file_faults", slow)
+    assert find_latest(tmp_path) == tmp_path / NEW
+    assert not caplog.records
+    assert [path.name for path in tmp_path.iterdir()] == [NEW]
+
+
+def test_a_broken_checkpoint_of_somebody_else_is_passed_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    save_whole(tmp_path, 1)
+    save_whole(tmp_path, 2)
+    truncate(tmp_path / NEW / MANIFEST)
+    monkeypatch.setattr(shelf.os, "rename", refuse)
+    assert find_latest(tmp_path) == tmp_path / OLD
+    truncate(tmp_path / OLD / MANIFEST)
+    with pytest.raises(CheckpointError, match=f"every checkpoint.*{NEW}"):
+        find_latest(tmp_path)
 
 
 def test_a_newer_format_is_refused_and_not_set_aside(
