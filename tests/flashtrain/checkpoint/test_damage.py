@@ -223,6 +223,32 @@ def test_going_back_sets_the_later_checkpoints_aside(
     assert "went back to step 2" in caplog.text
 
 
+def test_dying_while_going_back_does_not_bring_back_what_was_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the renames that set it aside and that publish what was saved instead."""
+
+    class Killed(BaseException):
+        pass
+
+    rename, left = os.rename, 1
+
+    def counted(source: Path, target: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        rename(source, target)
+
+    save_whole(tmp_path, 1)
+    save_whole(tmp_path, 9)
+    with monkeypatch.context() as dying:
+        dying.setattr(os, "rename", counted)
+        with pytest.raises(Killed):
+            save_whole(tmp_path, 2)
+    assert find_latest(tmp_path) == tmp_path / OLD
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_full_disk_on_any_rank_is_one_clear_error_on_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
