@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from flashtrain.claim import claim
 from flashtrain.compose import from_dict, load, resolve
-from flashtrain.config import Config, to_dict
+from flashtrain.config import Config, ConfigError, to_dict
 from flashtrain.data.source import prepare_source
 from flashtrain.door import admit
 from flashtrain.launch import REFUSED
@@ -116,6 +116,16 @@ def pick_device(local_rank: int) -> torch.device:
     return device
 
 
+def _need_devices(processes: int) -> None:
+    """ConfigError for more processes of this machine than it has GPUs, if it has any."""
+    there = torch.cuda.device_count() if torch.cuda.is_available() else processes
+    if processes > there:
+        raise ConfigError(
+            f"{processes} processes on {socket.gethostname()}, which has {there} GPUs for them: "
+            "start one for each, or name more GPUs in CUDA_VISIBLE_DEVICES"
+        )
+
+
 def _compose(arguments: list[str], world: int) -> dict[str, object]:
     """The answer rank 0 gives to all: {"config": tree} or {"refused": sentence}."""
     try:
@@ -124,6 +134,7 @@ def _compose(arguments: list[str], world: int) -> dict[str, object]:
         else:
             config = load(arguments, world)
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        _need_devices(local)
         config = admit(config, world, local)
         assert config.run_dir is not None
         claim(Path(config.run_dir))

@@ -55,3 +55,15 @@ def check_why(folder: Path, alone: bool) -> None:
         if rank == 2 or not alone:
             startup.say_why(ConfigError("a shard is gone"), store)
     dist.barrier()
+
+
+def test_more_processes_than_gpus_are_refused_before_one_is_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    words = ["experiment=null", "data=random", "model.vocabulary=32", f"run_dir={tmp_path}"]
+    words += ["trainer.steps=1", "data.batch_size=4", "data.micro_batch_size=1"]
+    refused = startup._compose(words, 4)["refused"]
+    assert "4 processes on" in str(refused) and "has 2 GPUs" in str(refused)
