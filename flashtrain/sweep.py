@@ -108,7 +108,7 @@ def plan(arguments: Sequence[str], processes: int, configs: Path = CONFIGS) -> S
         study = _read(Study, "sweep", own["sweep"], configs, [])
     choices = _distinct(
         choice
-        for grid in study.grids
+        for grid in study.grids or [[]]
         for choice in _product([*study.fixed, *grid], overrides, configs)
     )
     labels = _labels(choices)
@@ -158,6 +158,8 @@ def _product(lines: Sequence[str], beats: Sequence[str], configs: Path) -> list[
                     values[key] = [value if equals else None]
                 elif override.is_discrete_sweep():
                     values[key] = list(override.sweep_string_iterator())
+                    if not values[key]:
+                        raise ConfigError(f"{line}: no value there is one of these")
                 else:
                     raise ConfigError(
                         f"{line}: an interval has no end of values; name them, {key}=1e-3,3e-4"

@@ -1,6 +1,7 @@
 """Which jobs a line means, where they go, and when they are done."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,13 @@ def test_every_study_can_run(study: str) -> None:
     assert len({json.dumps(sorted(job.overrides)) for job in sweep.jobs}) == len(sweep.jobs)
 
 
+def test_a_study_may_be_one_job(tmp_path: Path) -> None:
+    shutil.copytree(CONFIGS, tmp_path / "configs")
+    (tmp_path / "configs" / "sweep" / "mine.yaml").write_text("fixed: [trainer.steps=3]\n")
+    (job,) = plan(["sweep=mine"], 1, tmp_path / "configs").jobs
+    assert job.config.trainer.steps == 3
+
+
 def test_the_command_line_beats_the_study() -> None:
     assert values(["sweep=position_kinds", "position=rope", "seed=3"], "position", "seed") == [
         ("rope", "3")
@@ -98,6 +106,8 @@ def test_the_command_line_beats_the_study() -> None:
         (["launcher.nods=2", "seed=1"], "nods"),
         (["run_dir=here", "seed=1"], "folder of its own"),
         (["seed=[1"], "seed"),
+        (["position=glob(zz*)"], r"position=glob\(zz\*\): no value"),
+        (["optimizer.lr=1e-3,3e-4", "seed=range(5,1)"], r"seed=range\(5,1\): no value"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_starts(
