@@ -4,6 +4,7 @@ A lock of the operating system, which goes with the process that holds it howeve
 nothing stale is left behind. Rank 0 of a start holds it.
 """
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -45,10 +46,11 @@ def claim(folder: Path, patience: float = PATIENCE_S) -> None:
                 "run_dir"
             )
         time.sleep(0.2)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
     _held.append(file)
+    with contextlib.suppress(OSError):  # a full disk: who comes later hears of no name
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
 
 
 def _lock(file: IO[str]) -> bool:

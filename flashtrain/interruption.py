@@ -6,6 +6,7 @@ for the device and the run ends at most one step after the wish. Slurm's notice 
 (`#SBATCH --signal=USR1@120`).
 """
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+
+from flashtrain.launch import EARLIER_S
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 CLOCK = len(SIGNALS)  # what stands for the time limit where a signal's place in SIGNALS stands
@@ -26,8 +29,10 @@ class Interruption:
     """Use it in a `with` block: handlers are put back. Only the main thread may make one."""
 
     def __init__(self, time_limit: float | None = None) -> None:
-        """time_limit: minutes from now after which to stop, if any."""
-        self.deadline = time.monotonic() + 60 * time_limit if time_limit else None
+        """time_limit: minutes after which to stop, if any, from now or, where our launcher starts
+        again, from its first start."""
+        earlier = float(os.environ.get(EARLIER_S, 0))
+        self.deadline = time.monotonic() + 60 * time_limit - earlier if time_limit else None
         self.wish = 0  # 1 + place in SIGNALS, or 1 + CLOCK; the largest of all ranks counts
         self.asked_at = 0.0  # by a signal
         self._before: dict[int, Any] = {}

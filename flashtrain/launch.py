@@ -13,6 +13,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,6 +37,7 @@ REFUSED = 2  # exit status of a run that was refused with one line
 STOPPED = 130  # of one that a signal ended before it could save
 HUNG = 75  # of one that could make no more steps (watch.py); EX_TEMPFAIL: try again
 RESTARTS = 3
+EARLIER_S = "FLASHTRAIN_EARLIER_S"  # tells workers what earlier starts took of trainer.time_limit
 ENDED = "ended.json"  # in the run folder: the run's last start saved what it had trained
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # that torchrun hands on to the workers
 TIME_TO_SAVE_S = "600"  # before torchrun kills workers that were told to stop; its default is 30
@@ -74,12 +76,14 @@ def main(arguments: list[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ENDED).unlink(missing_ok=True)
         path.write_text(json.dumps(to_dict(config), indent=2))
-    except OSError as error:  # the workers' own sentence (claim.py), before there are any
+    except OSError as error:
         print(
-            f"flashtrain: run_dir={folder} cannot be written to ({error.strerror}): name another "
-            "folder, or make this one writable",
+            f"flashtrain: run_dir={folder} cannot be written to ({error.strerror}): free some "
+            "space, make it writable, or name another folder",
             file=sys.stderr,
         )
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
         return REFUSED
     try:
         status = _run(n_processes, path, folder, RESTARTS if restarts is None else restarts)
@@ -104,8 +108,10 @@ def _count(flag: str, arguments: list[str], least: int) -> tuple[int | None, lis
 
 def _run(n_processes: int, config: Path, folder: Path, restarts: int) -> int:
     """Start after start until one ends well, is refused or stopped, or another makes no sense."""
+    began = time.monotonic()
     for number in range(restarts + 1):
         before = _newest(folder)
+        os.environ[EARLIER_S] = str(time.monotonic() - began)
         status, codes = _torchrun(n_processes, config, folder)
         again = _worth_another(codes, _newest(folder) != before)
         if status != FAILED or number == restarts or not again:

@@ -10,6 +10,7 @@
 <run_dir>/wandb/                   W&B's own files
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -213,12 +214,24 @@ class Run:
     def _write_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / ENDED).unlink(missing_ok=True)
-        (self.folder / "config.json").write_text(json.dumps(to_dict(self.config), indent=2))
-        (self.folder / "environment.json").write_text(
-            json.dumps(environment(self.mesh.world_size), indent=2)
+        config, versions = to_dict(self.config), environment(self.mesh.world_size)
+        self._replace("config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
+        self._replace(
+            "environment.json", lambda path: path.write_text(json.dumps(versions, indent=2))
         )
         if self.tokenizer is not None:
-            self.tokenizer.save(self.folder / "tokenizer.json")
+            self._replace("tokenizer.json", self.tokenizer.save)
+
+    def _replace(self, name: str, write: Callable[[Path], object]) -> None:
+        """A full disk costs the new file, not the one before and not the run."""
+        path, fresh = self.folder / name, self.folder / f"{name}.tmp"
+        try:
+            write(fresh)
+            fresh.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
+            log.warning("cannot write %s: %s", path, error.strerror)
 
     def __enter__(self) -> Self:
         return self
@@ -233,4 +246,5 @@ class Run:
         self.report_saved(self.trackers.last_step)
         self.trackers.finish(failed=kind is not None)
         if kind is None and self.mesh.rank == 0:
-            (self.folder / ENDED).write_text(json.dumps({"why": self.why}) + "\n")
+            ended = json.dumps({"why": self.why}) + "\n"
+            self._replace(ENDED, lambda path: path.write_text(ended))

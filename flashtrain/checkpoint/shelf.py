@@ -49,33 +49,49 @@ def find_latest(folder: Path, peers: Peers = ALONE) -> Path | None:
     """The newest checkpoint of which every byte is as written; None where there never was one.
 
     Every rank of `peers` calls it and gets the same answer. Each checks a share of the files and
-    rank 0 decides. A broken checkpoint is named in one warning and renamed `step-N.broken`. When
-    only broken ones are left this raises CheckpointError: training from step 0 again over a damaged
-    disk is a decision for a human.
+    rank 0 decides. A broken checkpoint is named in one warning and, where that is allowed, renamed
+    `step-N.broken`. When only broken ones are left this raises CheckpointError: training from step
+    0 again over a damaged disk is a decision for a human.
     """
-    names: list[str] = []
     if peers.rank == 0:
         restore_replaced(folder)
-        names = [path.name for path in checkpoints(folder)]
-    names = peers.broadcast(names)
-    for name in names:
-        fault = _first_fault(folder / name, peers)
-        if fault is None:
+    broken: list[str] = []
+    name: str | None = ""
+    while name is not None:
+        name = peers.broadcast(_newest(folder, broken) if peers.rank == 0 else None)
+        fault = None if name is None else _first_fault(folder / name, peers)
+        if name is not None and fault is None:
             return folder / name
-        if peers.rank == 0:
-            aside = _set_aside(folder / name, "broken")
-            log.warning("checkpoint %s is broken and not used: %s", aside, fault)
-    broken = sorted(folder.glob("step-*.broken*")) if peers.rank == 0 else []
+        if name is not None and peers.rank == 0:
+            _drop(folder / name, str(fault), broken)
+    if peers.rank == 0:
+        broken += [path.name for path in folder.glob("step-*.broken*")]
     failure = None
     if broken:
         failure = (
-            f"every checkpoint in {folder} is broken, the last one is now {broken[-1].name}: "
+            f"every checkpoint in {folder} is broken, the last one is now {max(broken)}: "
             "restore one from a copy, or start again from step 0 with checkpoint.resume=never"
         )
     failure = peers.broadcast(failure)
     if failure is not None:
         raise CheckpointError(failure)
     return None
+
+
+def _newest(folder: Path, broken: list[str]) -> str | None:
+    return next((path.name for path in checkpoints(folder) if path.name not in broken), None)
+
+
+def _drop(path: Path, fault: str, broken: list[str]) -> None:
+    """Set a broken checkpoint aside; note it in `broken` where it has to stay under its name."""
+    aside = path
+    try:
+        aside = _set_aside(path, "broken")
+    except FileNotFoundError:
+        return  # not broken: a run that trains there deleted it, and has a newer one
+    except OSError:  # somebody else's run, which we may only read
+        broken.append(path.name)
+    log.warning("checkpoint %s is broken and not used: %s", aside, fault)
 
 
 def locate(folder: Path, peers: Peers = ALONE) -> Path:

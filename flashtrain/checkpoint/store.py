@@ -165,13 +165,14 @@ def _complete(
     tensors = _join([record.get("tensors", {}) for record in records])
     write_bytes(tmp / MANIFEST, encode(Manifest(step, files, tensors)))
     sync_folder(tmp)
+    # first: dying between the two must not leave what was given up as the newest
+    set_aside_later(final.parent, step)
     replaced = final.with_name(final.name + ".replaced")
     if final.exists():  # `clean` puts it back if we die between the two renames
         os.rename(final, replaced)
     os.rename(tmp, final)
     sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    set_aside_later(final.parent, step)
     prune(final.parent, keep)
 
 

@@ -25,8 +25,14 @@ class Files:
     def cut(self, step: int) -> None:
         """Drop rows of steps after `step`, and lines that a crash left half-written."""
         for path in (self.metrics, self.samples):
-            if path.exists():
-                _cut(path, step)
+            try:
+                if path.exists():
+                    _cut(path, step)
+            except OSError as error:
+                log.warning(
+                    "cannot cut %s (%s): its rows after step %d come twice",
+                    path, error.strerror, step,
+                )  # fmt: skip
 
     def start(self, config: dict[str, Any], resumed_id: str | None) -> None:
         self.metrics.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +70,9 @@ def _cut(path: Path, step: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if _is_row(line, step)]
     if kept == lines:
+        return
+    if kept == lines[: len(kept)]:  # which a full disk allows
+        os.truncate(path, sum(map(len, kept)))
         return
     fresh = path.with_name(path.name + ".tmp")
     with fresh.open("wb") as file:

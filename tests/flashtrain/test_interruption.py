@@ -51,6 +51,19 @@ def test_the_time_limit_is_in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert stop.agreed() == "the time limit"
 
 
+def test_a_start_after_a_failure_has_what_is_left_of_the_time_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: now[0])
+    monkeypatch.setenv(interruption.EARLIER_S, "90")
+    with Interruption(time_limit=2) as stop:
+        now[0] += 29
+        assert stop.agreed() is None
+        now[0] += 2
+        assert stop.agreed() == "the time limit"
+
+
 def test_a_first_signal_after_the_time_limit_lets_the_run_save(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flashtrain import launch
 from flashtrain.launch import REFUSED, _what_next, main
 
 ENDS = """
@@ -55,3 +56,35 @@ def test_a_reader_that_went_away_changes_no_status() -> None:
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_full_disk_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, *_: object, **__: object) -> int:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    words = ["experiment=null", "data=random", "model.vocabulary=32", "trainer.steps=1"]
+    words += ["tracking.wandb.mode=disabled", f"run_dir={tmp_path}"]
+    assert launch.main(["--nproc", "1", *words]) == launch.REFUSED
+    said = capsys.readouterr().err
+    assert said.startswith(f"flashtrain: run_dir={tmp_path} cannot be written to (No space")
+    assert said.count("\n") == 1
+
+
+def test_a_restart_tells_the_workers_what_was_taken_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, told = [100.0], list[float]()
+
+    def crash(*_: object) -> tuple[int, set[int]]:
+        told.append(float(os.environ[launch.EARLIER_S]))
+        now[0] += 30
+        return launch.FAILED, {-9}
+
+    monkeypatch.setenv(launch.EARLIER_S, "77")  # of another launcher
+    monkeypatch.setattr(launch.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(launch, "_torchrun", crash)
+    assert launch._run(2, tmp_path / "config.json", tmp_path, 2) == launch.FAILED
+    assert told == [0, 30, 60]

@@ -129,6 +129,29 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(checkpoint.store, "write_tensors", full)
 
 
+def test_a_full_disk_costs_the_files_of_a_start_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, "trainer.stop_at=3")
+    before = (tmp_path / "config.json").read_text()
+    write = Path.write_text
+
+    def full(path: Path, *arguments: object, **others: object) -> int:
+        if path.parent == tmp_path:
+            path.touch()  # what a full disk allows
+            raise OSError(28, "No space left on device", str(path))
+        return write(path, *arguments, **others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "write_text", full)
+    folder = run(tmp_path)
+    assert steps(folder) == [6, 9]
+    assert (tmp_path / "config.json").read_text() == before
+    said = [record.getMessage() for record in caplog.records]
+    for name in ("config.json", "environment.json", "ended.json"):
+        assert f"cannot write {tmp_path / name}: No space left on device" in said
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_an_error_does_not_cost_the_checkpoint_in_flight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from flashtrain.checkpoint import (
     find_latest,
     restore,
     save,
+    shelf,
     verify,
 )
 from flashtrain.checkpoint.integrity import (
@@ -129,6 +130,41 @@ def test_only_broken_checkpoints_are_a_decision_for_a_human(tmp_path: Path) -> N
     assert find_latest(tmp_path) == tmp_path / OLD
 
 
+def test_a_run_that_trains_on_may_delete_what_another_process_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where somebody draws samples from a run under way."""
+    save_whole(tmp_path, 1)
+    check = shelf.file_faults
+
+    def slow(folder: Path, files: dict[str, FileRecord]) -> list[str]:
+        if folder.name == OLD:
+            save_whole(tmp_path, 2)
+            shelf.remove(folder)
+        return check(folder, files)
+
+    monkeypatch.setattr(shelf, "file_faults", slow)
+    assert find_latest(tmp_path) == tmp_path / NEW
+    assert not caplog.records
+    assert [path.name for path in tmp_path.iterdir()] == [NEW]
+
+
+def test_a_broken_checkpoint_of_somebody_else_is_passed_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    save_whole(tmp_path, 1)
+    save_whole(tmp_path, 2)
+    truncate(tmp_path / NEW / MANIFEST)
+    monkeypatch.setattr(shelf.os, "rename", refuse)
+    assert find_latest(tmp_path) == tmp_path / OLD
+    truncate(tmp_path / OLD / MANIFEST)
+    with pytest.raises(CheckpointError, match=f"every checkpoint.*{NEW}"):
+        find_latest(tmp_path)
+
+
 def test_a_newer_format_is_refused_and_not_set_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +221,32 @@ def test_going_back_sets_the_later_checkpoints_aside(
     assert find_latest(tmp_path) == tmp_path / NEW
     assert (tmp_path / "step-00000009.abandoned").is_dir()
     assert "went back to step 2" in caplog.text
+
+
+def test_dying_while_going_back_does_not_bring_back_what_was_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the renames that set it aside and that publish what was saved instead."""
+
+    class Killed(BaseException):
+        pass
+
+    rename, left = os.rename, 1
+
+    def counted(source: Path, target: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        rename(source, target)
+
+    save_whole(tmp_path, 1)
+    save_whole(tmp_path, 9)
+    with monkeypatch.context() as dying:
+        dying.setattr(os, "rename", counted)
+        with pytest.raises(Killed):
+            save_whole(tmp_path, 2)
+    assert find_latest(tmp_path) == tmp_path / OLD
 
 
 @pytest.mark.parametrize("rank", [0, 1])

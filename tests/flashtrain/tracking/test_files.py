@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 from pathlib import Path
@@ -73,3 +74,24 @@ def test_a_disk_that_refuses_warns_once_and_training_goes_on(
     files.start({}, None)  # the disk is back
     files.log(3, {"a": 1.0})
     assert [json.loads(x)["step"] for x in files.metrics.read_text().split("\n") if x] == [3]
+
+
+def test_on_a_full_disk_rows_are_cut_where_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = Files(tmp_path)
+    for step in (10, 20, 30):
+        files.log(step, {"train/loss": 1.0})
+    damaged = b'{"step": 5, "ti\n' + files.metrics.read_bytes()
+    files.samples.write_bytes(damaged)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: open(path, "rb").read())  # noqa: SIM115
+    files.cut(20)
+    monkeypatch.undo()
+    assert [row["step"] for row in rows(files.metrics)] == [10, 20]
+    assert files.samples.read_bytes() == damaged
+    assert "samples.jsonl" in caplog.text and "metrics.jsonl" not in caplog.text
