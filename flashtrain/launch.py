@@ -40,6 +40,7 @@ RESTARTS = 3
 EARLIER_S = "FLASHTRAIN_EARLIER_S"  # tells workers what earlier starts took of trainer.time_limit
 ENDED = "ended.json"  # in the run folder: the run's last start saved what it had trained
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # that torchrun hands on to the workers
+PROFILED = {"CUDA_INJECTION64_PATH", "NVTX_INJECTION64_PATH"}  # Nsight and CUPTI tools set these
 TIME_TO_SAVE_S = "600"  # before torchrun kills workers that were told to stop; its default is 30
 
 
@@ -195,8 +196,11 @@ def leave(status: int) -> NoReturn:
     """End this process as `sys.exit` does, but for taking apart what is in its memory.
 
     With PyTorch that takes a second, in workers and then in the launcher (two cores, 2026-11-27),
-    and a run that is told to stop may have few.
+    and a run that is told to stop may have few. Profilers that were loaded into the process write
+    their last when it is taken apart, so under them it is.
     """
+    if not PROFILED.isdisjoint(os.environ):
+        sys.exit(status)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

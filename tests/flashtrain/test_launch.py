@@ -46,6 +46,25 @@ def test_the_next_commands_can_be_pasted_whatever_the_folder_is_called() -> None
     assert "run_dir=runs/my run" in said["resume"]
 
 
+@pytest.mark.parametrize("profiled", [True, False])
+def test_under_a_profiler_the_process_is_taken_apart(
+    profiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in launch.PROFILED:
+        monkeypatch.delenv(name, raising=False)
+    if profiled:
+        monkeypatch.setenv("CUDA_INJECTION64_PATH", "a library")
+    statuses: list[int] = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    monkeypatch.setattr(launch.atexit, "_run_exitfuncs", lambda: None)
+    if profiled:
+        with pytest.raises(SystemExit, match="3"):
+            launch.leave(3)
+    else:
+        launch.leave(3)
+    assert statuses == ([] if profiled else [3])
+
+
 def test_a_reader_that_went_away_changes_no_status() -> None:
     code = "from flashtrain.launch import leave; print('nobody reads this'); leave(0)"
     reader, writer = os.pipe()
