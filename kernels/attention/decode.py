@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.attention import tiles
 from kernels.attention.decode_reference import decode_reference
-from kernels.attention.problem import LARGEST_HEAD, UNBOUNDED
+from kernels.attention.problem import FARTHEST, LARGEST_HEAD, UNBOUNDED
 
 BACKENDS = ("auto", "triton", "reference")
 SMALLEST_PAGE = 16
@@ -234,7 +234,7 @@ def _check_options(
         raise ValueError(f"alibi_slopes must be torch.float32, got {slopes.dtype}")
     if sinks is not None and not sinks.dtype.is_floating_point:
         raise ValueError(f"sinks must be floating point, got {sinks.dtype}")
-    return UNBOUNDED if window is None else window[0]
+    return UNBOUNDED if window is None else min(window[0], FARTHEST)
 
 
 def _refusal(q: Tensor, k: Tensor, v: Tensor, page_table: Tensor | None) -> str | None:

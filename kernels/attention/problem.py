@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 UNBOUNDED = -1  # a side of the window without limit
+FARTHEST = 2**30  # keys; what reaches farther sees no more, and kernels add it to places in int32
 LARGEST_HEAD = 256
 
 
@@ -113,8 +114,8 @@ def describe(
         device=q.device,
         strides=(q.stride(), k.stride(), v.stride()),
         causal=causal,
-        before=left,
-        after=0 if causal else right,
+        before=min(left, FARTHEST),
+        after=0 if causal else min(right, FARTHEST),
         alibi=alibi_slopes is not None,
         softcap=softcap or 0.0,
         sinks=sinks is not None,

@@ -1,5 +1,6 @@
 """The public function: refusals, torch.library, torch.compile, layouts, determinism."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import attention, explain
+from kernels.attention import attention, attention_decode, explain
 from kernels.attention.ranges import document_bounds, document_ids, key_range
 from kernels.attention.registration import attention_backward, attention_forward
 from tests.kernels.attention.cases import CASES, Case, inputs_of, run, run_by
@@ -364,3 +365,22 @@ def test_vectors_may_be_parts_of_others(backend: str, platform: Platform) -> Non
     plain = call(torch.clone, bounds.expand(B, -1, -1).contiguous())
     for mine, other in zip(call(grown, bounds.expand(B, -1, -1)), plain, strict=True):
         torch.testing.assert_close(mine, other)
+
+
+def test_windows_wider_than_any_sequence_are_none(platform: Platform) -> None:
+    """2^31 - 1 and sys.maxsize are how others say it; added to a place they pass the integers."""
+    q, k, v = (
+        torch.randn(1, 20, 1, 16, device=platform.device).to(platform.dtype) for _ in range(3)
+    )
+    lengths = torch.tensor([4], dtype=torch.int32, device=platform.device)
+    for far in (2**31 - 1, sys.maxsize):
+        wide, none = (
+            attention(q, k, v, causal=False, window=(5, right), backend="triton")
+            for right in (far, -1)
+        )
+        assert torch.equal(wide, none)
+        wide, none = (
+            attention_decode(q[:, :9], k, v, lengths, window=(left, 0), backend="triton")
+            for left in (far, -1)
+        )
+        torch.testing.assert_close(wide, none)

@@ -110,8 +110,11 @@ def test_as_accurate_as_eager(
     ours, eager = KINDS[kind]
     inputs = given_for(kind, place, torch.float32 if weights == "fp32" else place.dtype, bias)
     mine = run(ours, inputs, None, remakes=remakes, backend=place.backend)
-    # weights that are rounded on use count as they are used
-    rounded = [None if x is None else x.to(place.dtype) for x in inputs]
+    # weights of products count as they are used, rounded; ours does not round a norm's
+    whole = (1, 2) if kind in ("norm", "mlp") else ()
+    rounded = [
+        x if x is None or number in whole else x.to(place.dtype) for number, x in enumerate(inputs)
+    ]
     low, exact = run(eager, inputs, None), run(eager, rounded, torch.float64)
     size = max(float(x.detach().abs().max()) for x in exact)
     for number, (a, b, c) in enumerate(zip(mine, low, exact, strict=True)):
@@ -135,9 +138,11 @@ def test_what_is_made_again_is_what_was(place: Place) -> None:
     inputs = given_for("mlp", place, torch.float32, True)
     kept = run(ours_mlp, inputs, None, remakes=False, backend=place.backend)
     made = run(ours_mlp, inputs, None, remakes=True, backend=place.backend)
-    rounding = torch.finfo(place.dtype).eps
+    # GELUs of libraries need not round as ours does; in fp32 a sum over tokens then rounds in other
+    # ways at every step, in 16 bits only where it ends
+    steps = 8 if place.dtype == torch.float32 else 1
+    rounding = steps * torch.finfo(place.dtype).eps
     for a, b in zip(kept, made, strict=True):
-        # cuBLASLt's GELU need not round as ours does
         torch.testing.assert_close(a, b, rtol=0, atol=rounding * float(b.detach().abs().max()))
 
 

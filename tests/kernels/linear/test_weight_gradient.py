@@ -32,6 +32,8 @@ def test_as_close_as_its_way_allows(features: int, inputs: int, backend: str) ->
     assert dw.dtype == torch.float32
     rounded = tiles.rounds_gradient(features, inputs, dw.device)
     assert torch.equal(dw, dw.bfloat16().float()) == rounded
+    if rounded:  # PyTorch's product, whose library may round parts of a sum, too
+        assert torch.equal(dw, (dy.t() @ x).float())
+        return
     exact, sizes = dy.double().t() @ x.double(), dy.double().abs().t() @ x.double().abs()
-    limit = 512 * 2.0**-23 * sizes + (2.0**-8 * exact.abs() if rounded else 0)
-    assert ((dw.double() - exact).abs() <= limit).all()
+    assert ((dw.double() - exact).abs() <= 512 * 2.0**-23 * sizes).all()
