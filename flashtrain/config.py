@@ -306,7 +306,7 @@ class TrainerConfig:
     # GPUs that miscalculate; the kernels must be deterministic. null: never
     check_determinism: int | None = None
     # minutes without a finished step, evaluation or save after which a run counts as hung: every
-    # rank writes where it stands to hangs/ of the run folder and ends
+    # rank writes where it stands to hangs/ of the run folder and ends; more than a save takes
     hang_timeout: float = 10.0
     # seconds without a sign of life of a node and without a step after which it counts as lost
     node_timeout: float = 5.0
