@@ -162,7 +162,8 @@ def recorder() -> Record:
 def uses_graphs(config: Config, device: torch.device) -> bool:
     """What `trainer.cuda_graph` means here; ConfigError where it is on and cannot be.
 
-    auto: on one GPU. Tensor-parallel ranks are recorded where it is on. `config` is resolved.
+    auto: on one GPU. Tensor-parallel ranks are recorded only where it is on, as no card has run
+    that so far (2026-11-27). `config` is resolved.
     """
     wanted, reason = config.trainer.cuda_graph, no_graphs(config)
     if device.type != "cuda":

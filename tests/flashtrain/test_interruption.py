@@ -41,24 +41,13 @@ def test_the_same_signal_twice_at_once_is_one_wish_and_later_is_impatience(
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_the_time_limit_is_in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("earlier", [0, 90])  # s that starts which failed took of it
+def test_the_time_limit_is_in_minutes(earlier: int, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(interruption.time, "monotonic", lambda: now[0])
+    monkeypatch.setenv(interruption.EARLIER_S, str(earlier))
     with Interruption(time_limit=2) as stop:
-        now[0] += 119
-        assert stop.agreed() is None
-        now[0] += 2
-        assert stop.agreed() == "the time limit"
-
-
-def test_a_start_after_a_failure_has_what_is_left_of_the_time_limit(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr(interruption.time, "monotonic", lambda: now[0])
-    monkeypatch.setenv(interruption.EARLIER_S, "90")
-    with Interruption(time_limit=2) as stop:
-        now[0] += 29
+        now[0] += 119 - earlier
         assert stop.agreed() is None
         now[0] += 2
         assert stop.agreed() == "the time limit"
