@@ -198,7 +198,7 @@ class _NormGeluMLP(torch.autograd.Function):
         kept = [up, down] if remakes else [up16, down16, a]
         ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, z, *kept)
         ctx.dtypes = _dtypes(up, up_bias, down, down_bias)
-        ctx.centers, ctx.backend = centers, backend
+        ctx.centers, ctx.backend, ctx.remakes = centers, backend, remakes
         return products.add_product(a, down16, down_bias16, x, backend)
 
     @staticmethod
@@ -206,7 +206,7 @@ class _NormGeluMLP(torch.autograd.Function):
         x, norm_weight, norm_bias, mean, rstd, z, up, down, *kept = ctx.saved_tensors
         of_up, of_up_bias, of_down, of_down_bias = _wanted(ctx.dtypes, ctx.needs_input_grad[3:7])
         dz, sums, a = products.gelu_gradient(
-            dx, _again(x, down, ctx.backend), z, of_up_bias is not None, not kept
+            dx, _again(x, down, ctx.backend), z, of_up_bias is not None, ctx.remakes
         )
         d_down, _ = parameter_gradients(dx, kept[0] if kept else a, of_down, None, ctx.backend)
         dx, total, y = norm.backward(

@@ -152,9 +152,16 @@ def test_places_count_from_the_first_token_of_a_document() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
-@pytest.mark.parametrize("position", ["position=rope", "position=learned", "position=alibi"])
-def test_on_a_gpu_in_bf16_documents_stay_apart(folder: Path, backend: str, position: str) -> None:
+@pytest.mark.parametrize(
+    ("position", "backend"),
+    [  # PyTorch would add ALiBi's bias in bf16, so "torch" refuses it
+        (f"position={kind}", backend)
+        for kind in ("rope", "learned", "alibi")
+        for backend in ("auto", "triton", "torch")
+        if (kind, backend) != ("alibi", "torch")
+    ],
+)
+def test_on_a_gpu_in_bf16_documents_stay_apart(folder: Path, position: str, backend: str) -> None:
     """Compiled blocks and the fused kernels, beside the CPU in fp32: what rounding changes is small
     beside what attention over the ends of documents would change."""
     size = ["model.d_model=128", "model.head_size=64", position]

@@ -114,7 +114,8 @@ def test_sums_of_what_comes_along_the_stream(kind: str, platform: Platform) -> N
     dx, total, _ = op.backward(*given, True)
     plain, others, _ = op.backward(*given, False)
     assert torch.equal(dx, plain)
-    assert torch.equal(total[:-1], others)
+    # fp32 sums of 301 rows up to 60 in size, in another order where the tiles differ
+    torch.testing.assert_close(total[:-1], others, rtol=0, atol=1e-4)
     torch.testing.assert_close(total[-1], ds.float().sum(0), rtol=0, atol=1e-4)
 
 
