@@ -18,6 +18,7 @@ from torch.utils.checkpoint import (
 )
 
 from flashtrain.config import Recompute
+from flashtrain.model.attention import Attention
 from flashtrain.model.gpt import GPT
 from flashtrain.model.linear import Linear
 from flashtrain.model.mlp import MLP
@@ -48,6 +49,10 @@ def recompute_blocks(model: GPT, kind: Recompute) -> None:
     for layer in layers if kind is Recompute.selective else ():
         layer.fuses = False  # each operation for itself, to be kept or not
     for block in model.blocks:
+        attention = block.get_submodule("attention")
+        assert isinstance(attention, Attention)
+        # the first product of a block, which `selective` keeps, is that of q, k and v
+        attention.keeps_product = kind is Recompute.selective
         block.forward = functools.partial(checkpoint, block.forward, **keywords)
 
 

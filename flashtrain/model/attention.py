@@ -15,8 +15,8 @@ from flashtrain.model.cache import LayerCache
 from flashtrain.model.linear import Linear, behind_norm, onto_stream
 from flashtrain.model.norm import StreamNorm, head_norm
 from flashtrain.model.parametrization import query_ratio
-from flashtrain.model.rope import rotate
 from kernels.attention import attention, attention_packed
+from kernels.rope import rotate
 
 HEADS = (Target.q, Target.k, Target.v)  # their order in the fused projection
 
@@ -42,6 +42,8 @@ class Attention(nn.Module):
         self.adds = position.kind in (PositionKind.learned, PositionKind.sinusoidal)
         self.rotates = position.kind is PositionKind.rope
         self.slopes = position.kind is PositionKind.alibi
+        # whether somebody keeps the projection's output, which is then not to be overwritten
+        self.keeps_product = False
         self.query_ratio = query_ratio(model)
         # what mixes the tokens of the heads where ranks hold parts of the sequence
         self.attend: Callable[..., Tensor] | None = None
@@ -103,13 +105,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         heads = fused.unflatten(-1, (-1, self.head_size))  # [B, T, H + 2 K, D]
         count = self.out.in_features // self.head_size
-        if self.rotates:
-            assert position is not None
-            turning = (heads.shape[2] + count) // 2
-            q_and_k, v = torch.split(heads, [turning, heads.shape[2] - turning], dim=2)
-            heads = torch.cat((rotate(q_and_k, position), v), dim=2)
         return attention_packed(
-            heads, count, causal=True, alibi_slopes=slopes, documents=documents,
+            heads, count, causal=True, rotation=position if self.rotates else None,
+            in_place=not self.keeps_product, alibi_slopes=slopes, documents=documents,
             backend=self.backend,
         )  # fmt: skip
 

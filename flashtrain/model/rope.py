@@ -1,4 +1,4 @@
-"""Rotary positions: frequencies with their scalings, and the rotation itself.
+"""Frequencies of rotary positions, with their scalings; the rotation itself is kernels/rope.
 
 Keys and formulas are those of Hugging Face's `rope_parameters`, so that its checkpoints mean the
 same here. Notation: R rotated dims of a head, theta_i = rope_theta^(-2i/R), i < R/2, L the
@@ -11,21 +11,6 @@ import torch
 from torch import Tensor
 
 from flashtrain.config import PositionConfig, RopeScaling, RopeType
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn dims i and i + R/2 of every head by its position's angle (the rotate-half pairing).
-
-    x [B, T, H, D], table [T, R] or [B, T, R] from `RotaryPosition`, R <= D; dims from R on pass
-    through.
-    Computed in fp32, returned in x's dtype.
-    """
-    half = table.shape[-1] // 2
-    cos, sin = table.unsqueeze(-2).chunk(2, dim=-1)  # [T, 1, R / 2] each
-    a, b, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1)
-    # cast before joining: the fp32 products then never leave the registers of the fused kernel
-    turned = ((a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype))
-    return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)
 
 
 def rope_frequencies(position: PositionConfig, head_size: int) -> tuple[Tensor, float]:

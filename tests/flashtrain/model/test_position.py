@@ -11,8 +11,9 @@ from flashtrain.model.gpt import GPT
 from flashtrain.model.init import init_weights
 from flashtrain.model.norm import StreamNorm
 from flashtrain.model.position import AlibiPosition, LearnedPosition, RotaryPosition, alibi_slopes
-from flashtrain.model.rope import rope_frequencies, rotate
+from flashtrain.model.rope import rope_frequencies
 from kernels.attention import attention
+from kernels.rope import rotate
 from tests.flashtrain.model.test_gpt import build, some_tokens, tiny
 
 CPU = torch.device("cpu")
