@@ -5,7 +5,8 @@
     python scripts/bench_block.py --only products --ways 8  # all that cuBLASLt ranks
 
     passes     norms forward, backward, and backward with the norm once more; GELU's derivative with
-               the sum over tokens, and with GELU once more; sums over tokens; casts of weights
+               the sum over tokens, and with GELU once more; sums over tokens; casts of weights;
+               rotary positions of q and k, which torch.compile joins to v in a tensor of their own
     products   of every layer: y, with GELU, added to the stream, dx, and dW as it is shipped, in
                bf16 and cast, and in fp32
     halves     norm and MLP, forward and backward together
@@ -43,6 +44,9 @@ from kernels.linear.tiles import pass_tile
 from kernels.norm import kernel as norm
 from kernels.norm.reference import add_norm_reference
 from kernels.norm.tiles import backward_tile, forward_tile
+from kernels.rope import kernel as rope
+from kernels.rope import rotate, rotate_heads
+from kernels.rope.tiles import tile_for
 from scripts.parts.graph_timing import copy_rate, microseconds, on_the_side, product_rate
 from scripts.parts.where import where
 
@@ -55,12 +59,14 @@ class Size:
     N: int  # tokens
     D: int  # width
     biases: bool
+    T: int  # tokens of a sequence
+    head: int  # size
 
 
 SIZES = (
-    Size("124m", 32768, 768, True),
-    Size("350m", 16384, 1024, True),
-    Size("1.3b", 16384, 2048, False),
+    Size("124m", 32768, 768, True, 1024, 64),
+    Size("350m", 16384, 1024, True, 1024, 64),
+    Size("1.3b", 16384, 2048, False, 2048, 128),
 )
 Row = dict[str, Any]
 
@@ -143,6 +149,32 @@ def passes(size: Size) -> Iterator[Row]:
     cast = compiled(lambda w, b: (w.bfloat16(), b.bfloat16()))
     run = partial(passes_kernel.cast, up, up_bias, torch.bfloat16)
     yield row("cast of up", size, run, lambda: cast(up, up_bias), numbers=3 * up.numel())
+    yield from rotations(size)
+
+
+def rotations(size: Size) -> Iterator[Row]:
+    qkv, table, turning = heads_of(size)
+
+    def joined(x: Tensor) -> Tensor:
+        return torch.cat((rotate(x[:, :, :turning], table), x[:, :, turning:]), dim=2)
+
+    peer = compiled(joined)
+    moved = 2 * qkv[:, :, :turning].numel()
+    run = partial(rope.rotate, qkv, qkv, table, turning, False)
+    yield row("rotation in place", size, run, partial(peer, qkv), numbers=moved)
+    run = partial(rotate_heads, qkv, table, turning)
+    yield row("rotation, new tensor", size, run, partial(peer, qkv), numbers=2 * qkv.numel())
+    theirs = backward_of(compiled(joined), [qkv], torch.randn_like(qkv))
+    run = partial(rope.rotate, qkv, qkv, table, turning, True)
+    yield row("rotation backward", size, run, theirs, numbers=moved)
+
+
+def heads_of(size: Size) -> tuple[Tensor, Tensor, int]:
+    """q, k and v of all heads [B, T, 3 H, D], the table [T, D], and how many heads are turned."""
+    heads = size.D // size.head
+    angles = torch.rand(size.T, size.head // 2, device="cuda") * 6
+    qkv = randn(size.N // size.T, size.T, 3 * heads, size.head)
+    return qkv, torch.cat((angles.cos(), angles.sin()), dim=-1), 2 * heads
 
 
 def sweep(size: Size) -> None:
@@ -166,6 +198,13 @@ def sweep(size: Size) -> None:
             (1, 3),
         )
     ]
+    qkv, table, turning = heads_of(size)
+    turned = tile_for(turning, size.head // 2, device)
+    turns = [
+        replace(turned, tokens=t, heads=h, warps=w)
+        for t, h, w in itertools.product((1, 2, 4, 8, 16), (4, 8, 16, 32), (2, 4, 8))
+        if 512 <= t * h * size.head // 2 <= 8192
+    ]
     kinds: dict[str, tuple[Any, list[Any], Any]] = {
         "norm forward": (partial(norm.forward, x, None, weight, bias, EPS, True),
                          [replace(first, rows=r, warps=w) for r, w in shapes], first),
@@ -174,6 +213,7 @@ def sweep(size: Size) -> None:
                        walks, second),
         "GELU'": (partial(passes_kernel.gelu_backward, d, z, True, False), blocks, own),
         "GELU again": (partial(passes_kernel.gelu_backward, d, z, True, True), blocks, own),
+        "rotation": (partial(rope.rotate, qkv, qkv, table, turning, False), turns, turned),
         "sums": (partial(passes_kernel.column_sums, wide, torch.float32), blocks, own),
     }  # fmt: skip
     for kind, (call, tiles, mine) in kinds.items():

@@ -123,8 +123,8 @@ def _turning(qkv: Tensor, heads: int) -> int:
 
 
 def _refuse_leaf(qkv: Tensor) -> None:
-    if torch.compiler.is_compiling() or not (qkv.requires_grad and torch.is_grad_enabled()):
-        return  # the compiler sees what becomes of qkv, and copies where it must
+    if not (qkv.requires_grad and torch.is_grad_enabled()):
+        return
     owner = qkv if qkv._base is None else qkv._base
     if owner.is_leaf and owner.requires_grad:
         raise ValueError(

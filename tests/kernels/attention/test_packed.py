@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention import attention, attention_packed
+from kernels.rope import rotate
+from tests.kernels.interpreter import Platform
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
@@ -33,7 +35,7 @@ def both(qkv: Tensor, function: Any, **options: Any) -> tuple[Tensor, Tensor]:
     out = function(qkv, **options)
     torch.manual_seed(1)
     (grad,) = torch.autograd.grad(out, qkv, torch.randn(out.shape, device=out.device).to(out.dtype))
-    return out, grad
+    return out.detach(), grad
 
 
 def apart(qkv: Tensor, **options: Any) -> Tensor:
@@ -73,6 +75,94 @@ def test_compiled_without_a_break(name: str) -> None:
         both(qkv, compiled, **options), both(qkv, packed, **options), strict=True
     ):
         assert torch.equal(mine, other)
+
+
+def table_for(qkv: Tensor, packs: bool, R: int = 64) -> Tensor:
+    """Angles of positions, or of each sequence's own, with a factor as YaRN has."""
+    B, T = qkv.shape[:2]
+    angles = torch.randn(*([B] if packs else []), T, R // 2, device=qkv.device) * 4
+    return 1.3 * torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def rotated(qkv: Tensor, table: Tensor, **options: Any) -> Tensor:
+    return attention_packed(2 * qkv, 4, rotation=table, **options)
+
+
+def rotated_apart(qkv: Tensor, table: Tensor, **options: Any) -> Tensor:
+    q_and_k, v = (2 * qkv).split([6, 2], dim=2)
+    return apart(torch.cat((rotate(q_and_k, table), v), dim=2), **options)
+
+
+@pytest.mark.parametrize("R", [64, 24])
+@pytest.mark.parametrize("name", ["causal", "documents"])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("backend", ["triton", "auto", "torch"])
+def test_heads_are_turned_and_gradients_turned_back(
+    backend: str, in_place: bool, name: str, R: int, platform: Platform
+) -> None:
+    qkv, options = inputs(name, platform.device)
+    table = table_for(qkv, name == "documents", R)
+    chosen = {"table": table, "backend": backend, **options}
+    ours = both(qkv, rotated, in_place=in_place, **chosen)
+    theirs = both(qkv, rotated_apart, **chosen)
+    for mine, other in zip(ours, theirs, strict=True):
+        bound = 0.01 if platform.on_gpu else 1e-6
+        torch.testing.assert_close(
+            mine, other, rtol=2 * bound, atol=bound * float(other.abs().max())
+        )
+
+
+def test_memory_is_only_overwritten_where_it_may_be(platform: Platform) -> None:
+    qkv, options = inputs("causal", platform.device)
+    table = table_for(qkv, packs=False)
+    options |= {"rotation": table, "backend": "triton"}
+    before = qkv.clone()
+    leaf = qkv.requires_grad_()
+    attention_packed(leaf, 4, **options)
+    assert torch.equal(leaf, before)
+    for own in (leaf, leaf.transpose(0, 1).transpose(0, 1)):
+        with pytest.raises(ValueError, match="would turn the heads of a leaf"):
+            attention_packed(own, 4, in_place=True, **options)
+        with pytest.raises(ValueError, match="would turn the heads of a leaf"):
+            torch.compile(attention_packed)(own, 4, in_place=True, **options)
+    assert torch.equal(leaf, before)
+    kept = leaf.exp()  # whose backward reads it again
+    out = attention_packed(kept, 4, in_place=True, **options)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    with torch.no_grad():
+        mine = before.clone()
+        attention_packed(mine, 4, in_place=True, **options)
+    assert torch.equal(mine[:, :, 6:], before[:, :, 6:])
+    turned = rotate(before[:, :, :6], table)
+    rounding = torch.finfo(mine.dtype).eps * float(turned.abs().max())
+    torch.testing.assert_close(mine[:, :, :6], turned, rtol=0, atol=rounding)
+
+
+def test_compiled_it_overwrites_nothing_that_is_read_again(platform: Platform) -> None:
+    """A copy is made where one is needed; what autograd keeps is refused as without compiling."""
+    qkv, options = inputs("causal", platform.device)
+    options |= {"rotation": table_for(qkv, packs=False), "backend": "triton"}
+
+    def read_elsewhere(qkv: Tensor, in_place: bool) -> Tensor:
+        heads = 2 * qkv
+        sums = heads.flatten(2).sum(-1)
+        return attention_packed(heads, 4, in_place=in_place, **options) * sums[..., None, None]
+
+    def kept(qkv: Tensor, in_place: bool) -> Tensor:
+        return attention_packed(qkv.exp(), 4, in_place=in_place, **options)
+
+    ours = both(qkv, torch.compile(read_elsewhere, fullgraph=True), in_place=True)
+    for mine, other in zip(ours, both(qkv, read_elsewhere, in_place=False), strict=True):
+        bound = 0.02 if platform.on_gpu else 1e-5
+        torch.testing.assert_close(mine, other, rtol=0, atol=bound * float(other.abs().max()))
+    with pytest.raises(Exception, match="modified by an inplace operation"):
+        both(qkv, torch.compile(kept, fullgraph=True), in_place=True)
+
+
+def test_a_rotation_must_fit() -> None:
+    with pytest.raises(ValueError, match=r"\[5, 16\] is not for heads \[1, 4, 8, 16\]"):
+        attention_packed(torch.zeros(1, 4, 8, 16), 4, causal=True, rotation=torch.ones(5, 16))
 
 
 def test_heads_must_add_up() -> None:

@@ -1,0 +1,11 @@
+"""Where these tests run: the kernel in Triton's interpreter on the CPU, `-m gpu` on a GPU."""
+
+import torch
+
+from tests.kernels.interpreter import platforms
+
+platform = platforms(
+    "kernels.rope.kernel",
+    cpu=(torch.float32, torch.float16),
+    cuda=(torch.bfloat16, torch.float16, torch.float32),
+)
