@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from kernels.adamw import adamw_
 from kernels.embedding import kernel as table
-from kernels.linear import cublaslt, norm_gelu_mlp, products
+from kernels.linear import cublaslt, norm_gelu_mlp, products, reference
 from kernels.linear import kernel as passes_kernel
 from kernels.linear.tiles import pass_tile
 from kernels.norm import kernel as norm
@@ -135,6 +135,11 @@ def passes(size: Size) -> Iterator[Row]:
         run = partial(passes_kernel.gelu_backward, d, z, size.biases, wants)
         theirs = partial(compiled(other), d, z)
         yield row(name, size, run, theirs, numbers=(3 + wants) * N * H)
+    d, z = randn(N, 11 * D // 4), randn(N, 11 * D // 2)  # as wide as Llama's MLPs: 8/3 and more
+    for name, wants in (("SwiGLU'", False), ("SwiGLU', SwiGLU again", True)):
+        run = partial(passes_kernel.swiglu_backward, d, z, False, wants)
+        theirs = partial(compiled(partial(swiglu, again=wants)), d, z)
+        yield row(name, size, run, theirs, numbers=(5 + wants) * d.numel())
     wide = randn(N, 3 * D)
     theirs = partial(compiled(lambda x: x.sum(0, dtype=torch.float32)), wide)
     run = partial(passes_kernel.column_sums, wide, torch.float32)
@@ -143,6 +148,12 @@ def passes(size: Size) -> Iterator[Row]:
     cast = compiled(lambda w, b: (w.bfloat16(), b.bfloat16()))
     run = partial(passes_kernel.cast, up, up_bias, torch.bfloat16)
     yield row("cast of up", size, run, lambda: cast(up, up_bias), numbers=3 * up.numel())
+
+
+def swiglu(d: Tensor, z: Tensor, again: bool) -> tuple[Tensor, ...]:
+    """SwiGLU's backward, and SwiGLU once more."""
+    dz = reference.swiglu_gradient(d, z)
+    return (dz, reference.swiglu(z)) if again else (dz,)
 
 
 def sweep(size: Size) -> None:
@@ -166,6 +177,7 @@ def sweep(size: Size) -> None:
             (1, 3),
         )
     ]
+    gated, half, double = pass_tile(x.device, gated=True), randn(N, 2 * D), randn(N, H)
     kinds: dict[str, tuple[Any, list[Any], Any]] = {
         "norm forward": (partial(norm.forward, x, None, weight, bias, EPS, True),
                          [replace(first, rows=r, warps=w) for r, w in shapes], first),
@@ -174,6 +186,8 @@ def sweep(size: Size) -> None:
                        walks, second),
         "GELU'": (partial(passes_kernel.gelu_backward, d, z, True, False), blocks, own),
         "GELU again": (partial(passes_kernel.gelu_backward, d, z, True, True), blocks, own),
+        "SwiGLU'": (partial(passes_kernel.swiglu_backward, half, double, False, False), blocks,
+                    gated),
         "sums": (partial(passes_kernel.column_sums, wide, torch.float32), blocks, own),
     }  # fmt: skip
     for kind, (call, tiles, mine) in kinds.items():

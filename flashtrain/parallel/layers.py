@@ -19,7 +19,6 @@ from typing import Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flashtrain.model.embedding import Embedding
 from flashtrain.model.linear import Linear, Product
@@ -27,6 +26,7 @@ from flashtrain.model.shard import Piece, Shard, boxes, held, shard_of, whole
 from flashtrain.parallel.collectives import gather_sequence, scatter_sequence, slice_sequence
 from flashtrain.parallel.mesh import Axis
 from flashtrain.parallel.overlap import PLAIN, Form, gather_linear, linear_scatter
+from kernels.embedding import embedding
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class VocabularyEmbedding(nn.Module):
         # words of other ranks read rows spread over the table, not all the same one: the backward
         # adds (zeros) there, and adds to one row queue up
         local = torch.where(here, tokens - self.axis.rank * rows, tokens % rows)
-        x = F.embedding(local, self.weight).to(self.dtype)
+        x = embedding(local, self.weight, self.dtype)
         return scatter_sequence(x.masked_fill(~here.unsqueeze(-1), 0), self.axis)
 
     def add(self, x: Tensor, vectors: Tensor) -> Tensor:

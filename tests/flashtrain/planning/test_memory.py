@@ -14,7 +14,7 @@ from flashtrain.parallel.mesh import SINGLE
 from flashtrain.planning.activations import everything, kept
 from flashtrain.planning.memory import Memory, predict_memory
 from flashtrain.planning.sizes import sizes_of
-from kernels.linear import op, tiles
+from kernels.linear import mlp, op, tiles
 from tests.flashtrain.planning.measured import MEASURED, config_of
 from tests.kernels.interpreter import interpreted
 
@@ -93,7 +93,8 @@ def test_a_block_of_plain_layers_keeps_what_the_formula_says(
 ) -> None:
     """With the passes of kernels/ as on a GPU, in Triton's interpreter."""
     config = config_of(f"{TINY} {model} precision=bf16 trainer.recompute={recompute}")
-    monkeypatch.setattr(op, "resolve", lambda *_: "triton")
+    for module in (op, mlp):
+        monkeypatch.setattr(module, "resolve", lambda *_: "triton")
     monkeypatch.setattr(tiles, "cast_block", lambda _: 2**16)  # or it takes minutes
     with interpreted("kernels.linear.kernel", "kernels.norm.kernel"):
         found = kept_by_autograd(config, None)
