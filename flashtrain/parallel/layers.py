@@ -159,8 +159,7 @@ class ColumnLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.product is not None:
             return self.product(gather_sequence(x, self.axis), self.weight, self.bias)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return gather_linear(x, self.weight.to(x.dtype), bias, self.axis, self.form)
+        return gather_linear(x, self.weight, self.bias, self.axis, self.form)
 
 
 class RowLinear(nn.Module):
@@ -206,7 +205,7 @@ class RowLinear(nn.Module):
         if self.product is not None:
             y = scatter_sequence(self.product(x, self.weight, None), self.axis)
         else:
-            y = linear_scatter(x, self.weight.to(x.dtype), self.axis, self.form)
+            y = linear_scatter(x, self.weight, self.axis, self.form)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
