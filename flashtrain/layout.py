@@ -18,16 +18,20 @@ from flashtrain.config import (
     Recompute,
 )
 
-# tokens of a micro-batch x d_model from which transfers run behind products. Their pieces take the
-# host 9 to 12 ms a layer and step (H200, 2026-11-27, 16384 tokens, tokens/s per GPU): at width 2048
-# 37.0k on against 51.7k off on two GPUs and 14.1k against 27.3k on four; at 4096 41.0k and 35.0k on
+# tokens of a micro-batch x d_model from which transfers run behind products where the host launches
+# every kernel: their pieces take it 9 to 12 ms a layer and step (H200, 2026-11-27, 16384 tokens,
+# tokens/s per GPU): at width 2048 37.0k on against 51.7k off on two GPUs and 14.1k against 27.3k on
+# four; at 4096 41.0k and 35.0k on
 WORTH_HIDING = 16384 * 4096
 
 
 def overlap_of(config: Config) -> Overlap:
     """What `parallel.overlap` means for this model: auto is off where products are too small.
 
-    Off with fp8 layers too, whose products wait for their transfers. `config` is resolved.
+    Off with fp8 layers too, whose products wait for their transfers. In steps that are CUDA graphs
+    nothing is too small: on beside off, in tokens/s per GPU of two H200 (2026-11-27), 408.0k and
+    381.9k for gpt2_124m, 147.1k and 136.7k for 350m, 58.4k and 52.4k for 1.3b. `config` is
+    resolved.
     """
     data, wanted = config.data, config.parallel.overlap
     if config.precision.linear is not LinearKind.compute:
@@ -35,7 +39,21 @@ def overlap_of(config: Config) -> Overlap:
     assert data.micro_batch_size is not None
     tokens = data.micro_batch_size * data.sequence_length // config.parallel.context
     small = tokens * config.model.d_model < WORTH_HIDING
-    return Overlap.off if wanted is Overlap.auto and small else wanted
+    recorded = config.trainer.cuda_graph is not CudaGraph.off and no_graphs(config) is None
+    return Overlap.off if wanted is Overlap.auto and small and not recorded else wanted
+
+
+def records(config: Config) -> bool:
+    """Whether `trainer.cuda_graph` makes steps CUDA graphs, on GPUs; `config` is resolved.
+
+    auto: on one GPU, and on tensor ranks whose transfers run behind products: without them two
+    H200s were as fast one by one (52.9k tokens/s per GPU, and 52.4k recorded).
+    """
+    wanted = config.trainer.cuda_graph
+    if wanted is CudaGraph.off or no_graphs(config) is not None:
+        return False
+    alone = config.parallel.tensor == 1
+    return wanted is CudaGraph.on or alone or overlap_of(config) in (Overlap.auto, Overlap.on)
 
 
 def resolve_parallel(

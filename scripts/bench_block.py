@@ -5,8 +5,8 @@
     python scripts/bench_block.py --only products --ways 8  # all that cuBLASLt ranks
 
     passes     norms forward, backward, and backward with the norm once more; GELU's derivative with
-               the sum over tokens, and with GELU once more; sums over tokens; casts of weights;
-               rotary positions of q and k, which torch.compile joins to v in a tensor of their own
+               the sum over tokens, and with GELU once more; sums over tokens; casts of weights
+    rotations  of q and k by their positions; torch.compile's are joined to v in another tensor
     products   of every layer: y, with GELU, added to the stream, dx, and dW as it is shipped, in
                bf16 and cast, and in fp32
     halves     norm and MLP, forward and backward together
@@ -20,11 +20,9 @@ the faster one (kernels/README.md). Whole steps without each: scripts/bench_with
 """
 
 import argparse
-import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,41 +36,19 @@ from torch.nn import functional as F
 
 from kernels.adamw import adamw_
 from kernels.embedding import kernel as table
-from kernels.linear import cublaslt, norm_gelu_mlp, products
 from kernels.linear import kernel as passes_kernel
-from kernels.linear.tiles import pass_tile
+from kernels.linear import norm_gelu_mlp, products, reference
 from kernels.norm import kernel as norm
 from kernels.norm.reference import add_norm_reference
-from kernels.norm.tiles import backward_tile, forward_tile
 from kernels.rope import kernel as rope
 from kernels.rope import rotate, rotate_heads
-from kernels.rope.tiles import tile_for
+from scripts.parts.block_sizes import EPS, SIZES, Size, heads_of, randn
+from scripts.parts.block_tiles import sweep, sweep_rotation, ways
 from scripts.parts.graph_timing import copy_rate, microseconds, on_the_side, product_rate
 from scripts.parts.where import where
 
-VOCABULARY, EPS = 50304, 1e-5
-
-
-@dataclass(frozen=True)
-class Size:
-    name: str
-    N: int  # tokens
-    D: int  # width
-    biases: bool
-    T: int  # tokens of a sequence
-    head: int  # size
-
-
-SIZES = (
-    Size("124m", 32768, 768, True, 1024, 64),
-    Size("350m", 16384, 1024, True, 1024, 64),
-    Size("1.3b", 16384, 2048, False, 2048, 128),
-)
+VOCABULARY = 50304
 Row = dict[str, Any]
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(*shape, device="cuda").to(dtype)
 
 
 def backward_of(function: Callable[..., Any], inputs: list[Tensor], *seeds: Tensor) -> Any:
@@ -141,6 +117,11 @@ def passes(size: Size) -> Iterator[Row]:
         run = partial(passes_kernel.gelu_backward, d, z, size.biases, wants)
         theirs = partial(compiled(other), d, z)
         yield row(name, size, run, theirs, numbers=(3 + wants) * N * H)
+    d, z = randn(N, 11 * D // 4), randn(N, 11 * D // 2)  # as wide as Llama's MLPs: 8/3 and more
+    for name, wants in (("SwiGLU'", False), ("SwiGLU', SwiGLU again", True)):
+        run = partial(passes_kernel.swiglu_backward, d, z, False, wants)
+        theirs = partial(compiled(partial(swiglu, again=wants)), d, z)
+        yield row(name, size, run, theirs, numbers=(5 + wants) * d.numel())
     wide = randn(N, 3 * D)
     theirs = partial(compiled(lambda x: x.sum(0, dtype=torch.float32)), wide)
     run = partial(passes_kernel.column_sums, wide, torch.float32)
@@ -149,7 +130,6 @@ def passes(size: Size) -> Iterator[Row]:
     cast = compiled(lambda w, b: (w.bfloat16(), b.bfloat16()))
     run = partial(passes_kernel.cast, up, up_bias, torch.bfloat16)
     yield row("cast of up", size, run, lambda: cast(up, up_bias), numbers=3 * up.numel())
-    yield from rotations(size)
 
 
 def rotations(size: Size) -> Iterator[Row]:
@@ -169,59 +149,10 @@ def rotations(size: Size) -> Iterator[Row]:
     yield row("rotation backward", size, run, theirs, numbers=moved)
 
 
-def heads_of(size: Size) -> tuple[Tensor, Tensor, int]:
-    """q, k and v of all heads [B, T, 3 H, D], the table [T, D], and how many heads are turned."""
-    heads = size.D // size.head
-    angles = torch.rand(size.T, size.head // 2, device="cuda") * 6
-    qkv = randn(size.N // size.T, size.T, 3 * heads, size.head)
-    return qkv, torch.cat((angles.cos(), angles.sin()), dim=-1), 2 * heads
-
-
-def sweep(size: Size) -> None:
-    """Other tiles of the passes, best first."""
-    N, D, H = size.N, size.D, 4 * size.D
-    x, dy, ds, d, z, wide = (randn(N, n) for n in (D, D, D, H, H, 3 * D))
-    weight, bias = randn(D, dtype=torch.float32), randn(D, dtype=torch.float32)
-    _, _, mean, rstd = norm.forward(x, None, weight, bias, EPS, True)
-    shapes = ((1, 2), (1, 4), (2, 4), (4, 4), (1, 8), (2, 8))
-    device, own = x.device, pass_tile(x.device)
-    first, second = forward_tile(D, device), backward_tile(D, device, True)
-    walks = [
-        replace(second, rows=r, warps=w, programs=p, stages=s)
-        for (r, w), p, s in itertools.product(shapes, (2, 3, 4, 6, 8), (1, 3))
-    ]
-    blocks = [
-        replace(own, rows=r, columns=c, warps=w, programs=p, stages=s)
-        for (r, c, w), p, s in itertools.product(
-            ((8, 256, 4), (4, 256, 4), (4, 512, 4), (8, 512, 8), (16, 256, 8)),
-            (4, 6, 8, 12),
-            (1, 3),
-        )
-    ]
-    qkv, table, turning = heads_of(size)
-    turned = tile_for(turning, size.head // 2, device)
-    turns = [
-        replace(turned, tokens=t, heads=h, warps=w)
-        for t, h, w in itertools.product((1, 2, 4, 8, 16), (4, 8, 16, 32), (2, 4, 8))
-        if 512 <= t * h * size.head // 2 <= 8192
-    ]
-    kinds: dict[str, tuple[Any, list[Any], Any]] = {
-        "norm forward": (partial(norm.forward, x, None, weight, bias, EPS, True),
-                         [replace(first, rows=r, warps=w) for r, w in shapes], first),
-        "norm again": (partial(norm.backward, dy, ds, x, weight, bias, mean, rstd, True, True,
-                               True),
-                       walks, second),
-        "GELU'": (partial(passes_kernel.gelu_backward, d, z, True, False), blocks, own),
-        "GELU again": (partial(passes_kernel.gelu_backward, d, z, True, True), blocks, own),
-        "rotation": (partial(rope.rotate, qkv, qkv, table, turning, False), turns, turned),
-        "sums": (partial(passes_kernel.column_sums, wide, torch.float32), blocks, own),
-    }  # fmt: skip
-    for kind, (call, tiles, mine) in kinds.items():
-        found = sorted((microseconds(partial(call, tile)), str(tile)) for tile in {*tiles, mine})
-        told = [one for one in found if one in found[:4] or one[1] == str(mine)]
-        for took, tile in told:
-            mark = "  <- shipped" if tile == str(mine) else ""
-            print(f"  {size.name} {kind}: {took:.1f} us {tile}{mark}", flush=True)
+def swiglu(d: Tensor, z: Tensor, again: bool) -> tuple[Tensor, ...]:
+    """SwiGLU's backward, and SwiGLU once more."""
+    dz = reference.swiglu_gradient(d, z)
+    return (dz, reference.swiglu(z)) if again else (dz,)
 
 
 def product_rows(size: Size) -> Iterator[Row]:
@@ -248,48 +179,6 @@ def product_rows(size: Size) -> Iterator[Row]:
         yield row(f"{name} dW", size, run, partial(small, dy, x), flops=flops)
         wide = partial(torch.mm, dy.t(), x, out_dtype=torch.float32)
         yield row(f"{name} dW, fp32 product", size, wide, flops=flops)
-
-
-def ways(size: Size, count: int) -> None:
-    """Times of what cuBLASLt ranks, with the workspace that is shipped and a larger one."""
-    N, D, H = size.N, size.D, 4 * size.D
-    E, major = cublaslt.Epilogue, cublaslt.row_major
-    bias, tall = (randn(n) if size.biases else None for n in (D, H))
-    x, dy, stream = (randn(N, D) for _ in range(3))
-    a, z, up, down = randn(N, H), randn(N, H), randn(H, D), randn(D, H)
-    dz, y, dw, narrow = (
-        torch.empty_like(a),
-        torch.empty_like(x),
-        *(torch.empty(n, D, device="cuda") for n in (H, D)),
-    )
-    square = randn(D, D)
-    plain, with_gelu = (E.bias, E.gelu_aux_bias) if size.biases else (E.none, E.gelu_aux)
-    cases: dict[str, tuple[Any, ...]] = {
-        "up + GELU": ((major(up, True), major(x), major(a)), with_gelu, (up, x, a),
-                      {"aux": z, "bias": tall}),
-        "down + stream": ((major(down, True), major(a), major(y)), plain, (down, a, y),
-                          {"c": stream, "bias": bias}),
-        "out + stream": ((major(square, True), major(x), major(y)), plain, (square, x, y),
-                         {"c": stream, "bias": bias}),
-        "up dW": ((major(x), major(a, True), major(dw)), E.none, (x, a, dw), {}),
-        "out dW": ((major(x), major(dy, True), major(narrow)), E.none, (x, dy, narrow), {}),
-        # not taken: its first way ran at 183 TFLOP/s
-        "down dx + GELU'": ((major(down), major(dy), major(dz)), E.dgelu, (down, dy, dz),
-                            {"aux": z}),
-    }  # fmt: skip
-    shipped = cublaslt.WORKSPACE
-    for name, (matrices, epilogue, tensors, options) in cases.items():
-        for workspace in (shipped, 4 * shipped):
-            cublaslt.WORKSPACE, times = workspace, []
-            for choice in range(count):
-                try:
-                    plan = cublaslt.Plan(*matrices, epilogue, 256, choice)
-                except cublaslt.UnsupportedError:
-                    break
-                times.append(microseconds(partial(plan.run, *tensors, **options)))
-            told = ", ".join(f"{took:.1f}" for took in times)
-            print(f"  {size.name} {name}, {workspace >> 20} MiB: ways {told} us", flush=True)
-    cublaslt.WORKSPACE = shipped
 
 
 def halves(size: Size) -> Iterator[Row]:
@@ -342,7 +231,13 @@ def ends(size: Size) -> Iterator[Row]:
     yield row("AdamW", size, run, theirs, bytes=28 * p.numel())
 
 
-PARTS = {"passes": passes, "products": product_rows, "halves": halves, "ends": ends}
+PARTS = {
+    "passes": passes,
+    "rotations": rotations,
+    "products": product_rows,
+    "halves": halves,
+    "ends": ends,
+}
 
 
 def main() -> int:
@@ -376,6 +271,8 @@ def main() -> int:
                 rows.append(one)
             if part == "passes" and options.sweep:
                 sweep(size)
+            if part == "rotations" and options.sweep:
+                sweep_rotation(size)
             if part == "products" and options.ways:
                 ways(size, options.ways)
     if options.json:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from flashtrain.config import Config, ConfigError, CudaGraph
 from flashtrain.data.loader import Batch
-from flashtrain.layout import no_graphs
+from flashtrain.layout import no_graphs, records
 
 log = logging.getLogger("flashtrain.engine.graph")
 
@@ -162,14 +162,11 @@ def recorder() -> Record:
 def uses_graphs(config: Config, device: torch.device) -> bool:
     """What `trainer.cuda_graph` means here; ConfigError where it is on and cannot be.
 
-    auto: on one GPU. Tensor-parallel ranks are recorded only where it is on, as no card has run
-    that so far (2026-11-27). `config` is resolved.
+    `config` is resolved.
     """
     wanted, reason = config.trainer.cuda_graph, no_graphs(config)
     if device.type != "cuda":
         reason = "the device is not a CUDA GPU"
     if wanted is CudaGraph.on and reason is not None:
         raise ConfigError(f"trainer.cuda_graph=on: {reason}; take auto or off")
-    if reason is not None or wanted is CudaGraph.off:
-        return False
-    return wanted is CudaGraph.on or config.parallel.tensor == 1
+    return reason is None and records(config)

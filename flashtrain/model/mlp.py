@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from flashtrain.config import Mlp, ModelConfig
 from flashtrain.model.linear import Linear, behind_norm, is_plain, onto_stream
 from flashtrain.model.norm import StreamNorm
-from kernels.linear import norm_gelu_mlp
+from kernels.linear import norm_gelu_mlp, norm_swiglu_mlp, swiglu
 
 
 class MLP(nn.Module, ABC):
@@ -89,9 +89,14 @@ class SwigluMLP(MLP):
         self.down = Linear(model.d_ff, model.d_model, model.bias)
 
     def run(self, norm: StreamNorm, x: Tensor, branch: Tensor | None) -> Tensor:
-        middle, x = behind_norm(self.gate_up, norm, x, branch)
-        gate, up = middle.chunk(2, dim=-1)
-        return joined(*onto_stream(self.down, F.silu(gate) * up, x))
+        up, down = self.gate_up, self.down
+        if branch is None and is_plain(up) and is_plain(down):
+            return norm_swiglu_mlp(
+                x, norm.weight, norm.bias, up.weight, up.bias, down.weight, down.bias,
+                eps=norm.eps, centers=norm.centers, remakes=up.remakes,
+            )  # fmt: skip
+        middle, x = behind_norm(up, norm, x, branch)
+        return joined(*onto_stream(down, swiglu(middle), x))
 
 
 def joined(x: Tensor, branch: Tensor | None) -> Tensor:

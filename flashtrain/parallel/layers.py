@@ -19,7 +19,6 @@ from typing import Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flashtrain.model.embedding import Embedding
 from flashtrain.model.linear import Linear, Product
@@ -27,6 +26,7 @@ from flashtrain.model.shard import Piece, Shard, boxes, held, shard_of, whole
 from flashtrain.parallel.collectives import gather_sequence, scatter_sequence, slice_sequence
 from flashtrain.parallel.mesh import Axis
 from flashtrain.parallel.overlap import PLAIN, Form, gather_linear, linear_scatter
+from kernels.embedding import embedding
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,7 @@ class ColumnLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.product is not None:
             return self.product(gather_sequence(x, self.axis), self.weight, self.bias)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return gather_linear(x, self.weight.to(x.dtype), bias, self.axis, self.form)
+        return gather_linear(x, self.weight, self.bias, self.axis, self.form)
 
 
 class RowLinear(nn.Module):
@@ -206,7 +205,7 @@ class RowLinear(nn.Module):
         if self.product is not None:
             y = scatter_sequence(self.product(x, self.weight, None), self.axis)
         else:
-            y = linear_scatter(x, self.weight.to(x.dtype), self.axis, self.form)
+            y = linear_scatter(x, self.weight, self.axis, self.form)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -257,7 +256,7 @@ class VocabularyEmbedding(nn.Module):
         # words of other ranks read rows spread over the table, not all the same one: the backward
         # adds (zeros) there, and adds to one row queue up
         local = torch.where(here, tokens - self.axis.rank * rows, tokens % rows)
-        x = F.embedding(local, self.weight).to(self.dtype)
+        x = embedding(local, self.weight, self.dtype)
         return scatter_sequence(x.masked_fill(~here.unsqueeze(-1), 0), self.axis)
 
     def add(self, x: Tensor, vectors: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from flashtrain.parallel.peer_memory import PeerMemory, peers_missing
 from flashtrain.parallel.pipelined import gather_linear as pipelined_gather_linear
 from flashtrain.parallel.pipelined import linear_scatter as pipelined_linear_scatter
 from flashtrain.parallel.transport import MessageTransport, use_transport
+from kernels.linear import linear, parameter_gradients
 
 log = logging.getLogger("flashtrain.parallel")
 
@@ -85,7 +86,8 @@ def choose_form(axis: Axis, wanted: Overlap, device: torch.device) -> Form:
 def gather_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, form: Form = PLAIN
 ) -> Tensor:
-    """`F.linear(gather_sequence(x), weight, bias)`: [B, T/n, I] -> [B, T, O]; all of one dtype.
+    """`F.linear(gather_sequence(x), weight, bias)`: [B, T/n, I] -> [B, T, O], weight and bias cast
+    to x's dtype.
 
     forward   y_r = X W_r^T + b_r  with X = concat over s of x_s
     backward  dX_r = dy_r W_r             while X is gathered once more
@@ -98,19 +100,24 @@ def gather_linear(
     more.
     """
     y: Tensor
+    bias = None if bias is None else bias.to(x.dtype)
     if axis.group is None:
-        y = F.linear(gather_sequence(x, axis), weight, bias)
+        y = linear(gather_sequence(x, axis), weight, bias)
     elif form is Form.pipelined:
-        y = pipelined_gather_linear(x.contiguous(), weight, bias, axis.size, axis.name)
+        low = weight.detach().to(x.dtype)
+        y = pipelined_gather_linear(x.contiguous(), low, weight, bias, axis.size, axis.name)
     elif form is Form.fused:
-        y = FusedGatherLinear.apply(x.contiguous(), weight, bias, axis.size, axis.name)
+        low = weight.to(x.dtype)
+        y = FusedGatherLinear.apply(x.contiguous(), low, bias, axis.size, axis.name)
     else:
-        y = _GatherLinear.apply(x, weight, bias, axis.size, axis.name)
+        low = weight.detach().to(x.dtype)
+        y = _GatherLinear.apply(x, low, weight, bias, axis.size, axis.name)
     return y
 
 
 def linear_scatter(x: Tensor, weight: Tensor, axis: Axis, form: Form = PLAIN) -> Tensor:
-    """`scatter_sequence(F.linear(x, weight))`: [B, T, I] -> [B, T/n, O]; all of one dtype.
+    """`scatter_sequence(F.linear(x, weight))`: [B, T, I] -> [B, T/n, O], the weight cast to x's
+    dtype.
 
     forward   y_r = (sum over s of x_s W_s^T)[part r]
     backward  dx_r = dY W_r, dW_r = dY^T x_r  with dY = concat over s of dy_s
@@ -118,31 +125,33 @@ def linear_scatter(x: Tensor, weight: Tensor, axis: Axis, form: Form = PLAIN) ->
     Raises ValueError when n does not divide T.
     """
     if axis.group is None or form is Form.plain:
-        return scatter_sequence(F.linear(x, weight), axis)
+        return scatter_sequence(linear(x, weight, None), axis)
     check_divides(x.size(1), axis.size)
     y: Tensor
     if form is Form.pipelined:
-        y = pipelined_linear_scatter(x.contiguous(), weight, axis.size, axis.name)
+        low = weight.detach().to(x.dtype)
+        y = pipelined_linear_scatter(x.contiguous(), low, weight, axis.size, axis.name)
     else:
-        y = FusedLinearScatter.apply(x, weight, axis.name)
+        y = FusedLinearScatter.apply(x, weight.to(x.dtype), axis.name)
     return y
 
 
 class _GatherLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, size: int, name: str
+        ctx: Any, x: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, size: int, name: str
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, low)
         ctx.size, ctx.name = size, name
-        return F.linear(finish_gather(start_gather(x, size, name), size), weight, bias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return F.linear(finish_gather(start_gather(x, size, name), size), low, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, low = ctx.saved_tensors
         gathering = start_gather(x, ctx.size, ctx.name)
-        scattering = start_scatter(grad @ weight, ctx.size, ctx.name)
+        scattering = start_scatter(grad @ low, ctx.size, ctx.name)
         rows = grad.flatten(0, 1)  # [B T, O]
-        grad_weight = rows.T @ finish_gather(gathering, ctx.size).flatten(0, 1)
-        grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        return finish_scatter(scattering), grad_weight, grad_bias, None, None
+        gathered = finish_gather(gathering, ctx.size).flatten(0, 1)
+        dw, db = parameter_gradients(rows, gathered, *ctx.dtypes)
+        return finish_scatter(scattering), None, dw, db, None, None

@@ -12,7 +12,8 @@ The backward of each is the other one, and the weight's gradient is one product 
 computed when the gathered input has long arrived. Nothing but inputs is kept.
 
 Each is one operator (torch.library), so torch.compile keeps it whole and calls it. The transport is
-looked up by the group's name.
+looked up by the group's name. Products read the weight as `low`, in x's dtype; the gradient is that
+of `weight`, in its own dtype: fp32 of a master weight leaves the product unrounded.
 """
 
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from flashtrain.parallel.transport import Gathering, Transport, others, transport_of
+from kernels.linear import parameter_gradients
 
 # pieces in which a part travels: the first is on its way sooner, products get smaller
 CHUNKS = 2
@@ -33,72 +35,82 @@ def pieces(rows: int) -> int:
 
 
 @torch.library.custom_op("flashtrain::gather_linear", mutates_args=())
-def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None, size: int, name: str) -> Tensor:
-    """x_r [B, T/n, I], weight [O, I], bias [O] -> [B, T, O]; all contiguous but the weight."""
+def gather_linear(
+    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, size: int, name: str
+) -> Tensor:
+    """x_r [B, T/n, I], low and weight [O, I], bias [O] -> [B, T, O]; all contiguous but weights."""
     transport = transport_of(name)
-    y = x.new_empty(x.size(0), size * x.size(1), weight.size(0))
+    y = x.new_empty(x.size(0), size * x.size(1), low.size(0))
     rows = x.flatten(0, 1)
     gathering = transport.gather(rows, pieces(rows.size(0)))
-    _products(gathering, transport, rows, weight.T, bias, y.flatten(0, 1))
+    _products(gathering, transport, rows, low.T, bias, y.flatten(0, 1))
     gathering.release()
     return y
 
 
 @gather_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, size: int, name: str) -> Tensor:
-    return x.new_empty(x.size(0), size * x.size(1), weight.size(0))
+def _(x: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, size: int, name: str) -> Tensor:
+    return x.new_empty(x.size(0), size * x.size(1), low.size(0))
 
 
 @torch.library.custom_op("flashtrain::gather_linear_backward", mutates_args=())
 def _gather_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, size: int, name: str
+    grad: Tensor, x: Tensor, low: Tensor, size: int, name: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """grad [B, T, O] -> dx_r [B, T/n, I], dW [O, I]"""
+    """grad [B, T, O] -> dx_r [B, T/n, I], dW [O, I] in dtype"""
     transport = transport_of(name)
     rows, dx = grad.flatten(0, 1), torch.empty_like(x)
     own = x.flatten(0, 1)
     gathering = transport.gather(own, pieces(own.size(0)), whole=True)
-    _products_to_ring(transport, rows, weight, dx.flatten(0, 1))
-    dw = rows.T @ gathering.whole()
+    _products_to_ring(transport, rows, low, dx.flatten(0, 1))
+    dw = _weight_gradient(rows, gathering.whole(), dtype)
     gathering.release()
     return dx, dw
 
 
 @_gather_linear_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, size: int, name: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), grad.new_empty(grad.size(-1), x.size(-1))
+def _(
+    grad: Tensor, x: Tensor, low: Tensor, size: int, name: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), grad.new_empty(low.shape, dtype=dtype)
 
 
 @torch.library.custom_op("flashtrain::linear_scatter", mutates_args=())
-def linear_scatter(x: Tensor, weight: Tensor, size: int, name: str) -> Tensor:
-    """x_r [B, T, I], weight [O, I] -> [B, T/n, O], this rank's part of the sum over ranks."""
-    y = x.new_empty(x.size(0), x.size(1) // size, weight.size(0))
-    _products_to_ring(transport_of(name), x.flatten(0, 1), weight.T, y.flatten(0, 1))
+def linear_scatter(x: Tensor, low: Tensor, weight: Tensor, size: int, name: str) -> Tensor:
+    """x_r [B, T, I], low and weight [O, I] -> [B, T/n, O], this rank's part of the ranks' sum."""
+    y = x.new_empty(x.size(0), x.size(1) // size, low.size(0))
+    _products_to_ring(transport_of(name), x.flatten(0, 1), low.T, y.flatten(0, 1))
     return y
 
 
 @linear_scatter.register_fake
-def _(x: Tensor, weight: Tensor, size: int, name: str) -> Tensor:
-    return x.new_empty(x.size(0), x.size(1) // size, weight.size(0))
+def _(x: Tensor, low: Tensor, weight: Tensor, size: int, name: str) -> Tensor:
+    return x.new_empty(x.size(0), x.size(1) // size, low.size(0))
 
 
 @torch.library.custom_op("flashtrain::linear_scatter_backward", mutates_args=())
 def _linear_scatter_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, name: str
+    grad: Tensor, x: Tensor, low: Tensor, name: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """grad_r [B, T/n, O] -> dx [B, T, I], dW [O, I]"""
+    """grad_r [B, T/n, O] -> dx [B, T, I], dW [O, I] in dtype"""
     transport = transport_of(name)
     rows, dx = grad.flatten(0, 1), torch.empty_like(x)
     gathering = transport.gather(rows, pieces(rows.size(0)), whole=True)
-    _products(gathering, transport, rows, weight, None, dx.flatten(0, 1))
-    dw = gathering.whole().T @ x.flatten(0, 1)
+    _products(gathering, transport, rows, low, None, dx.flatten(0, 1))
+    dw = _weight_gradient(gathering.whole(), x.flatten(0, 1), dtype)
     gathering.release()
     return dx, dw
 
 
 @_linear_scatter_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), grad.new_empty(grad.size(-1), x.size(-1))
+def _(grad: Tensor, x: Tensor, low: Tensor, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), grad.new_empty(low.shape, dtype=dtype)
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    dw, _ = parameter_gradients(dy, x, dtype, None)
+    assert dw is not None
+    return dw
 
 
 def _products(
@@ -150,22 +162,23 @@ def _products_to_ring(transport: Transport, x: Tensor, weight: Tensor, y: Tensor
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight = inputs[:2]
-    ctx.save_for_backward(x, weight)
+    x, low, weight = inputs[:3]
+    ctx.save_for_backward(x, low)
+    ctx.dtype = weight.dtype
     ctx.size, ctx.name = inputs[-2:]
 
 
-def _gather_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
-    x, weight = ctx.saved_tensors
-    dx, dw = _gather_linear_backward(grad.contiguous(), x, weight, ctx.size, ctx.name)
-    db = grad.flatten(0, 1).sum(0) if ctx.needs_input_grad[2] else None
-    return dx, dw, db, None, None
+def _gather_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, low = ctx.saved_tensors
+    dx, dw = _gather_linear_backward(grad.contiguous(), x, low, ctx.size, ctx.name, ctx.dtype)
+    db = grad.flatten(0, 1).sum(0) if ctx.needs_input_grad[3] else None
+    return dx, None, dw, db, None, None
 
 
-def _scatter_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    x, weight = ctx.saved_tensors
-    dx, dw = _linear_scatter_backward(grad.contiguous(), x, weight, ctx.name)
-    return dx, dw, None, None
+def _scatter_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, low = ctx.saved_tensors
+    dx, dw = _linear_scatter_backward(grad.contiguous(), x, low, ctx.name, ctx.dtype)
+    return dx, None, dw, None, None
 
 
 gather_linear.register_autograd(_gather_gradients, setup_context=_keep)

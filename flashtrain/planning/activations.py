@@ -8,7 +8,7 @@ kernels. So a GELU block without rotations keeps 16 d numbers a token:
     x d | norm d | q, k, v 3 d | attention d | x d | norm d | up 4 d | gelu 4 d
 
 Where layers are plain ones (flashtrain/model/linear.py) the norms are written again in backward and
-not kept, with trainer.recompute=light neither GELU nor the weights in bf16.
+not kept, with trainer.recompute=light neither GELU's or SwiGLU's result nor the weights in bf16.
 
 A rotation of q and k adds 2 d: attention keeps the rotated ones, and the fused projection lives on
 because v is a view of it; not where attention takes one tensor of all heads, rotated. Eager, the
@@ -49,7 +49,7 @@ def kept(
     whole = everything(config, sizes, compiled=compiled, views=views, plain=plain)
     if recompute is Recompute.light and plain:
         whole -= _cast_weights(sizes)
-        if config.model.mlp is Mlp.gelu:
+        if config.model.mlp is not Mlp.relu2:
             whole -= sizes.tokens * sizes.hidden * sizes.itemsize
     return whole
 
@@ -90,7 +90,7 @@ def everything(
     if not compiled:
         if model.norm is Norm.rmsnorm and not plain:
             exact += 2 * stream * 4  # and normalised
-        if model.mlp is Mlp.swiglu:
+        if model.mlp is Mlp.swiglu and not plain:
             numbers += sizes.hidden  # silu(gate)
     return sizes.tokens * (numbers * item + exact) + _cast_weights(sizes)
 

@@ -85,8 +85,8 @@ def block_work(config: Config, sizes: Sizes, gpu: Gpu) -> BlockWork:
     if config.trainer.recompute is Recompute.full:
         again = forward
     elif config.trainer.recompute is Recompute.light and is_plain(config, sizes):
-        gelu = tokens * sizes.hidden * sizes.itemsize if config.model.mlp is Mlp.gelu else 0
-        again = Work(0.0, 0.0, (casts + gelu) / bandwidth)
+        made = 0 if config.model.mlp is Mlp.relu2 else tokens * sizes.hidden * sizes.itemsize
+        again = Work(0.0, 0.0, (casts + made) / bandwidth)
     elif config.trainer.recompute is Recompute.selective:
         # attention and every second product are kept: that after attention is made again
         again = Work(_products(tokens, (out,), gpu), 0.0, forward.hbm)

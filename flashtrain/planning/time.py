@@ -18,7 +18,8 @@ What is hidden still costs INTERFERENCE of its time (rates.py).
 
 from dataclasses import dataclass
 
-from flashtrain.config import Config, ContextKind, CudaGraph, PipelineSchedule, Recompute
+from flashtrain.config import Config, ContextKind, PipelineSchedule, Recompute
+from flashtrain.layout import records
 from flashtrain.planning.collectives import Group
 from flashtrain.planning.compute import BlockWork, block_work, ends_work, optimizer_work
 from flashtrain.planning.gpus import Cluster
@@ -213,7 +214,7 @@ def _pipeline(config: Config, sizes: Sizes, group: Group, passes: float) -> floa
 
 def _launches(config: Config, sizes: Sizes) -> float:
     """Of a whole step; without tensor ranks steps are recorded or compiled into few launches."""
-    if sizes.tensor == 1 or config.trainer.cuda_graph is CudaGraph.on:
+    if sizes.tensor == 1 or records(config):
         return 0.0
     block = LAUNCH_OVERLAP + LAUNCH_PIECE * sizes.tensor if sizes.overlap else LAUNCH
     return sizes.micro_batches * sizes.layers * block

@@ -8,6 +8,10 @@ GELU in its tanh form is z times a sigmoid, and so is its derivative, with u = s
 0.044715 z^3):
 
     s = 1 / (1 + exp(-2 u))        gelu(z) = z s        gelu'(z) = s (1 + 2 z u' (1 - s))
+
+SwiGLU of a row z = [g | u], with s = 1 / (1 + exp(-g)), is a = g s u, so that
+
+    du = d g s        dg = d u s (1 + g (1 - s))
 """
 
 import math
@@ -27,6 +31,7 @@ A = tl.constexpr(-2 * ROOT * math.log2(math.e))
 B = tl.constexpr(-2 * ROOT * math.log2(math.e) * 0.044715)
 C = tl.constexpr(2 * ROOT)
 E = tl.constexpr(2 * ROOT * 3 * 0.044715)
+MINUS_LOG2_E = tl.constexpr(-math.log2(math.e))
 
 
 @triton.jit
@@ -60,6 +65,47 @@ def gelu_backward_kernel(
     if sums_ptr is not None:
         own = sums_ptr + tl.program_id(0).to(tl.int64) * F
         tl.store(own + columns, tl.sum(total, 0), mask=inside)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    d_ptr,  # [N, F]: of a
+    z_ptr,  # [N, 2 F]
+    dz_ptr,  # [N, 2 F]
+    a_ptr,  # [N, F]: swiglu(z) again; may be None
+    sums_ptr,  # [ranges, 2 F] fp32: of dz; may be None
+    N, F, rows_each,
+    R: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * rows_each
+    last = tl.minimum(first + rows_each, N)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < F
+    total_g = tl.zeros([R, BLOCK], tl.float32)
+    total_u = tl.zeros([R, BLOCK], tl.float32)
+    for start in tl.range(first, last, R, num_stages=STAGES):
+        rows = (start + tl.arange(0, R)).to(tl.int64)
+        here = (rows < last)[:, None] & inside[None, :]
+        at = rows[:, None] * F + columns[None, :]
+        wide = rows[:, None] * (2 * F) + columns[None, :]
+        d = tl.load(d_ptr + at, mask=here, other=0.0).to(tl.float32)
+        g = tl.load(z_ptr + wide, mask=here, other=0.0).to(tl.float32)
+        u = tl.load(z_ptr + F + wide, mask=here, other=0.0).to(tl.float32)
+        s = 1.0 / (1.0 + tl.exp2(g * MINUS_LOG2_E))
+        silu = g * s
+        if a_ptr is not None:
+            tl.store(a_ptr + at, (silu * u).to(a_ptr.dtype.element_ty), mask=here)
+        dg = d * u * (s + silu * (1.0 - s))
+        du = d * silu
+        tl.store(dz_ptr + wide, dg.to(dz_ptr.dtype.element_ty), mask=here)
+        tl.store(dz_ptr + F + wide, du.to(dz_ptr.dtype.element_ty), mask=here)
+        if sums_ptr is not None:
+            total_g += dg
+            total_u += du
+    if sums_ptr is not None:
+        own = sums_ptr + tl.program_id(0).to(tl.int64) * (2 * F)
+        tl.store(own + columns, tl.sum(total_g, 0), mask=inside)
+        tl.store(own + F + columns, tl.sum(total_u, 0), mask=inside)
 
 
 @triton.jit
@@ -123,6 +169,30 @@ def gelu_backward(
     if sums:
         add_up(partial, total)
     return total, a
+
+
+def swiglu_backward(
+    d: Tensor, z: Tensor, sums: bool, again: bool, tile: Tile | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of z [N, 2 F] where d [N, F] is that of swiglu(z); all contiguous.
+
+    Then the sum of it over tokens [2 F] fp32 and swiglu(z) [N, F], each [0] if not wished.
+    """
+    N, F = d.shape
+    tile, ranges = _ranges(N, F, d.device, tile or pass_tile(d.device, gated=True))
+    dz = torch.empty_like(z)
+    a = torch.empty_like(d) if again else d.new_empty(0)
+    partial = torch.empty((ranges if sums else 0, 2 * F), dtype=torch.float32, device=d.device)
+    total = d.new_empty(2 * F if sums else 0, dtype=torch.float32)
+    with on_device(d):
+        swiglu_backward_kernel[(ranges, triton.cdiv(F, tile.columns))](
+            d, z, dz, a if again else None, partial if sums else None, N, F,
+            triton.cdiv(N, ranges),
+            R=tile.rows, BLOCK=tile.columns, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+    if sums:
+        add_up(partial, total)
+    return dz, total, a
 
 
 def column_sums(x: Tensor, dtype: torch.dtype, tile: Tile | None = None) -> Tensor:

@@ -1,14 +1,13 @@
-"""Linear layers and the GELU MLP with the norm before and the stream after, as differentiable ops.
+"""Linear layers with the norm before and the stream after, as differentiable ops; MLPs: mlp.py.
 
     linear          stream + x W^T + b
     norm_linear     norm(x) W^T + b, and x, which goes on as the residual stream
-    norm_gelu_mlp   x + gelu(norm(x) U^T + u) D^T + d
 
 What they keep for backward is the stream and the results of products: a norm's output is written
 again by the kernel that differentiates the norm. Gradients of large weights leave their products
 in the weights' dtype, fp32 for master weights, and are never rounded on the way (tiles.py).
 
-Dims: N tokens, K input features, F output features (hidden ones of an MLP), E those after an MLP.
+Dims: N tokens, K input features, F output features.
 """
 
 from typing import Any
@@ -45,7 +44,7 @@ def linear(
     Raises:
         ValueError: arguments that make no sense.
     """
-    _check(x, backend, weight=weight, bias=bias)
+    check(x.shape[-1], backend, weight=weight, bias=bias)
     rows = x.reshape(-1, x.shape[-1])
     if stream is not None:
         if stream.shape != (*x.shape[:-1], weight.shape[0]) or stream.dtype != x.dtype:
@@ -80,7 +79,7 @@ def norm_linear(
     Raises:
         ValueError: arguments that make no sense.
     """
-    _check(x, backend, weight=weight, bias=bias)
+    check(x.shape[-1], backend, weight=weight, bias=bias)
     backend = resolve(x, backend)
     if backend == "torch" or x.shape[-1] > LONGEST:
         y, x = add_norm(x, None, norm_weight, norm_bias, eps=eps, centers=centers)
@@ -92,56 +91,15 @@ def norm_linear(
     return y.view(*x.shape[:-1], weight.shape[0]), rows.view(x.shape)
 
 
-def norm_gelu_mlp(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    *,
-    eps: float,
-    centers: bool,
-    remakes: bool = False,
-    backend: str = "auto",
-) -> Tensor:
-    """x + gelu(norm(x) up^T + up_bias) down^T + down_bias [.., K], GELU in its tanh form.
-
-    Args:
-        x: [.., K]; up: [F, K]; down: [K, F]; the biases: [F] and [K], or None.
-        norm_weight, norm_bias, eps, centers: as in `kernels.norm.add_norm`.
-        remakes: GELU's output and the cast weights are made again in backward, where otherwise they
-            are kept: [N, F], half of what this keeps.
-        backend: as in `linear`.
-
-    Raises:
-        ValueError: arguments that make no sense.
-    """
-    _check(x, backend, up=up, up_bias=up_bias, down=down, down_bias=down_bias)
-    if down.shape[0] != x.shape[-1]:
-        raise ValueError(f"down {list(down.shape)} must give back the {x.shape[-1]} features of x")
-    backend = resolve(x, backend)
-    if backend == "torch" or x.shape[-1] > LONGEST:
-        y, x = add_norm(x, None, norm_weight, norm_bias, eps=eps, centers=centers)
-        middle = F.gelu(linear(y, up, up_bias, backend=backend), approximate="tanh")
-        return linear(middle, down, down_bias, x, backend=backend)
-    made: Tensor = _NormGeluMLP.apply(
-        x.reshape(-1, x.shape[-1]), norm_weight, norm_bias, up, up_bias, down, down_bias,
-        eps, centers, remakes, backend,
-    )  # fmt: skip
-    return made.view(x.shape)
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor | None,
         remakes: bool, backend: str,
     ) -> Tensor:  # fmt: skip
-        cast, bias16 = _cast(x, weight, bias, backend)
+        cast, bias16 = cast_for(x, weight, bias, backend)
         ctx.save_for_backward(x, weight if remakes else cast)
-        ctx.dtypes, ctx.backend = _dtypes(weight, bias), backend
+        ctx.dtypes, ctx.backend = dtypes_of(weight, bias), backend
         if stream is None:
             return F.linear(x, cast, bias16)
         return products.add_product(x, cast, bias16, stream, backend)
@@ -150,8 +108,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, *needs, needs_stream = ctx.needs_input_grad[:4]
-        of_weight, of_bias = _wanted(ctx.dtypes, needs)
-        dx = dy @ _again(x, weight, ctx.backend) if needs_x else None
+        of_weight, of_bias = wanted(ctx.dtypes, needs)
+        dx = dy @ again(x, weight, ctx.backend) if needs_x else None
         dw, db = parameter_gradients(dy, x, of_weight, of_bias, ctx.backend)
         return dx, dw, db, dy if needs_stream else None, None, None
 
@@ -163,10 +121,10 @@ class _NormLinear(torch.autograd.Function):
         bias: Tensor | None, eps: float, centers: bool, remakes: bool, backend: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         y, _, mean, rstd = norm.forward(x, None, norm_weight, norm_bias, eps, centers)
-        cast, bias16 = _cast(x, weight, bias, backend)
+        cast, bias16 = cast_for(x, weight, bias, backend)
         ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, weight if remakes else cast)
         ctx.set_materialize_grads(False)
-        ctx.dtypes, ctx.centers, ctx.backend = _dtypes(weight, bias), centers, backend
+        ctx.dtypes, ctx.centers, ctx.backend = dtypes_of(weight, bias), centers, backend
         return F.linear(y, cast, bias16), x
 
     @staticmethod
@@ -175,50 +133,13 @@ class _NormLinear(torch.autograd.Function):
         rest = [None] * 4
         if dz is None:  # only the stream went on
             return ds, None, None, None, None, *rest
-        of_weight, of_bias = _wanted(ctx.dtypes, ctx.needs_input_grad[3:5])
-        dy = dz @ _again(x, weight, ctx.backend)
+        of_weight, of_bias = wanted(ctx.dtypes, ctx.needs_input_grad[3:5])
+        dy = dz @ again(x, weight, ctx.backend)
         dx, total, y = norm.backward(
             dy, ds, x, norm_weight, norm_bias, mean, rstd, ctx.centers, of_weight is not None, False
         )
         dw, db = parameter_gradients(dz, y, of_weight, of_bias, ctx.backend)
         return dx, total[0], None if norm_bias is None else total[1], dw, db, *rest
-
-
-class _NormGeluMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, up: Tensor,
-        up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, eps: float, centers: bool,
-        remakes: bool, backend: str,
-    ) -> Tensor:  # fmt: skip
-        y, _, mean, rstd = norm.forward(x, None, norm_weight, norm_bias, eps, centers)
-        up16, up_bias16 = _cast(x, up, up_bias, backend)
-        down16, down_bias16 = _cast(x, down, down_bias, backend)
-        z, a = products.gelu_product(y, up16, up_bias16, backend)
-        kept = [up, down] if remakes else [up16, down16, a]
-        ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, z, *kept)
-        ctx.dtypes = _dtypes(up, up_bias, down, down_bias)
-        ctx.centers, ctx.backend, ctx.remakes = centers, backend, remakes
-        return products.add_product(a, down16, down_bias16, x, backend)
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, mean, rstd, z, up, down, *kept = ctx.saved_tensors
-        of_up, of_up_bias, of_down, of_down_bias = _wanted(ctx.dtypes, ctx.needs_input_grad[3:7])
-        dz, sums, a = products.gelu_gradient(
-            dx, _again(x, down, ctx.backend), z, of_up_bias is not None, ctx.remakes
-        )
-        d_down, _ = parameter_gradients(dx, kept[0] if kept else a, of_down, None, ctx.backend)
-        dx, total, y = norm.backward(
-            dz @ _again(x, up, ctx.backend), dx, x, norm_weight, norm_bias, mean, rstd,
-            ctx.centers, of_up is not None, of_down_bias is not None,
-        )  # fmt: skip
-        d_up, _ = parameter_gradients(dz, y, of_up, None, ctx.backend)
-        d_norm_bias = None if norm_bias is None else total[1]
-        d_up_bias = None if of_up_bias is None else sums.to(of_up_bias)
-        # dx came along the stream: the norm's kernel has read it anyway
-        d_down_bias = None if of_down_bias is None else total[-1].to(of_down_bias)
-        return dx, total[0], d_norm_bias, d_up, d_up_bias, d_down, d_down_bias, *[None] * 4
 
 
 def parameter_gradients(
@@ -242,7 +163,7 @@ def parameter_gradients(
     return dw, db
 
 
-def _cast(
+def cast_for(
     x: Tensor, weight: Tensor, bias: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias in x's dtype."""
@@ -252,27 +173,26 @@ def _cast(
     return cast, None if bias is None else bias16
 
 
-def _again(x: Tensor, weight: Tensor, backend: str) -> Tensor:
+def again(x: Tensor, weight: Tensor, backend: str) -> Tensor:
     """What backward multiplies with: a kept weight that was not cast is cast now."""
     if backend == "torch" or weight.dtype == x.dtype:
         return weight.to(x.dtype)
     return products.cast(weight, None, x.dtype, True)[0]
 
 
-def _dtypes(*parameters: Tensor | None) -> list[torch.dtype | None]:
+def dtypes_of(*parameters: Tensor | None) -> list[torch.dtype | None]:
     return [None if parameter is None else parameter.dtype for parameter in parameters]
 
 
-def _wanted(dtypes: list[Any], needs: Any) -> list[Any]:
+def wanted(dtypes: list[Any], needs: Any) -> list[Any]:
     """The dtypes of those gradients that are needed, None for the others."""
     return [dtype if need else None for dtype, need in zip(dtypes, needs, strict=True)]
 
 
-def _check(x: Tensor, backend: str, **parameters: Tensor | None) -> None:
+def check(features: int, backend: str, **parameters: Tensor | None) -> None:
     """Sizes that fit together; the names of `parameters` are those of the caller."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
-    features = x.shape[-1]
     for name, parameter in parameters.items():
         if parameter is None:
             continue

@@ -102,6 +102,19 @@ def _(
     return z.new_empty(z.shape), total, z.new_empty(z.shape if again else 0)
 
 
+@torch.library.custom_op("flashtrain_linear::swiglu_gradient", mutates_args=())
+def swiglu_gradient(d: Tensor, z: Tensor, sums: bool, again: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As reference.swiglu_gradient; then, each [0] if not wished, the sum of that over tokens [2 F]
+    and swiglu(z) [N, F], which then need not be kept."""
+    return _kernels().swiglu_backward(d.contiguous(), z.contiguous(), sums, again)
+
+
+@swiglu_gradient.register_fake
+def _(d: Tensor, z: Tensor, sums: bool, again: bool) -> tuple[Tensor, Tensor, Tensor]:
+    total = z.new_empty(z.shape[1] if sums else 0, dtype=torch.float32)
+    return z.new_empty(z.shape), total, d.new_empty(d.shape if again else 0)
+
+
 @torch.library.custom_op("flashtrain_linear::weight_gradient", mutates_args=())
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """As reference.weight_gradient; where that is slow, rounded to dy's dtype on the way."""

@@ -26,6 +26,19 @@ def gelu_gradient(dy: Tensor, weight: Tensor, z: Tensor) -> Tensor:
     return dz
 
 
+def swiglu(z: Tensor) -> Tensor:
+    """silu(g) u [.., F] of z = [g | u] [.., 2 F]."""
+    gate, up = z.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def swiglu_gradient(d: Tensor, z: Tensor) -> Tensor:
+    """dz [.., 2 F] where d [.., F] is the gradient of swiglu(z)."""
+    gate, up = z.chunk(2, dim=-1)
+    d_gate: Tensor = torch.ops.aten.silu_backward(d * up, gate)
+    return torch.cat((d_gate, d * F.silu(gate)), dim=-1)
+
+
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """dW = dy^T x [F, K] in dtype. dy [N, F], x [N, K]."""
     if dtype == dy.dtype:

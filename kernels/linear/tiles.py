@@ -22,12 +22,15 @@ class Tile:
 
 # 16 numbers of a tensor a thread, two 16-byte loads; six programs' registers fit, GELU written too
 _GPU = Tile(rows=8, columns=256, warps=4, programs=6, stages=3)
+_GATED = Tile(rows=4, columns=256, warps=4, programs=6, stages=3)  # three tensors in, three out
 _INTERPRETER = Tile(rows=4, columns=16, warps=1, programs=4, stages=1)
 
 
-def pass_tile(device: torch.device) -> Tile:
-    """Of GELU's backward and of sums over tokens."""
-    return _INTERPRETER if device.type == "cpu" else _GPU
+def pass_tile(device: torch.device, gated: bool = False) -> Tile:
+    """Of GELU's backward and of sums over tokens; gated: of SwiGLU's."""
+    if device.type == "cpu":
+        return _INTERPRETER
+    return _GATED if gated else _GPU
 
 
 def cast_block(device: torch.device) -> int:

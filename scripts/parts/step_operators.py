@@ -21,6 +21,7 @@ PASSES = {
     "flashtrain_linear::gelu_gradient": "GELU: backward",
     "flashtrain_linear::column_sums": "sums over tokens", "flashtrain_linear::cast": "casts",
     "flashtrain_embedding::gather": "forward", "flashtrain_embedding::gradient": "backward",
+    "flashtrain_rope::rotate_heads_": "rotations", "flashtrain_rope::rotate_heads": "rotations",
     "flashtrain_fp8::absolute_maximum": "fp8: maxima",
     "flashtrain_fp8::cast_tensorwise": "fp8: casts",
     "flashtrain_fp8::cast_rowwise": "fp8: casts", "flashtrain_fp8::cast_columnwise": "fp8: casts",
@@ -74,6 +75,11 @@ def bytes_moved(operator: Event) -> float | None:
             return given[0] + 6.0 * shapes[0][0] * shapes[1][1]
         case "gradient":
             return sum(given[:2]) + 4.0 * int(values[2] or 0) * shapes[1][1]
+        case "rotate_heads_":  # of some heads, in fp32 tables
+            turned = given[0] / shapes[0][2] * int(values[2] or shapes[0][2])
+            return given[1] + 2 * turned * shapes[1][-1] / shapes[0][3]
+        case "rotate_heads":
+            return given[1] + 2 * given[0]
         case "cast_tensorwise" | "cast_rowwise" | "cast_columnwise":
             layouts = 2 if name.endswith("tensorwise") else 1
             return sum(given) + layouts * float(math.prod(shapes[0]))

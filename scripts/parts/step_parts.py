@@ -255,8 +255,10 @@ def part_of(
         return Part("data", "copies"), None
     node = next((span for span in one.stack if span["name"].startswith(BACKWARD)), None)
     way = "forward" if node is None else "backward"
+    inner = next((span for span in one.stack if span["cat"] in SPANS), None)
+    passes = inner is not None and inner["name"] in PASSES  # attention's backward has one inside
     attention = next((span for span in outermost if "attention" in span["name"].lower()), None)
-    if attention is not None or "attention" in one.name.lower():
+    if not passes and (attention is not None or "attention" in one.name.lower()):
         return Part("attention", way), attention
     if node is None:
         place = _range(one.stack)
@@ -267,8 +269,7 @@ def part_of(
         return product_part(product, place, problem, backward=node is not None), product
     if "AccumulateGrad" in " ".join(names):
         return Part("norms + elementwise", "sums of gradients"), None
-    inner = next((span for span in one.stack if span["cat"] in SPANS), None)
-    if inner is not None and inner["name"] in PASSES and place != "embedding":
+    if inner is not None and passes and place != "embedding":
         return Part("norms + elementwise", PASSES[inner["name"]]), inner
     fused = inner if inner is not None and inner["name"].startswith(("triton_", *PASSES)) else None
     if place == "head":

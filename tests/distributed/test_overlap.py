@@ -83,9 +83,9 @@ def check_operators() -> None:
         return torch.randn(shape, generator=draw).requires_grad_()
 
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    gather = (leaf(2, 4, 6), leaf(10, 6), leaf(10), axis.size, axis.name)
+    gather = (leaf(2, 4, 6), leaf(10, 6).detach(), leaf(10, 6), leaf(10), axis.size, axis.name)
     torch.library.opcheck(pipelined.gather_linear, gather, test_utils=checks)
-    scatter = (leaf(2, 4, 6), leaf(10, 6), axis.size, axis.name)
+    scatter = (leaf(2, 4, 6), leaf(10, 6).detach(), leaf(10, 6), axis.size, axis.name)
     torch.library.opcheck(pipelined.linear_scatter, scatter, test_utils=checks)
 
 

@@ -30,11 +30,14 @@ CHANGES = {
 }
 
 
-def test_auto_records_one_gpu_only() -> None:
+def test_auto_records_one_gpu_and_ranks_that_hide_transfers() -> None:
     gpu = torch.device("cuda", 0)
     assert uses_graphs(load(["model=gpt_tiny", "model.vocabulary=640", "data=random"]), gpu)
-    assert not uses_graphs(load(CASE, 2), gpu)
-    assert uses_graphs(load([*CASE, "trainer.cuda_graph=on"], 2), gpu)
+    assert uses_graphs(load(CASE, 2), gpu)
+    assert not uses_graphs(load([*CASE, "parallel.overlap=off"], 2), gpu)
+    assert not uses_graphs(load([*CASE, "parallel.overlap=fused"], 2), gpu)
+    assert uses_graphs(load([*CASE, "parallel.overlap=off", "trainer.cuda_graph=on"], 2), gpu)
+    assert not uses_graphs(load([*CASE, "parallel.shard=2"], 4), gpu)
     with pytest.raises(ConfigError, match="cuda_graph=on: of processes that talk"):
         uses_graphs(load([*CASE, "parallel.shard=2", "trainer.cuda_graph=on"], 4), gpu)
 

@@ -183,14 +183,16 @@ def test_a_layout_in_words() -> None:
     assert words == "8 processes: tensor 1 x context 2 (gather, zero 3) x data 4"
 
 
-def test_transfers_hide_behind_large_products_only() -> None:
-    def overlap(case: str) -> str:
-        config = load([*case.split(), "data=random", "parallel=tensor2"], 2)
+def test_transfers_hide_behind_large_products_and_in_recorded_steps() -> None:
+    def overlap(case: str, world: int = 2) -> str:
+        config = load([*case.split(), "data=random", "parallel=tensor2"], world)
         return overlap_of(config).name
 
     wide = "model=llama_8b data.micro_batch_size=2 data.batch_size=2 data.sequence_length=8192"
-    assert overlap(wide) == "auto"
+    assert overlap(f"{wide} trainer.cuda_graph=off") == "auto"
     assert overlap(f"{wide} precision=fp8_tensorwise") == "off"
-    small = "model=gpt_1.3b data.micro_batch_size=8 data.batch_size=8 data.sequence_length=2048"
-    assert overlap(small) == "off"
-    assert overlap(f"{small} parallel.overlap=on") == "on"
+    small = "model=gpt_1.3b data.micro_batch_size=8 data.batch_size=16 data.sequence_length=2048"
+    assert overlap(small) == "auto"
+    assert overlap(f"{small} trainer.cuda_graph=off") == "off"
+    assert overlap(small, 4) == "off"  # with data ranks no step is recorded
+    assert overlap(f"{small} trainer.cuda_graph=off parallel.overlap=on") == "on"

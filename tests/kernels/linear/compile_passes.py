@@ -25,6 +25,9 @@ PASSES = {
     "gelu": ("gelu_backward", {"a_ptr": None}),
     "gelu again": ("gelu_backward", {}),
     "gelu without sums": ("gelu_backward", {"a_ptr": None, "sums_ptr": None}),
+    "swiglu": ("swiglu_backward", {"a_ptr": None, "sums_ptr": None}),
+    "swiglu again": ("swiglu_backward", {"sums_ptr": None}),
+    "swiglu again, sums": ("swiglu_backward", {}),
     "column sums": ("column_sums", {}),
     "cast": ("cast", {}),
 }
@@ -32,11 +35,15 @@ PASSES = {
 
 def compile_for(capability: int, case: str) -> dict[str, object]:
     name, constants = PASSES[case]
-    tile = pass_tile(GPU)
+    tile = pass_tile(GPU, gated=name == "swiglu_backward")
     sizes = {"N": "i32", "F": "i32", "rows_each": "i32"}
     signature = {
         "gelu_backward": {
             "d_ptr": "*bf16", "z_ptr": "*bf16", "a_ptr": "*bf16", "sums_ptr": "*fp32", **sizes,
+        },
+        "swiglu_backward": {
+            "d_ptr": "*bf16", "z_ptr": "*bf16", "dz_ptr": "*bf16", "a_ptr": "*bf16",
+            "sums_ptr": "*fp32", **sizes,
         },
         "column_sums": {"x_ptr": "*bf16", "sums_ptr": "*fp32", **sizes},
         "cast": {

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from kernels.linear import linear, norm_gelu_mlp, norm_linear, products
+from kernels.linear import linear, norm_gelu_mlp, norm_linear, norm_swiglu_mlp, products, swiglu
 from kernels.linear.products import HOPPER
 from tests.accuracy import assert_as_accurate
 from tests.kernels.linear.conftest import Place
@@ -42,6 +42,18 @@ def eager_mlp(
     return eager_linear(F.gelu(middle, approximate="tanh"), down, down_bias, x)
 
 
+def eager_swiglu(z: Tensor) -> Results:
+    gate, up = z.chunk(2, dim=-1)
+    return (F.silu(gate) * up,)
+
+
+def eager_swiglu_mlp(
+    x: Tensor, norm: Tensor, norm_bias: Any, up: Tensor, up_bias: Any, down: Tensor, down_bias: Any
+) -> Results:
+    (z,) = eager_linear(eager_norm(x, norm, norm_bias), up, up_bias)
+    return eager_linear(*eager_swiglu(z), down, down_bias, x)
+
+
 def ours_linear(*given: Any, **options: Any) -> Results:
     return (linear(*given, **options),)
 
@@ -52,6 +64,10 @@ def ours_norm_linear(*given: Any, **options: Any) -> Results:
 
 def ours_mlp(*given: Any, **options: Any) -> Results:
     return (norm_gelu_mlp(*given, eps=EPS, centers=True, **options),)
+
+
+def ours_swiglu_mlp(*given: Any, **options: Any) -> Results:
+    return (norm_swiglu_mlp(*given, eps=EPS, centers=True, **options),)
 
 
 def given_for(kind: str, place: Place, weights: torch.dtype, bias: bool) -> list[Any]:
@@ -76,6 +92,7 @@ def given_for(kind: str, place: Place, weights: torch.dtype, bias: bool) -> list
         "added": [x, *layer(K, out), stream],
         "norm": [x, *norm, *layer(K, out)],
         "mlp": [x, *norm, *layer(K, hidden), *layer(hidden, K)],
+        "swiglu": [x, *norm, *layer(K, 2 * hidden), *layer(hidden, K)],
     }[kind]
 
 
@@ -84,6 +101,7 @@ KINDS: dict[str, tuple[Callable[..., Results], Callable[..., Results]]] = {
     "added": (ours_linear, eager_linear),
     "norm": (ours_norm_linear, eager_norm_linear),
     "mlp": (ours_mlp, eager_mlp),
+    "swiglu": (ours_swiglu_mlp, eager_swiglu_mlp),
 }
 
 
@@ -111,7 +129,7 @@ def test_as_accurate_as_eager(
     inputs = given_for(kind, place, torch.float32 if weights == "fp32" else place.dtype, bias)
     mine = run(ours, inputs, None, remakes=remakes, backend=place.backend)
     # weights of products count as they are used, rounded; ours does not round a norm's
-    whole = (1, 2) if kind in ("norm", "mlp") else ()
+    whole = (1, 2) if kind in ("norm", "mlp", "swiglu") else ()
     rounded = [
         x if x is None or number in whole else x.to(place.dtype) for number, x in enumerate(inputs)
     ]
@@ -121,6 +139,15 @@ def test_as_accurate_as_eager(
         assert a.dtype == b.dtype
         terms = size if a.dtype == torch.float32 else 0.0
         assert_as_accurate(a.detach(), b.detach(), c.detach(), name=f"result {number}", terms=terms)
+
+
+@pytest.mark.parametrize("features", [48, 77])
+def test_swiglu_alone_is_as_accurate_as_eager(features: int, place: Place) -> None:
+    z = (2 * torch.randn(3, 50, 2 * features, device=place.device)).to(place.dtype)
+    mine = run(lambda z: (swiglu(z, backend=place.backend),), [z], None)
+    low, exact = run(eager_swiglu, [z], None), run(eager_swiglu, [z], torch.float64)
+    for a, b, c in zip(mine, low, exact, strict=True):
+        assert_as_accurate(a.detach(), b.detach(), c.detach(), name=f"{features} features")
 
 
 def test_sums_over_tokens_do_not_stop_growing(place: Place) -> None:
@@ -206,6 +233,9 @@ def test_no_norm_is_kept_and_no_gelu_that_is_made_again(place: Place) -> None:
     options = {"backend": place.backend}
     assert kept(ours_mlp, inputs, remakes=True, **options) == tokens * (hidden + 2)
     assert kept(ours_mlp, inputs, **options) == tokens * (2 * hidden + 2) + weights
+    inputs = given_for("swiglu", place, torch.float32, True)
+    double = inputs[3].shape[0]  # gate and up
+    assert kept(ours_swiglu_mlp, inputs, remakes=True, **options) == tokens * (double + 2)
     inputs = given_for("norm", place, torch.float32, True)
     assert kept(ours_norm_linear, inputs, remakes=True, **options) == 2 * tokens
 
@@ -261,3 +291,10 @@ def test_an_mlp_gives_back_as_many_features() -> None:
             torch.zeros(3, 8), ones, None, torch.zeros(12, 8), None, torch.zeros(6, 12), None,
             eps=EPS, centers=True,
         )  # fmt: skip
+    with pytest.raises(ValueError, match=r"gate_up \[12, 8\] must give twice the 12 features"):
+        norm_swiglu_mlp(
+            torch.zeros(3, 8), ones, None, torch.zeros(12, 8), None, torch.zeros(8, 12), None,
+            eps=EPS, centers=True,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="7 features of z are not two halves"):
+        swiglu(torch.zeros(3, 7))
