@@ -26,17 +26,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import flashtrain.model.attention as model_attention
 import flashtrain.model.embedding as model_embedding
 import flashtrain.model.linear as model_linear
 import flashtrain.model.norm as model_norm
 import flashtrain.optim.adamw as model_adamw
 from flashtrain.config import ConfigError
 from flashtrain.model.attention import Attention
+from kernels.attention import attention_packed
+from kernels.rope import rotate
 from scripts import bench_train
 
 MODELS = dict(zip(("124m", "350m", "1.3b"), bench_train.ONE_GPU, strict=True))
 # `stream`: norm, product and sum as one operation; `norms`: their kernels, too
-PARTS = ("stream", "norms", "products", "packed", "embedding", "adamw", "graph")
+PARTS = ("stream", "norms", "products", "packed", "rotation", "embedding", "adamw", "graph")
 KEYS = ("ms/step", "peak GB", "reserved GB", "loss", "start s")
 
 
@@ -59,12 +62,24 @@ def without(parts: tuple[str, ...]) -> Any:
             put(model_linear, "linear", plain_linear)
         if "packed" in parts:
             put(Attention, "_stays_packed", lambda *_: False)
+        if "rotation" in parts:
+            put(model_attention, "attention_packed", _rotated_apart)
         if "embedding" in parts:
             rows = partial(model_embedding.embedding, backend="torch")
             put(model_embedding, "embedding", rows)
         if "adamw" in parts:
             put(model_adamw, "KernelAdamW", _torchs_own)
         yield
+
+
+def _rotated_apart(
+    qkv: Tensor, heads: int, *, rotation: Tensor | None, in_place: bool, **options: Any
+) -> Tensor:
+    if rotation is not None:
+        turning = (qkv.shape[2] + heads) // 2
+        turned = rotate(qkv[:, :, :turning], rotation)
+        qkv = torch.cat((turned, qkv[:, :, turning:]), dim=2)
+    return attention_packed(qkv, heads, **options)
 
 
 def _torchs_own(*given: Any, moments: torch.dtype, **options: Any) -> torch.optim.AdamW:
