@@ -3,17 +3,21 @@ with blocks that run again in backward the numbers are those of a rotation apart
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
+from flashtrain.build import materialize
 from flashtrain.config import (
     LinearKind,
     Mlp,
     Norm,
+    Overlap,
     PositionConfig,
     PositionKind,
     PrecisionConfig,
@@ -23,8 +27,13 @@ from flashtrain.engine.compile import compile_blocks
 from flashtrain.engine.recompute import recompute_blocks
 from flashtrain.model.float8 import use_float8
 from flashtrain.model.gpt import GPT
+from flashtrain.model.init import init_weights
+from flashtrain.parallel.mesh import build_mesh
+from flashtrain.parallel.overlap import overlap_layers
+from flashtrain.parallel.plan import apply_plan, gpt_plan
 from tests.flashtrain.model.test_gpt import build, some_tokens, tiny
-from tests.kernels.interpreter import Platform, platforms
+from tests.harness import run_ranks
+from tests.kernels.interpreter import Platform, interpreted, platforms
 
 platform = platforms("kernels.attention.portable", cpu=(torch.float32,), cuda=(torch.bfloat16,))
 MODELS: dict[str, dict[str, Any]] = {
@@ -127,6 +136,22 @@ def test_compiled_blocks_turn_what_the_projection_wrote(
     assert all(turned_in_place(backward))
 
 
+def test_a_copy_would_show(platform: Platform) -> None:
+    """Overwriting what `selective` keeps: PyTorch refuses it, and compiled makes a copy."""
+    eager, compiled = (
+        model_for("gpt", Recompute.selective, platform, backend=kernels_of(platform)) for _ in "12"
+    )
+    for block in (*eager.blocks, *compiled.blocks):
+        block.attention.keeps_product = False
+    with pytest.raises(RuntimeError, match="activation checkpoint has been mutated"):
+        run(eager)
+    compile_blocks(compiled)
+    ours, (forward, backward) = run_and_get_code(run, compiled)
+    assert [turned_in_place(code) for code in (forward, backward)] == [[False], [False]]
+    apart = model_for("gpt", Recompute.none, platform, backend="torch")
+    assert_alike(ours, run(apart), platform)
+
+
 def test_compiled_fp8_layers_leave_no_copy_either(platform: Platform) -> None:
     wide = Platform(platform.device, torch.bfloat16)
     model = model_for(
@@ -134,3 +159,30 @@ def test_compiled_fp8_layers_leave_no_copy_either(platform: Platform) -> None:
     )
     _, (forward, _) = run_and_get_code(run, model, T=16)
     assert turned_in_place(forward) == [True]
+
+
+@pytest.mark.parametrize("overlap", [Overlap.off, Overlap.on])
+def test_tensor_ranks_turn_what_their_projection_wrote(overlap: Overlap, tmp_path: Path) -> None:
+    run_ranks(check_tensor_ranks, 2, tmp_path, overlap)
+
+
+def check_tensor_ranks(overlap: Overlap) -> None:
+    axis = build_mesh(dist.get_world_size()).tensor
+    device = torch.device("cpu")
+
+    def split(backend: str) -> GPT:
+        config = tiny(head_size=64, **MODELS["llama"])
+        with torch.device("meta"):
+            model = GPT(config, PositionConfig(PositionKind.rope), 16, backend)
+        apply_plan(model, gpt_plan(config), axis)
+        overlap_layers(model, axis, overlap, device)
+        materialize(model, device)
+        init_weights(model, seed=3)
+        return model
+
+    model = split("triton")
+    compile_blocks(model)
+    with interpreted("kernels.attention.portable"):
+        ours, (forward, _) = run_and_get_code(run, model, T=12)
+    assert turned_in_place(forward) == [True]
+    assert_alike(ours, run(split("torch"), T=12), Platform("cpu", torch.float32))
