@@ -157,7 +157,7 @@ def gelu_backward(
     Returns the sum of that over tokens [F] fp32 and gelu(z) [N, F], each [0] if not wished.
     """
     N, F = z.shape
-    tile, ranges = _ranges(N, F, d.device, tile)
+    tile, ranges = _ranges(N, F, d.device, tile or pass_tile(d.device, sums=sums))
     a = torch.empty_like(z) if again else z.new_empty(0)
     partial = torch.empty((ranges if sums else 0, F), dtype=torch.float32, device=d.device)
     total = d.new_empty(F if sums else 0, dtype=torch.float32)

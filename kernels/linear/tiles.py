@@ -23,14 +23,19 @@ class Tile:
 # 16 numbers of a tensor a thread, two 16-byte loads; six programs' registers fit, GELU written too
 _GPU = Tile(rows=8, columns=256, warps=4, programs=6, stages=3)
 _GATED = Tile(rows=4, columns=256, warps=4, programs=6, stages=3)  # three tensors in, three out
+# nothing to add up: no program walks, as in a compiler's kernel for GELU's backward, which took 202
+# us at gpt_1.3b where ours walked 219 (one H200, 2026-11-27)
+_ONCE = Tile(rows=1, columns=2048, warps=4, programs=2**20, stages=1)
 _INTERPRETER = Tile(rows=4, columns=16, warps=1, programs=4, stages=1)
 
 
-def pass_tile(device: torch.device, gated: bool = False) -> Tile:
-    """Of GELU's backward and of sums over tokens; gated: of SwiGLU's."""
+def pass_tile(device: torch.device, gated: bool = False, sums: bool = True) -> Tile:
+    """Of GELU's backward and of sums over tokens; gated: of SwiGLU's. sums: if there are any."""
     if device.type == "cpu":
         return _INTERPRETER
-    return _GATED if gated else _GPU
+    if gated:
+        return _GATED
+    return _GPU if sums else _ONCE
 
 
 def cast_block(device: torch.device) -> int:

@@ -35,7 +35,7 @@ PASSES = {
 
 def compile_for(capability: int, case: str) -> dict[str, object]:
     name, constants = PASSES[case]
-    tile = pass_tile(GPU, gated=name == "swiglu_backward")
+    tile = pass_tile(GPU, gated=name == "swiglu_backward", sums="sums_ptr" not in constants)
     sizes = {"N": "i32", "F": "i32", "rows_each": "i32"}
     signature = {
         "gelu_backward": {
