@@ -2,7 +2,7 @@
 
     git worktree add ../before HEAD~5
     python scripts/bench_against.py ../before .                 # what the last commits brought
-    python scripts/bench_against.py . .:ring=1 --shapes 1024    # what a field of the tiles brings
+    python scripts/bench_against.py . .:pdl=1 --shapes 1024    # what a field of the tiles brings
 
 Each side is a checkout, and after a colon fields of the backward's tile (kernels/attention/hopper/
 tiles.py) that take other values. A side has a process of its own; the sides take turns, several

@@ -193,8 +193,8 @@ def _backward(
             plan = plan_backward(q, k, d_out, options, tile, n_sm, packed), tile
             _remember(_backward_plans, key, plan)
     launches, tile = plan
-    made = backward_buffers(q, k, tile, _n_sm(q.device), packed)
-    counter = _counter(q.get_device()) if tile.draw or tile.ring else None
+    made = backward_buffers(q, k, tile, packed)
+    counter = _counter(q.get_device()) if tile.draw else None
     tensors = {"q": q, "k": k, "v": v, "d_out": d_out, "counter": counter, **more, **made}
     for launch in launches:
         launch.run(tensors)

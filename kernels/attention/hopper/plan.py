@@ -13,7 +13,6 @@ from kernels.attention.hopper.backward import BN, attention_bwd_kernel
 from kernels.attention.hopper.forward import attention_fwd_kernel
 from kernels.attention.hopper.launch import Blocks, Launch, Pointer
 from kernels.attention.hopper.masks import AFTER, BEFORE, DIAGONAL, DOCUMENTS
-from kernels.attention.hopper.ring import LAG, LEAD, PART, PIECE
 from kernels.attention.hopper.rows import ROWS, cast_dq_kernel, prepare_rows_kernel
 from kernels.attention.hopper.tiles import (
     BackwardTile,
@@ -166,36 +165,8 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
     return _launch(attention_fwd_kernel, min(n_sm, n_tiles * B * H), values)
 
 
-class Heads(NamedTuple):
-    """How kv heads stand together in the backward, and what the small kernels do of them."""
-
-    chunk: int  # stand together
-    room: int  # have a place in the sums of dQ
-    prepared: int  # of the first so many the first kernel makes statistics and zeros
-    left: int  # from this one on the last kernel casts dQ
-
-    @property
-    def ring(self) -> bool:
-        """Whether the main kernel does the rest of it, see ring.py."""
-        return self.left > 0
-
-
-def heads_together(q: Tensor, k: Tensor, tile: BackwardTile, n_sm: int) -> Heads:
-    B, T, H, D = q.shape
-    S, H_kv = k.shape[1], k.shape[2]
-    n_heads, n_tiles = B * H_kv, -(-S // BN.value)
-    chunk = _together(tile.together, 8 * T * D * H // H_kv, 1, n_heads)
-    if tile.ring:
-        chunk = max(chunk, -(-n_sm // n_tiles))  # a group has tiles for every program
-        lead, lag = LEAD.value * chunk, LAG.value * chunk
-        if n_heads > lead + lag:
-            return Heads(chunk, lead + lag, lead, n_heads - lag)
-        chunk = min(chunk, n_heads)
-    return Heads(chunk, n_heads, n_heads, 0)
-
-
 def backward_buffers(
-    q: Tensor, k: Tensor, tile: BackwardTile, n_sm: int, packed: bool = False
+    q: Tensor, k: Tensor, tile: BackwardTile, packed: bool = False
 ) -> dict[str, Any]:
     """What the backward writes: dq, dk, dv, and its scratch, whose rows are padded to tiles.
 
@@ -215,16 +186,14 @@ def backward_buffers(
             name: torch.empty_like(x, memory_format=torch.contiguous_format)
             for name, x in (("dq", q), ("dk", k), ("dv", k))
         }
-    heads = heads_together(q, k, tile, n_sm)
-    sums = heads.room * (H // H_kv) * _padded(T, tile) * padded_head(D)
 
-    def scratch(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=q.device)
+    def scratch(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float32, device=q.device)
 
     return made | {
         "stats": scratch(2 * rows // tile.queries, tile.queries),
-        "dq_sum": scratch(sums // 32, 32),  # in the order of the threads it is no matrix
-        "progress": scratch(2 * B * H_kv, dtype=torch.int32) if heads.ring else None,
+        # in the order of the threads it is no matrix
+        "dq_sum": scratch(rows * padded_head(D) // 32, 32),
     }
 
 
@@ -243,8 +212,7 @@ def plan_backward(
     B, T, H, D = q.shape
     S, H_kv = k.shape[1], k.shape[2]
     BM, BD, group, n_tiles = tile.queries, padded_head(D), H // H_kv, -(-S // BN.value)
-    n_rows = _padded(T, tile) * group  # of a kv head
-    heads, n_heads = heads_together(q, k, tile, n_sm), B * H_kv
+    n_rows, n_heads = B * H * _padded(T, tile), B * H_kv
     row = (H + 2 * H_kv if packed else H) * D  # of dq
     masks = options.masks(T, S)
     columns = BD // 2 if BM == 64 else BD  # of dQ that a consumer makes
@@ -256,12 +224,10 @@ def plan_backward(
         d_lse_ptr=Pointer("d_lse"),
         stats_ptr=Pointer("stats"),
         sum_ptr=Pointer("dq_sum"),
-        progress_ptr=Pointer("progress"),
         d_out_b=d_out.stride(0),
         d_out_t=d_out.stride(1),
         d_out_h=d_out.stride(2),
-        n_stats=n_heads * n_rows,
-        n_progress=2 * n_heads,
+        n_stats=n_rows,
         **around,
     )
     values = dict(
@@ -281,7 +247,7 @@ def plan_backward(
         S=S,
         n_heads=n_heads,
         n_tiles=n_tiles,
-        chunk=heads.chunk,
+        chunk=_together(tile.together, 8 * T * D * group, 1, n_heads),
         D=BD,
         BM=BM,
         GROUP=group,
@@ -290,9 +256,8 @@ def plan_backward(
         ALIBI=options.alibi,
         EARLY=tile.early,
         AHEAD=tile.ahead and not masks["LIMITS"],
-        DRAW=tile.draw or heads.ring,
+        DRAW=tile.draw,
         PDL=tile.pdl,
-        **_ring(heads),
         **masks,
         **options.caps(),
     )
@@ -304,37 +269,12 @@ def plan_backward(
         dq_h=D,
         scale=options.scale,
         **around,
-        GROUP=group,
         HELD=columns,
-        skip=heads.left * group,
-        ring=heads.room,
     )
     return (
-        _launch(prepare_rows_kernel, heads.prepared * n_rows // ROWS.value, prepare),
+        _launch(prepare_rows_kernel, n_rows // ROWS.value, prepare),
         _launch(attention_bwd_kernel, min(n_sm, n_tiles * n_heads), values, pdl=tile.pdl),
-        _launch(cast_dq_kernel, (n_heads - heads.left) * n_rows // ROWS.value, cast, pdl=tile.pdl),
-    )
-
-
-def _ring(heads: Heads) -> dict[str, Any]:
-    """The arguments that only a ring reads."""
-    if not heads.ring:
-        names = ("out_part_desc", "do_part_desc", "piece_desc", "zero_desc", "dq_piece_desc")
-        more = ("lse_ptr", "d_lse_ptr", "stats_ptr", "progress_ptr", "ring")
-        return dict.fromkeys((*names, *more)) | dict(RING=False)
-    lines = PIECE.value // 32
-    return dict(
-        out_part_desc=Blocks("out", (1, PART.value, 1, 64)),
-        do_part_desc=Blocks("d_out", (1, PART.value, 1, 64)),
-        piece_desc=Blocks("dq_sum", (lines, 32)),
-        zero_desc=Blocks("dq_sum", (lines // 2, 32)),
-        lse_ptr=Pointer("lse"),
-        d_lse_ptr=Pointer("d_lse"),
-        stats_ptr=Pointer("stats"),
-        dq_piece_desc=Blocks("dq", (1, 64, 1, 16)),
-        progress_ptr=Pointer("progress"),
-        ring=heads.room,
-        RING=True,
+        _launch(cast_dq_kernel, n_rows // ROWS.value, cast, pdl=tile.pdl),
     )
 
 

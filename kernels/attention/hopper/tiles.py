@@ -32,7 +32,6 @@ class BackwardTile:
     together: int  # bytes of Q, dO and dQ that the tiles standing together may span; 0: one head
     pdl: bool = False  # programmatic dependent launch: each kernel starts while the last one ends
     ahead: bool = False  # issue S of the next tile before this one is done; plain masks only
-    ring: bool = False  # one kernel does most of the small ones' work beside its own, see ring.py
 
 
 LARGEST_HEAD = {"forward": 256, "backward": 128}

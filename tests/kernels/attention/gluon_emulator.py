@@ -255,12 +255,6 @@ def _store_wait(pendings: int) -> None:
         read.wait(PATIENCE)
 
 
-def _stored(but: int) -> None:
-    """Until all but so many have written global memory."""
-    for copy, _ in _mine.stores[: len(_mine.stores) - but]:
-        copy.join(PATIENCE)
-
-
 def _written() -> None:
     while _mine.stores:
         _mine.stores.pop(0)[0].join(PATIENCE)
@@ -332,14 +326,6 @@ def _atomic_add(pointer: Pointer, value: Any, sem: str = "") -> Tensor:
     return before
 
 
-def _wait_for(pointer: Pointer, value: Any) -> None:
-    """Like any other wait, it must end."""
-    deadline = time.monotonic() + PATIENCE
-    while pointer.memory[pointer.offset] < value:
-        assert time.monotonic() < deadline, "a wait for a number in global memory never ended"
-        time.sleep(1e-4)
-
-
 def _atomic_exchange(pointer: Pointer, value: int, sem: str = "") -> None:
     with _atomic:
         pointer.memory[pointer.offset] = value
@@ -383,7 +369,6 @@ _GL = types.SimpleNamespace(
     sum=lambda value, axis: value.sum(axis),
     cast=lambda value, dtype: torch.as_tensor(value, dtype=dtype),
     broadcast=torch.broadcast_tensors,
-    join=lambda a, b: torch.stack((a, b), -1),
     exp2=torch.exp2,
     log2=torch.log2,
     cdiv=lambda a, b: -(-a // b),
@@ -416,9 +401,6 @@ _REPLACED = {
     id(shim.tma_load): _load,
     id(shim.tma_store): _store,
     id(shim.barrier): lambda: None,  # the threads of a partition are one
-    id(shim.fence_async_global): lambda: None,
-    id(shim.wait_for): _wait_for,
-    id(shim.stored): _stored,
     id(shim.tma_add): lambda desc, at, source: _store(desc, at, source, add=True),
 }
 

@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels.attention.hopper.api import sink_gradient
 from kernels.attention.hopper.launch import Blocks, Launch
-from kernels.attention.hopper.plan import heads_together
 from kernels.attention.hopper.shim import tma_load, tma_store
 from kernels.attention.hopper.softmax import MASKED
 from kernels.attention.hopper.tiles import (
@@ -178,47 +177,6 @@ def test_scores_of_a_row_that_is_masked_so_far_cancel_exactly() -> None:
 def test_scores_a_tile_ahead_are_right(case: str) -> None:
     tile = choose_backward(CASES[case].D, CASES[case].options["causal"], 4096)
     check(inputs_of(CASES[case], "cpu", torch.bfloat16), backward=replace(tile, ahead=True))
-
-
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize(
-    ("case", "n_sm", "heads"),
-    [  # heads: of a group, of the ring, prepared by the first kernel, left to the last one from
-        (
-            Case(T=256, S=256, D=128, B=3, H=4, H_kv=4, options={"causal": True}),
-            3, (2, 8, 4, 8),
-        ),
-        (Case(T=200, S=330, D=64, B=7, H=4, options={"causal": False}), 2, (1, 4, 2, 12)),
-        (Case(T=130, S=130, D=96, H=7, H_kv=7, options={"causal": True}), 1, (1, 4, 2, 5)),
-        (
-            Case(T=130, S=130, D=128, B=2, H=8, H_kv=4, options={"causal": True}),
-            7, (4, 8, 8, 0),
-        ),
-        (
-            Case(T=300, S=300, D=64, B=2, H=6, H_kv=6, options={"causal": True, "window": (90, 0)}),
-            5, (2, 8, 4, 8),
-        ),
-        (
-            Case(T=300, S=300, D=24, B=6, H=2, options={"causal": True}, documents=True),
-            5, (2, 8, 4, 8),
-        ),
-        (
-            Case(T=300, S=300, D=24, B=6, H=2, options={"causal": True}, documents=True),
-            3, (1, 4, 2, 10),
-        ),
-    ],
-)  # fmt: skip
-def test_small_kernels_go_along_with_the_main_one(
-    case: Case, n_sm: int, heads: tuple[int, ...], ahead: bool
-) -> None:
-    limits = "window" in case.options or case.documents
-    tile = choose_backward(case.D, True, case.T, limits=limits)
-    tile = replace(tile, ring=True, ahead=ahead, together=0)
-    q = torch.empty(case.B, case.T, case.H, case.D)
-    k = torch.empty(case.B, case.S, case.H_kv, case.D)
-    assert heads_together(q, k, tile, n_sm) == heads
-    packed = case.T == case.S  # dq is then a part of a larger tensor
-    check(inputs_of(case, "cpu", torch.bfloat16), backward=tile, n_sm=n_sm, packed=packed)
 
 
 @pytest.mark.parametrize("D", [64, 128])
