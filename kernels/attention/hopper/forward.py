@@ -103,7 +103,7 @@ def _keys_seen(
     ROW: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr, SKIP: gl.constexpr,
 ):  # fmt: skip
     """(first key tile of the 64 rows from `row` on, how many; how many before and behind them only
-    other rows of the tile see; for `hide`: first and behind the last key of each row, and which
+    other rows of the tile see; for `keep_run`: first and behind the last key of each row, and which
     keys all 64 rows see)."""
     BM: gl.constexpr = CONSUMERS * 64
     before = 0

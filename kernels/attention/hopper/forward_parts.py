@@ -16,8 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.attention.hopper.runs import keep_run
 from kernels.attention.hopper.shim import tma_store
-from kernels.attention.hopper.softmax import LN_2, MASKED, bias_scores, hide, softmax_step
+from kernels.attention.hopper.softmax import LN_2, MASKED, MASKED_BITS, bias_scores, softmax_step
 
 
 @gluon.jit
@@ -57,10 +58,10 @@ def first_softmax(
     keys = key + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
     qk = bias_scores(qk, keys, row + (S - T), ramp, bend, SOFTCAP, ALIBI)
     if LIMITS:
-        qk = hide(qk, keys, seen[0], seen[1], LIMITS)
+        qk = keep_run(qk, seen[0] - key, seen[1] - key, MASKED_BITS, True, True)
     elif EDGE > 0:
-        limit = limit_of(row, S, S - T, ROW, CAUSAL)
-        qk = hide(qk, keys, limit, limit, LIMITS)
+        limit = limit_of(row, S, S - T, ROW, CAUSAL) - key
+        qk = keep_run(qk, limit, limit, MASKED_BITS, False, True)
     p, peak, total, _ = softmax_step(qk, peak, total, scale)
     return p, peak, total, ramp
 
@@ -96,11 +97,11 @@ def key_step(
     if LIMITS:
         first, limit, clear_from, clear_to = seen
         if (key < clear_from) | (key + (BN - 1) > clear_to):
-            qk = hide(qk, keys, first, limit, LIMITS)
+            qk = keep_run(qk, first - key, limit - key, MASKED_BITS, True, True)
     elif EDGE > 1:
         if i < EDGE:
-            limit = limit_of(row, S, S - T, ROW, CAUSAL)
-            qk = hide(qk, keys, limit, limit, LIMITS)
+            limit = limit_of(row, S, S - T, ROW, CAUSAL) - key
+            qk = keep_run(qk, limit, limit, MASKED_BITS, False, True)
     p, peak, total, shrink = softmax_step(qk, peak, total, scale)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(v_empty.index(before), count=1)

@@ -10,7 +10,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kernels.attention.hopper.masks import tanh
+from kernels.attention.hopper.runs import keep_run
 
+MINUS_INF = gl.constexpr(0xFF800000)  # its bits
 NEVER, ALWAYS, ASK = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 
 
@@ -25,29 +27,17 @@ def minus_delta(delta, nothing, BM: gl.constexpr, COL: gl.constexpr):
 
 
 @gluon.jit
-def _keep(seen, p, weight, SOFTCAP: gl.constexpr):
-    """P' and the factor of dP' where a query sees a key, else 0."""
-    p = gl.where(seen, p, 0.0)
-    if SOFTCAP:
-        weight = gl.where(seen, weight, 0.0)
-    else:
-        weight = p
-    return p, weight
-
-
-@gluon.jit
-def _mask(
-    p, weight, places, ahead, left, BM: gl.constexpr, LAYOUT: gl.constexpr, CAUSAL: gl.constexpr,
-    SOFTCAP: gl.constexpr,
+def _hide(
+    x, ahead, left, BM: gl.constexpr, LAYOUT: gl.constexpr, CAUSAL: gl.constexpr
 ):  # fmt: skip
-    """Hide keys after the queries, which are `ahead` places ahead of them, or past the end."""
-    keys = places.slice(0, 64).load(gl.SliceLayout(1, LAYOUT))
+    """x, or -inf at keys after the queries, which are `ahead` places ahead of them, or past the
+    end."""
+    keys = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     if CAUSAL:
-        queries = places.slice(0, BM).load(gl.SliceLayout(0, LAYOUT))
-        inside = (queries + ahead)[None, :] >= keys[:, None]
+        first = keys - ahead
     else:
-        inside = (keys < left)[:, None]
-    return _keep(inside, p, weight, SOFTCAP)
+        first = gl.where(keys < left, 0, BM)
+    return keep_run(x, first, first, MINUS_INF, True, False)
 
 
 @gluon.jit
@@ -86,28 +76,23 @@ def probabilities(
         keys = places.slice(0, 64).load(gl.SliceLayout(1, LAYOUT))
         queries = places.slice(0, BM).load(gl.SliceLayout(0, LAYOUT))
         lse = lse + ramp * (queries + (query + past - key)).to(gl.float32)
-        p = gl.exp2(s - lse[None, :] + (ramp * keys.to(gl.float32))[:, None])
+        x = s - lse[None, :] + (ramp * keys.to(gl.float32))[:, None]
     else:
-        p = gl.exp2(s - lse[None, :])
+        x = s - lse[None, :]
+    if LIMITS:
+        first, last, clear_from, clear_to = seen
+        if (query < clear_from) | (query + (BM - 1) > clear_to):
+            low = first.load(gl.SliceLayout(1, LAYOUT)) - query
+            high = last.load(gl.SliceLayout(1, LAYOUT)) + (1 - query)
+            x = keep_run(x, low, high, MINUS_INF, True, True)
+    elif (CAUSAL or RAGGED) and MASK == ALWAYS:
+        x = _hide(x, query + past - key, S - key, BM, LAYOUT, CAUSAL)
+    elif (CAUSAL or RAGGED) and MASK == ASK:
+        if not clear_of_masks(key, query, S, past, LAST, CAUSAL):
+            x = _hide(x, query + past - key, S - key, BM, LAYOUT, CAUSAL)
+    p = gl.exp2(x)
     weight = p
     if SOFTCAP:
         weight = p * (1.0 - bent * bent)
         p = p.to(DTYPE)  # now: two tiles of fp32 would not fit in the registers
-    if LIMITS:
-        first, last, clear_from, clear_to = seen
-        if (query < clear_from) | (query + (BM - 1) > clear_to):
-            queries = query + places.slice(0, BM).load(gl.SliceLayout(0, LAYOUT))
-            low = first.load(gl.SliceLayout(1, LAYOUT))
-            high = last.load(gl.SliceLayout(1, LAYOUT))
-            inside = (queries[None, :] >= low[:, None]) & (queries[None, :] <= high[:, None])
-            p, weight = _keep(inside, p, weight, SOFTCAP)
-    elif (CAUSAL or RAGGED) and MASK == ALWAYS:
-        p, weight = _mask(
-            p, weight, places, query + past - key, S - key, BM, LAYOUT, CAUSAL, SOFTCAP
-        )  # fmt: skip
-    elif (CAUSAL or RAGGED) and MASK == ASK:
-        if not clear_of_masks(key, query, S, past, LAST, CAUSAL):
-            p, weight = _mask(
-                p, weight, places, query + past - key, S - key, BM, LAYOUT, CAUSAL, SOFTCAP
-            )  # fmt: skip
     return p, weight

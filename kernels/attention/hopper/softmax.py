@@ -12,6 +12,7 @@ from kernels.attention.hopper.masks import tanh
 # that `s * scale - shift` is exactly 0 for it: with -1e30 the fused multiply-add keeps the rounding
 # error of `shift`, about 1e22, and its power of two is inf (seen at 77 queries over 200 keys).
 MASKED = gl.constexpr(-(2.0**100))
+MASKED_BITS = gl.constexpr(0xF1800000)  # of that number
 LN_2 = gl.constexpr(0.6931471805599453)
 
 
@@ -34,15 +35,6 @@ def bias_scores(s, cols, origin, ramp, bend, SOFTCAP: gl.constexpr, ALIBI: gl.co
     if ALIBI:
         s = s + (ramp * (cols - origin).to(gl.float32))[None, :]
     return s
-
-
-@gluon.jit
-def hide(s, cols, first, limit, LIMITS: gl.constexpr):
-    """Rows see keys from `first` [64], counted under LIMITS only, to below `limit` [64]."""
-    seen = cols[None, :] < limit[:, None]
-    if LIMITS:
-        seen = seen & (cols[None, :] >= first[:, None])
-    return gl.where(seen, s, MASKED)
 
 
 @gluon.jit

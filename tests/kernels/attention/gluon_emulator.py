@@ -30,7 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import JITFunction
 
-from kernels.attention.hopper import masks, shim
+from kernels.attention.hopper import masks, runs, shim
 from kernels.attention.hopper.launch import Launch, Tensors
 
 PATIENCE = 20.0  # seconds a wait may take
@@ -345,6 +345,19 @@ def _tanh(x: Tensor) -> Tensor:
     return x.tanh() * (1 + 2.0**-11 * (2 * torch.rand(x.shape) - 1))
 
 
+def _keep_run(
+    x: Tensor, first: Any, limit: Any, other: int, has_first: Any, has_limit: Any
+) -> Tensor:
+    columns = torch.arange(x.shape[1])
+    keep = torch.ones_like(x, dtype=torch.bool)
+    if has_first:
+        keep &= columns[None, :] >= first[:, None]
+    if has_limit:
+        keep &= columns[None, :] < limit[:, None]
+    bits = torch.tensor(other, dtype=torch.int64).to(torch.int32)
+    return torch.where(keep, x, bits.view(torch.float32))
+
+
 def _no_layout(*_: Any, **__: Any) -> None:
     return None
 
@@ -398,6 +411,7 @@ _REPLACED = {
     id(gdc_launch_dependents): lambda: None,
     id(gdc_wait): lambda: None,
     id(masks.tanh): _tanh,
+    id(runs.keep_run): _keep_run,
     id(shim.tma_load): _load,
     id(shim.tma_store): _store,
     id(shim.barrier): lambda: None,  # the threads of a partition are one
