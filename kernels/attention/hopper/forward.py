@@ -137,7 +137,7 @@ def _consumer(
     W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr, EDGE: gl.constexpr,
     SKIP: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
-    DRAW: gl.constexpr, SHARE: gl.constexpr,
+    DRAW: gl.constexpr, SHARE: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     out_desc, lse_ptr = results
@@ -154,7 +154,6 @@ def _consumer(
     DTYPE: gl.constexpr = out_desc.dtype
     BM: gl.constexpr = CONSUMERS * 64
     nothing = gl.zeros([64, BN], gl.float32, S_LAYOUT)
-    q = q_smem.index(W).reshape([64, D])
     it = 0
     turn = 0
     position = gl.program_id(0)
@@ -171,7 +170,9 @@ def _consumer(
 
         s = it % STAGES
         key = (low + n_iter - 1) * BN
-        mbarrier.wait(q_full.index(W), turn & 1)
+        place = turn % PLACES * CONSUMERS + W
+        q = q_smem.index(place).reshape([64, D])
+        mbarrier.wait(q_full.index(place), (turn // PLACES) & 1)
         mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
         k = k_smem.index(s).reshape([BN, D]).permute((1, 0))
         qk = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
@@ -192,7 +193,7 @@ def _consumer(
             )  # fmt: skip
             it += 1
         if not SHARE:
-            mbarrier.arrive(q_empty.index(W), count=1)
+            mbarrier.arrive(q_empty.index(place), count=1)
         s = (it - 1) % STAGES
         mbarrier.wait(v_full.index(s), ((it - 1) // STAGES) & 1)
         acc = warpgroup_mma(p16, v_smem.index(s).reshape([BN, D]), acc, is_async=True)
@@ -206,7 +207,7 @@ def _consumer(
         store_out(out_desc, out_smem, acc, head, row, H, W, D)
         if SHARE:
             tma.store_wait(0)
-            mbarrier.arrive(q_empty.index(W), count=1)
+            mbarrier.arrive(q_empty.index(place), count=1)
         turn += 1
         position = following(position, turn, ticket, DRAW)
     tma.store_wait(0)
@@ -218,7 +219,7 @@ def _work(
     W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr, EDGE: gl.constexpr,
     SKIP: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
-    DRAW: gl.constexpr, SHARE: gl.constexpr, CHAINED: gl.constexpr,
+    DRAW: gl.constexpr, SHARE: gl.constexpr, CHAINED: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
     """A consumer, of either kind."""
     if CHAINED:
@@ -229,7 +230,7 @@ def _work(
     else:
         _consumer(
             results, biases, scale, rings, out_smem, sizes, limits, ends, W, D, CONSUMERS, BN,
-            STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS, DRAW, SHARE,
+            STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS, DRAW, SHARE, PLACES,
         )  # fmt: skip
 
 
@@ -258,12 +259,12 @@ def attention_fwd_kernel(
     ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, DRAW: gl.constexpr,
     SHARE: gl.constexpr,  # out leaves through the place of Q
     CHAINED: gl.constexpr,  # see forward_chained.py
+    PLACES: gl.constexpr,  # of Q
 ):  # fmt: skip
     """out and lse of the tiles this program gets; one launch has at most one program per SM."""
     DTYPE: gl.constexpr = q_desc.dtype
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    PLACES: gl.constexpr = 2 if CHAINED else 1  # of Q
     q_smem = gl.allocate_shared_memory(DTYPE, [PLACES * CONSUMERS, 1, 64, 1, D], q_desc.layout)
     out_smem = q_smem
     if not SHARE:
@@ -307,10 +308,10 @@ def attention_fwd_kernel(
         gl.warp_specialize([
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 0, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED)),
+                         DRAW, SHARE, CHAINED, PLACES)),
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 1, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED)),
+                         DRAW, SHARE, CHAINED, PLACES)),
             (_producer, (sources, rings, counter_ptr, sizes, limits, ends,
                          GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, DRAW, PLACES)),
         ], [4, 1], [REGISTERS, 24])
@@ -318,13 +319,13 @@ def attention_fwd_kernel(
         gl.warp_specialize([
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 0, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED)),
+                         DRAW, SHARE, CHAINED, PLACES)),
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 1, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED)),
+                         DRAW, SHARE, CHAINED, PLACES)),
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 2, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED)),
+                         DRAW, SHARE, CHAINED, PLACES)),
             (_producer, (sources, rings, counter_ptr, sizes, limits, ends,
                          GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, DRAW, PLACES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])

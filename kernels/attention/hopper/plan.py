@@ -130,6 +130,7 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
         edge = 1 if S % keys else 0
     # a tile of rows always ends inside one key tile: then each warpgroup needs all key tiles
     even = keys % rows == 0 and past % keys == 0
+    chained = tile.chained and not masks["LIMITS"] and BD != 256
     values = dict(
         q_desc=Blocks("q", (1, 64, 1, BD)),
         k_desc=Blocks("k", (1, keys, 1, BD)),
@@ -158,7 +159,8 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
         SINKS=options.sinks is not None,
         DRAW=tile.draw,
         SHARE=BD == 256,
-        CHAINED=tile.chained and not masks["LIMITS"] and BD != 256,
+        CHAINED=chained,
+        PLACES=2 if chained else 1 if BD == 256 else tile.places,
         **masks,
         **options.caps(),
     )

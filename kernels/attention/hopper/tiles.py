@@ -18,6 +18,7 @@ class ForwardTile:
     registers: int  # per consumer thread; 65,536 in all, the loading warp keeps 24
     draw: bool  # tiles from a counter, see schedule.py
     together: int  # bytes of K and V that the tiles standing together may span; 0: one head
+    places: int = 1  # of Q: with 2 the next tile's loads while this one is worked on
     chained: bool = False  # no gap between tiles, see forward_chained.py; plain masks only
 
 
