@@ -39,6 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels.attention.hopper.ends import hand_over, number_at, room_for_ends
 from kernels.attention.hopper.forward_chained import chained_consumer
 from kernels.attention.hopper.forward_parts import (
+    first_scores,
     first_softmax,
     key_step,
     store_lse,
@@ -136,8 +137,8 @@ def _consumer(
     results, biases, scale, rings, out_smem, sizes, limits, ends,
     W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr, EDGE: gl.constexpr,
-    SKIP: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
-    DRAW: gl.constexpr, SHARE: gl.constexpr, PLACES: gl.constexpr,
+    SKIP: gl.constexpr, HALF: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr,
+    SINKS: gl.constexpr, DRAW: gl.constexpr, SHARE: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     out_desc, lse_ptr = results
@@ -153,7 +154,6 @@ def _consumer(
     H, T, S, n_heads, n_tiles, chunk = sizes
     DTYPE: gl.constexpr = out_desc.dtype
     BM: gl.constexpr = CONSUMERS * 64
-    nothing = gl.zeros([64, BN], gl.float32, S_LAYOUT)
     it = 0
     turn = 0
     position = gl.program_id(0)
@@ -174,15 +174,14 @@ def _consumer(
         q = q_smem.index(place).reshape([64, D])
         mbarrier.wait(q_full.index(place), (turn // PLACES) & 1)
         mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
-        k = k_smem.index(s).reshape([BN, D]).permute((1, 0))
-        qk = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+        qk = first_scores(q, k_smem.index(s).reshape([BN, D]), W, BN, HALF)
         qk = warpgroup_mma_wait(0, deps=(qk,))
         mbarrier.arrive(k_empty.index(s), count=1)
         p, peak, total, ramp = first_softmax(
             qk, head, row, key, seen, biases, scale, sizes,
-            BN, S_LAYOUT, CAUSAL, LIMITS, EDGE, ALIBI, SOFTCAP, SINKS,
+            W, BN, CAUSAL, LIMITS, EDGE, HALF, ALIBI, SOFTCAP, SINKS, DTYPE,
         )  # fmt: skip
-        p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+        p16 = gl.convert_layout(p, P_LAYOUT)
         acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
         it += 1
         for i in range(1, n_iter):
@@ -218,19 +217,21 @@ def _work(
     results, biases, scale, rings, out_smem, sizes, limits, ends,
     W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr, EDGE: gl.constexpr,
-    SKIP: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
-    DRAW: gl.constexpr, SHARE: gl.constexpr, CHAINED: gl.constexpr, PLACES: gl.constexpr,
+    SKIP: gl.constexpr, HALF: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr,
+    SINKS: gl.constexpr, DRAW: gl.constexpr, SHARE: gl.constexpr, CHAINED: gl.constexpr,
+    PLACES: gl.constexpr,
 ):  # fmt: skip
     """A consumer, of either kind."""
     if CHAINED:
         chained_consumer(
             results, biases, scale, rings, out_smem, sizes, limits, W, D, CONSUMERS, BN,
-            STAGES, CAUSAL, EDGE, SKIP, ALIBI, SOFTCAP, SINKS, DRAW,
+            STAGES, CAUSAL, EDGE, SKIP, HALF, ALIBI, SOFTCAP, SINKS, DRAW,
         )  # fmt: skip
     else:
         _consumer(
             results, biases, scale, rings, out_smem, sizes, limits, ends, W, D, CONSUMERS, BN,
-            STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS, DRAW, SHARE, PLACES,
+            STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP, SINKS, DRAW, SHARE,
+            PLACES,
         )  # fmt: skip
 
 
@@ -255,6 +256,7 @@ def attention_fwd_kernel(
     CAUSAL: gl.constexpr,  # and nothing else: no window, no documents
     LIMITS: gl.constexpr,  # see masks.py
     EDGE: gl.constexpr,  # key tiles at the end of a row that may need the mask
+    HALF: gl.constexpr,  # see first_scores of forward_parts.py
     SKIP: gl.constexpr,  # key tiles may be of no use to some warpgroups
     ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, DRAW: gl.constexpr,
     SHARE: gl.constexpr,  # out leaves through the place of Q
@@ -307,25 +309,25 @@ def attention_fwd_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 0, D,
-                         CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED, PLACES)),
+                         CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
+                         SINKS, DRAW, SHARE, CHAINED, PLACES)),
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 1, D,
-                         CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED, PLACES)),
+                         CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
+                         SINKS, DRAW, SHARE, CHAINED, PLACES)),
             (_producer, (sources, rings, counter_ptr, sizes, limits, ends,
                          GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, DRAW, PLACES)),
         ], [4, 1], [REGISTERS, 24])
     else:
         gl.warp_specialize([
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 0, D,
-                         CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED, PLACES)),
+                         CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
+                         SINKS, DRAW, SHARE, CHAINED, PLACES)),
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 1, D,
-                         CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED, PLACES)),
+                         CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
+                         SINKS, DRAW, SHARE, CHAINED, PLACES)),
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 2, D,
-                         CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, ALIBI, SOFTCAP, SINKS,
-                         DRAW, SHARE, CHAINED, PLACES)),
+                         CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
+                         SINKS, DRAW, SHARE, CHAINED, PLACES)),
             (_producer, (sources, rings, counter_ptr, sizes, limits, ends,
                          GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, DRAW, PLACES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.attention.hopper.forward_parts import (
+    first_scores,
     first_softmax,
     key_step,
     store_lse,
@@ -60,7 +61,8 @@ def chained_consumer(
     results, biases, scale, rings, out_smem, sizes, limits,
     W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, EDGE: gl.constexpr, SKIP: gl.constexpr,
-    ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, DRAW: gl.constexpr,
+    HALF: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
+    DRAW: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     out_desc, lse_ptr = results
@@ -77,7 +79,6 @@ def chained_consumer(
     DTYPE: gl.constexpr = out_desc.dtype
     n_positions = n_tiles * n_heads
     seen = (0, 0, 0, 0)
-    nothing = gl.zeros([64, BN], gl.float32, S_LAYOUT)
 
     position = gl.program_id(0)  # there are at most as many programs as tiles
     head, row, n_iter, passed = _rows_of(position, sizes, limits, W, CONSUMERS, BN, CAUSAL, SKIP)
@@ -89,15 +90,15 @@ def chained_consumer(
     mbarrier.wait(q_full.index(place), 0)
     mbarrier.wait(k_full.index(it % STAGES), (it // STAGES) & 1)
     q = q_smem.index(place).reshape([64, D])
-    k = k_smem.index(it % STAGES).reshape([BN, D]).permute((1, 0))
-    qk = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+    k = k_smem.index(it % STAGES).reshape([BN, D])
+    qk = first_scores(q, k, W, BN, HALF)
     qk = warpgroup_mma_wait(0, deps=(qk,))
     mbarrier.arrive(k_empty.index(it % STAGES), count=1)
     p, peak, total, ramp = first_softmax(
         qk, head, row, (n_iter - 1) * BN, seen, biases, scale, sizes,
-        BN, S_LAYOUT, CAUSAL, 0, EDGE, ALIBI, SOFTCAP, SINKS,
+        W, BN, CAUSAL, 0, EDGE, HALF, ALIBI, SOFTCAP, SINKS, DTYPE,
     )  # fmt: skip
-    p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+    p16 = gl.convert_layout(p, P_LAYOUT)
     it += 1
     while position < n_positions:
         acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
@@ -126,8 +127,8 @@ def chained_consumer(
             mbarrier.wait(q_full.index(place), (turn // 2) & 1)
             mbarrier.wait(k_full.index(it % STAGES), (it // STAGES) & 1)
         q = q_smem.index(place).reshape([64, D])
-        k = k_smem.index(it % STAGES).reshape([BN, D]).permute((1, 0))
-        qk = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+        k = k_smem.index(it % STAGES).reshape([BN, D])
+        qk = first_scores(q, k, W, BN, HALF)
         mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
         v = v_smem.index(last % STAGES).reshape([BN, D])
         acc = warpgroup_mma(p16, v, acc, is_async=True)
@@ -138,11 +139,11 @@ def chained_consumer(
         share = gl.convert_layout(1.0 / total, ROW_O)
         p, peak, total, ramp = first_softmax(
             qk, next_head, next_row, (next_n_iter - 1) * BN, seen, biases, scale, sizes,
-            BN, S_LAYOUT, CAUSAL, 0, EDGE, ALIBI, SOFTCAP, SINKS,
+            W, BN, CAUSAL, 0, EDGE, HALF, ALIBI, SOFTCAP, SINKS, DTYPE,
         )  # fmt: skip
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_empty.index(last % STAGES), count=1)
-        p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+        p16 = gl.convert_layout(p, P_LAYOUT)
         it += 1
         store_out(out_desc, out_smem, acc * share[:, None], head, row, H, W, D)
         head = next_head

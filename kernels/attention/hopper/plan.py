@@ -154,6 +154,7 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
         STAGES=tile.stages,
         REGISTERS=tile.registers,
         EDGE=edge,
+        HALF=tile.half and causal and even and rows == keys,
         SKIP=masks["LIMITS"] > 0 or (causal and not even),
         ALIBI=options.alibi,
         SINKS=options.sinks is not None,

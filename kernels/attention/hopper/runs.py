@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.constexpr_function
-def _code(n, other, from_first, to_limit):
+def _code(n, other, from_first, to_limit, clear):
     """Assembly for n numbers of a thread. Operands: n results, the n numbers, and for each of the
     two ends asked for n times the row's end minus the thread's first column.
 
@@ -38,6 +38,9 @@ def _code(n, other, from_first, to_limit):
             code += f" and.b32 row{row}, row{row}, end;"
     for k in range(n):
         bit = 2 * (k // 4) + k % 2
+        if k // 4 * 8 < clear:
+            code += f" mov.f32 ${k}, ${n + k};"
+            continue
         code += f"""
             and.b32 t, row{k // 2 % 2}, {1 << bit};
             setp.ne.u32 p, t, 0;
@@ -52,15 +55,18 @@ def _operands(n, from_first, to_limit):
 
 
 @gluon.jit
-def keep_run(x, first, limit, OTHER: gl.constexpr, FROM: gl.constexpr, TO: gl.constexpr):
+def keep_run(
+    x, first, limit, OTHER: gl.constexpr, FROM: gl.constexpr, TO: gl.constexpr,
+    CLEAR: gl.constexpr = 0,
+):  # fmt: skip
     """x [rows, at most 128 columns] fp32, the result of a product: as it is in the columns from
     `first` (if FROM) to below `limit` (if TO) of each row [rows] int32, and elsewhere the number
-    whose bits OTHER is."""
+    whose bits OTHER is. All rows keep the first CLEAR columns, a multiple of 8."""
     COLUMNS: gl.constexpr = x.shape[1]
     N: gl.constexpr = COLUMNS // 2  # numbers of a thread: 128 threads have 64 rows
     # of a thread's columns the lane says bits 1 and 2
     mine = (gl.arange(0, COLUMNS, gl.SliceLayout(0, x.type.layout)) & 6)[None, :]
-    CODE: gl.constexpr = _code(N, OTHER, FROM, TO)
+    CODE: gl.constexpr = _code(N, OTHER, FROM, TO, CLEAR)
     TYPES: gl.constexpr = _operands(N, FROM, TO)
     if FROM and TO:
         operands = [x, first[:, None] - mine, limit[:, None] - mine]

@@ -19,6 +19,7 @@ class ForwardTile:
     draw: bool  # tiles from a counter, see schedule.py
     together: int  # bytes of K and V that the tiles standing together may span; 0: one head
     places: int = 1  # of Q: with 2 the next tile's loads while this one is worked on
+    half: bool = True  # of a first key tile where the other half is hidden, see forward_parts.py
     chained: bool = False  # no gap between tiles, see forward_chained.py; plain masks only
 
 
@@ -46,9 +47,9 @@ def padded_head(head_size: int) -> int:
 # (padded head size, causal)
 FORWARD = {
     (64, False): ForwardTile(3, 128, 2, 160, False, 0, chained=True),
-    (64, True): ForwardTile(3, 128, 3, 160, True, 32 * MIB),
+    (64, True): ForwardTile(3, 128, 3, 160, True, 32 * MIB, places=2),
     (128, False): ForwardTile(2, 128, 2, 240, False, 0, chained=True),
-    (128, True): ForwardTile(2, 128, 2, 240, True, 32 * MIB),
+    (128, True): ForwardTile(2, 128, 2, 240, True, 32 * MIB, places=2),
     (256, False): ForwardTile(2, 64, 2, 240, False, 0),
     (256, True): ForwardTile(2, 64, 2, 240, True, 32 * MIB),
 }
@@ -63,7 +64,7 @@ AHEAD = 2048  # queries from which on, at D = 128, scores a tile ahead are worth
 # much of the last one empty: at 1024 causal queries these ran at 314 TFLOP/s, the three at 284
 FORWARD_128_ROWS = {
     False: ForwardTile(2, 128, 4, 240, False, 0),
-    True: ForwardTile(2, 128, 4, 240, True, 32 * MIB),
+    True: ForwardTile(2, 128, 4, 240, True, 32 * MIB, places=2),
 }
 MOST_EMPTY = 1.1  # times the rows that tiles of 128 take
 

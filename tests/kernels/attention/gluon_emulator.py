@@ -346,7 +346,7 @@ def _tanh(x: Tensor) -> Tensor:
 
 
 def _keep_run(
-    x: Tensor, first: Any, limit: Any, other: int, has_first: Any, has_limit: Any
+    x: Tensor, first: Any, limit: Any, other: int, has_first: bool, has_limit: bool, clear: int = 0
 ) -> Tensor:
     columns = torch.arange(x.shape[1])
     keep = torch.ones_like(x, dtype=torch.bool)
@@ -354,6 +354,7 @@ def _keep_run(
         keep &= columns[None, :] >= first[:, None]
     if has_limit:
         keep &= columns[None, :] < limit[:, None]
+    keep[:, :clear] = True
     bits = torch.tensor(other, dtype=torch.int64).to(torch.int32)
     return torch.where(keep, x, bits.view(torch.float32))
 
@@ -382,6 +383,7 @@ _GL = types.SimpleNamespace(
     sum=lambda value, axis: value.sum(axis),
     cast=lambda value, dtype: torch.as_tensor(value, dtype=dtype),
     broadcast=torch.broadcast_tensors,
+    join=lambda a, b: torch.stack((a, b), -1),
     exp2=torch.exp2,
     log2=torch.log2,
     cdiv=lambda a, b: -(-a // b),

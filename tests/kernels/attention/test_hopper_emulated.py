@@ -150,6 +150,26 @@ def test_fewer_rows_are_taken_where_the_last_tile_would_be_empty() -> None:
     check(inputs_of(case, "cpu", torch.bfloat16), forward=FORWARD_128_ROWS[False])
 
 
+@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("places", [1, 2])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(T=400, S=528, D=64, H=3, H_kv=3, options={"causal": True}, sinks=True, alibi=True),
+        Case(T=330, S=330, D=128, options={"causal": True, "softcap": 2.0}),
+    ],
+)
+def test_half_a_key_tile_and_two_places_of_queries_change_nothing(
+    case: Case, places: int, half: bool, chained: bool
+) -> None:
+    tile = replace(FORWARD_128_ROWS[True], stages=2, places=places, half=half, chained=chained)
+    inputs = inputs_of(case, "cpu", torch.bfloat16)
+    launch = passes_of(inputs, tile).launches[0]
+    assert launch.arguments["HALF"] == half
+    check(inputs, tile)
+
+
 @pytest.mark.parametrize(
     "case",
     [

@@ -39,7 +39,9 @@ def execute(code: str, numbers: list[str], ends: list[int]) -> list[str]:
     for step in filter(None, map(str.strip, body.split(";"))):
         name, rest = step.split(" ", 1)
         to, *given = (x.strip() for x in rest.split(","))
-        if name == "selp.f32":
+        if name == "mov.f32":
+            results[int(to.removeprefix("$"))] = numbers[int(given[0].removeprefix("$")) - n]
+        elif name == "selp.f32":
             kept = numbers[int(given[0].removeprefix("$")) - n]
             results[int(to.removeprefix("$"))] = kept if held[given[2]] else given[1]
         else:
@@ -50,10 +52,11 @@ def execute(code: str, numbers: list[str], ends: list[int]) -> list[str]:
 
 @pytest.mark.parametrize("ends", [("to",), ("from",), ("from", "to")])
 @pytest.mark.parametrize("columns", [64, 128])
-def test_a_run_of_columns_is_kept(columns: int, ends: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("clear", [0, 64])
+def test_a_run_of_columns_is_kept(columns: int, ends: tuple[str, ...], clear: int) -> None:
     n = columns // 2
     asked = "from" in ends, "to" in ends
-    code = _code.fn(n, MINUS_INF.value, *asked)
+    code = _code.fn(n, MINUS_INF.value, *asked, clear)
     assert _operands.fn(n, *asked).count(",") == (2 + len(ends)) * n - 1
     for lane in range(4):
         # number k of a thread: (row, column), as the tensor cores leave them
@@ -67,6 +70,7 @@ def test_a_run_of_columns_is_kept(columns: int, ends: tuple[str, ...]) -> None:
                     keep = ("from" not in ends or column >= rows["from"][row]) and (
                         "to" not in ends or column < rows["to"][row]
                     )
+                    keep = keep or column < clear
                     assert got[k] == (f"x{k}" if keep else "0fFF800000")
 
 
