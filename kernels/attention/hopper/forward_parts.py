@@ -84,7 +84,7 @@ def first_softmax(
     elif EDGE > 0:
         limit = limit_of(row, S, S - T, ROW, CAUSAL) - key
         qk = keep_run(qk, limit, limit, MASKED_BITS, False, True, CLEAR)
-    p, peak, total, _ = softmax_step(qk, peak, total, scale)
+    p, peak, total, _ = softmax_step(qk, peak, total, scale, LAYOUT)
     p = p.to(DTYPE)
     if KEYS < BN:  # zeros for the other half: all later steps are alike
         FULL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -131,7 +131,7 @@ def key_step(
         if i < EDGE:
             limit = limit_of(row, S, S - T, ROW, CAUSAL) - key
             qk = keep_run(qk, limit, limit, MASKED_BITS, False, True)
-    p, peak, total, shrink = softmax_step(qk, peak, total, scale)
+    p, peak, total, shrink = softmax_step(qk, peak, total, scale, LAYOUT)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(v_empty.index(before), count=1)
     acc = acc * gl.convert_layout(shrink, ROW_O)[:, None]

@@ -384,6 +384,7 @@ _GL = types.SimpleNamespace(
     cast=lambda value, dtype: torch.as_tensor(value, dtype=dtype),
     broadcast=torch.broadcast_tensors,
     join=lambda a, b: torch.stack((a, b), -1),
+    split=lambda x: x.unbind(-1),
     exp2=torch.exp2,
     log2=torch.log2,
     cdiv=lambda a, b: -(-a // b),
