@@ -14,6 +14,9 @@ the first, with x a barrier of shared memory and all loads and stores by the cop
                 ...
                 O += Pn Vn, O / l -> shared -> global while the next tile's loads run
 
+K_j and V_{j-1} are let go together, by one barrier (kv_empty): where an arrival is, the threads of a
+warpgroup wait for each other.
+
 S_j is issued before P_{j-1} V_{j-1}, so the tensor cores have work during the softmax: +6 to +16 %
 measured on one H200. Descriptors are 4-D over [B, T, H, D], any strides: what lies past the end of
 a sequence reads as zero and is not written, and no copy is made. D is the head size padded to 64,
@@ -61,8 +64,8 @@ def _producer(
     q_desc, k_desc, v_desc = sources
     q_ring, k_ring, v_ring, ticket = rings
     q_smem, q_full, q_empty = q_ring
-    k_smem, k_full, k_empty = k_ring
-    v_smem, v_full, v_empty = v_ring
+    k_smem, k_full, kv_empty = k_ring
+    v_smem, v_full = v_ring
     H, T, S, n_heads, n_tiles, chunk = sizes
     BM: gl.constexpr = CONSUMERS * 64
     it = 0
@@ -87,10 +90,12 @@ def _producer(
             s = it % STAGES
             phase = (it // STAGES) & 1
             key = (low + n_iter - 1 - i) * BN
-            mbarrier.wait(k_empty.index(s), phase ^ 1)
+            mbarrier.wait(kv_empty.index(s), phase ^ 1)
             mbarrier.expect(k_full.index(s), k_desc.block_type.nbytes)
             tma_load(k_desc, [b, key, h // GROUP, 0], k_full.index(s), k_smem.index(s))
-            mbarrier.wait(v_empty.index(s), phase ^ 1)
+            if it >= STAGES - 1:  # V of STAGES before is let go at the step after its own
+                then = it + 1
+                mbarrier.wait(kv_empty.index(then % STAGES), ((then // STAGES) & 1) ^ 1)
             mbarrier.expect(v_full.index(s), v_desc.block_type.nbytes)
             tma_load(v_desc, [b, key, h // GROUP, 0], v_full.index(s), v_smem.index(s))
             it += 1
@@ -149,8 +154,8 @@ def _consumer(
     ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     q_ring, k_ring, v_ring, ticket = rings
     q_smem, q_full, q_empty = q_ring
-    k_smem, k_full, k_empty = k_ring
-    v_smem, v_full, v_empty = v_ring
+    k_smem, k_full, kv_empty = k_ring
+    v_smem, v_full = v_ring
     H, T, S, n_heads, n_tiles, chunk = sizes
     DTYPE: gl.constexpr = out_desc.dtype
     BM: gl.constexpr = CONSUMERS * 64
@@ -176,7 +181,7 @@ def _consumer(
         mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
         qk = first_scores(q, k_smem.index(s).reshape([BN, D]), W, BN, HALF)
         qk = warpgroup_mma_wait(0, deps=(qk,))
-        mbarrier.arrive(k_empty.index(s), count=1)
+        mbarrier.arrive(kv_empty.index(s), count=1)
         p, peak, total, ramp = first_softmax(
             qk, head, row, key, seen, biases, scale, sizes,
             W, BN, CAUSAL, LIMITS, EDGE, HALF, ALIBI, SOFTCAP, SINKS, DTYPE,
@@ -197,7 +202,6 @@ def _consumer(
         mbarrier.wait(v_full.index(s), ((it - 1) // STAGES) & 1)
         acc = warpgroup_mma(p16, v_smem.index(s).reshape([BN, D]), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(v_empty.index(s), count=1)
         if LIMITS:
             it = pass_by(before, it, k_ring, v_ring, STAGES)
 
@@ -225,7 +229,7 @@ def _work(
     if CHAINED:
         chained_consumer(
             results, biases, scale, rings, out_smem, sizes, limits, W, D, CONSUMERS, BN,
-            STAGES, CAUSAL, EDGE, SKIP, HALF, ALIBI, SOFTCAP, SINKS, DRAW,
+            STAGES, CAUSAL, EDGE, HALF, ALIBI, SOFTCAP, SINKS, DRAW,
         )  # fmt: skip
     else:
         _consumer(
@@ -276,9 +280,8 @@ def attention_fwd_kernel(
     q_full = gl.allocate_shared_memory(gl.int64, [PLACES * CONSUMERS, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [PLACES * CONSUMERS, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    kv_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     ends = room_for_ends(1, CONSUMERS, LIMITS)
     slots = gl.allocate_shared_memory(gl.int32, [1, 1], FLAT)
     ticket_full = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
@@ -286,8 +289,7 @@ def attention_fwd_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=CONSUMERS)
-        mbarrier.init(v_empty.index(i), count=CONSUMERS)
+        mbarrier.init(kv_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(PLACES * CONSUMERS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
@@ -296,8 +298,8 @@ def attention_fwd_kernel(
 
     rings = (
         (q_smem, q_full, q_empty),
-        (k_smem, k_full, k_empty),
-        (v_smem, v_full, v_empty),
+        (k_smem, k_full, kv_empty),
+        (v_smem, v_full),
         (slots, ticket_full, ticket_empty),
     )
     sources = (q_desc, k_desc, v_desc)

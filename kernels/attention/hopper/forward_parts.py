@@ -104,8 +104,8 @@ def key_step(
 ):  # fmt: skip
     """Key tile i of a tile of rows, number `it` of all, that starts at `key`: P V of the tile
     before beside this one's scores. Its P, and acc, peak and total scaled alike."""
-    k_smem, k_full, k_empty = k_ring
-    v_smem, v_full, v_empty = v_ring
+    k_smem, k_full, kv_empty = k_ring
+    v_smem, v_full = v_ring
     _H, T, S, _n_heads, _n_tiles, _chunk = sizes
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
@@ -120,7 +120,6 @@ def key_step(
     v = v_smem.index(before).reshape([BN, D])
     acc = warpgroup_mma(p16, v, acc, is_async=True)
     qk = warpgroup_mma_wait(1, deps=(qk,))
-    mbarrier.arrive(k_empty.index(s), count=1)
     keys = key + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
     qk = bias_scores(qk, keys, row + (S - T), ramp, bend, SOFTCAP, ALIBI)
     if LIMITS:
@@ -133,7 +132,7 @@ def key_step(
             qk = keep_run(qk, limit, limit, MASKED_BITS, False, True)
     p, peak, total, shrink = softmax_step(qk, peak, total, scale, LAYOUT)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(v_empty.index(before), count=1)
+    mbarrier.arrive(kv_empty.index(s), count=1)
     acc = acc * gl.convert_layout(shrink, ROW_O)[:, None]
     p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
     return p16, acc, peak, total

@@ -130,7 +130,8 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
         edge = 1 if S % keys else 0
     # a tile of rows always ends inside one key tile: then each warpgroup needs all key tiles
     even = keys % rows == 0 and past % keys == 0
-    chained = tile.chained and not masks["LIMITS"] and BD != 256
+    skip = masks["LIMITS"] > 0 or (causal and not even)
+    chained = tile.chained and not skip and BD != 256
     values = dict(
         q_desc=Blocks("q", (1, 64, 1, BD)),
         k_desc=Blocks("k", (1, keys, 1, BD)),
@@ -155,7 +156,7 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
         REGISTERS=tile.registers,
         EDGE=edge,
         HALF=tile.half and causal and even and rows == keys,
-        SKIP=masks["LIMITS"] > 0 or (causal and not even),
+        SKIP=skip,
         ALIBI=options.alibi,
         SINKS=options.sinks is not None,
         DRAW=tile.draw,

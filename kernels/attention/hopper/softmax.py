@@ -51,13 +51,12 @@ def bias_scores(s, cols, origin, ramp, bend, SOFTCAP: gl.constexpr, ALIBI: gl.co
 @gluon.jit
 def pass_by(n, it, k_ring, v_ring, STAGES: gl.constexpr):
     """Let n key tiles go that only other rows of this tile see."""
-    _, k_full, k_empty = k_ring
-    _, v_full, v_empty = v_ring
+    _, k_full, kv_empty = k_ring
+    _, v_full = v_ring
     for _ in range(n):
         s = it % STAGES
         mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
-        mbarrier.arrive(k_empty.index(s), count=1)
         mbarrier.wait(v_full.index(s), (it // STAGES) & 1)
-        mbarrier.arrive(v_empty.index(s), count=1)
+        mbarrier.arrive(kv_empty.index(s), count=1)
         it += 1
     return it

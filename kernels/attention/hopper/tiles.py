@@ -20,7 +20,8 @@ class ForwardTile:
     together: int  # bytes of K and V that the tiles standing together may span; 0: one head
     places: int = 1  # of Q: with 2 the next tile's loads while this one is worked on
     half: bool = True  # of a first key tile where the other half is hidden, see forward_parts.py
-    chained: bool = False  # no gap between tiles, see forward_chained.py; plain masks only
+    # no gap between tiles, see forward_chained.py; where all warpgroups need the same keys
+    chained: bool = False
 
 
 @dataclass(frozen=True)
