@@ -51,7 +51,8 @@ def _code(n, other, from_first, to_limit, clear):
 @gluon.constexpr_function
 def _operands(n, from_first, to_limit):
     n_ends = from_first + to_limit
-    return ",".join(["=f"] * n + ["f"] * n + ["r"] * (n * n_ends))
+    # &: a result is there before all operands have been read
+    return ",".join(["=&f"] * n + ["f"] * n + ["r"] * (n * n_ends))
 
 
 @gluon.jit
