@@ -2,14 +2,15 @@
 
     git worktree add ../before HEAD~5
     python scripts/bench_against.py ../before .                 # what the last commits brought
-    python scripts/bench_against.py . .:ring=1 --shapes 1024    # what a field of the tiles brings
+    python scripts/bench_against.py . .:pdl=1 --shapes 1024    # what a field of the tiles brings
 
-Each side is a checkout, and after a colon fields of the backward's tile (kernels/attention/hopper/
-tiles.py) that take other values. A side has a process of its own; the sides take turns, several
-rounds of them, since the clock falls under load. bf16, 16k tokens in all, width 2048. TFLOP/s count
-4 B H S^2 D forward, half of it when causal, and 2.5 times that backward with its small kernels;
-for documents the time in milliseconds. `apart`: how far gradients are from the first side's, as a
-share of their norm. `host`: microseconds of Python of a call, in CUDA's queue.
+Each side is a checkout, and after a colon fields of the backward's tile, or of the forward's where
+the name starts with `forward.` (kernels/attention/hopper/tiles.py), that take other values. A side
+has a process of its own; the sides take turns, several rounds of them, since the clock falls under
+load. bf16, 16k tokens in all, width 2048. TFLOP/s count 4 B H S^2 D forward, half of it when
+causal, and 2.5 times that backward with its small kernels; for documents the time in milliseconds.
+`apart`: how far gradients are from the first side's, as a share of their norm. `host`: microseconds
+of Python of a call, in CUDA's queue.
 """
 
 import argparse
@@ -155,15 +156,20 @@ class Call:
         if kind == "documents":
             starts = torch.rand(size[:2], device="cuda") < 1 / MEAN_LENGTH
             call["bounds"] = document_bounds(starts.cumsum(1).to(torch.int32))
-        tile = None
+        tiles: list[Any] = [None, None]
         if changes:
             from dataclasses import replace
 
             options = plan.Options(call["causal"], call["scale"], documents="bounds" in call)
-            tile = replace(plan.backward_tile(q, k, options), **changes)
-        self.forward = lambda: hopper.forward(q, k, v, **call)
+            tiles = [plan.forward_tile(q, k, options), plan.backward_tile(q, k, options)]
+            for name, value in changes.items():
+                i = 0 if name.startswith("forward.") else 1
+                tiles[i] = replace(tiles[i], **{name.removeprefix("forward."): value})
+        self.forward = lambda: hopper.forward(q, k, v, tile=tiles[0], **call)
         out, lse = self.forward()
-        self.backward = lambda: hopper.backward(d_out, None, q, k, v, out, lse, tile=tile, **call)
+        self.backward = lambda: hopper.backward(
+            d_out, None, q, k, v, out, lse, tile=tiles[1], **call
+        )
 
     def measure(self, rounds: int) -> list[float]:
         """Without rounds a sample of all gradients, else milliseconds of both passes."""

@@ -178,12 +178,7 @@ class Bench:
         """The variants to run: none that hung or crashed at another length."""
         same = f"{self.shape.D} {self.shape.mask} "
         bad = {x.split(f" {kind} ")[-1] for x in self.state.bad if x.startswith(same)}
-        no_ring = any("ring" in x for x in self.state.bad)  # one that hangs takes long enough
-        return [
-            (name, tile)
-            for name, tile in variants.items()
-            if name not in bad and not (no_ring and "ring" in name)
-        ]
+        return [(name, tile) for name, tile in variants.items() if name not in bad]
 
     def wanted(self, kind: str, name: str) -> bool:
         if name == "shipped":  # the backward needs the forward's out and lse
@@ -259,10 +254,9 @@ class Bench:
         launches = plan.plan_backward(self.q, self.k, self.d_out, options, tile, n_sm)
         tensors: dict[str, Tensor | None] = dict(q=self.q, k=self.k, v=self.v, out=out, lse=lse)
         tensors |= dict(d_out=self.d_out, d_lse=None, slopes=None, bounds=None)
-        drawn = tile.draw or tile.ring
-        counter = torch.zeros(1, dtype=torch.int32, device="cuda") if drawn else None
+        counter = torch.zeros(1, dtype=torch.int32, device="cuda") if tile.draw else None
         tensors |= dict(counter=counter)
-        tensors |= plan.backward_buffers(self.q, self.k, tile, n_sm)
+        tensors |= plan.backward_results(self.q, self.k) | plan.backward_scratch(self.q, tile)
         found = {}
         for launch in launches:
             ms = milliseconds(functools.partial(launch.run, tensors))

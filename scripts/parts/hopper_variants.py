@@ -60,11 +60,9 @@ def forward_variants(shape: Shape) -> dict[str, Any]:
 
 def backward_variants(shape: Shape) -> dict[str, Any]:
     base = choose_backward(shape.D, shape.causal, shape.S)
-    found = {"shipped": base, "ring": replace(base, ring=True)}
+    found = {"shipped": base}
     if shape.D == 128:
-        other = replace(base, ahead=not base.ahead)
-        found["not ahead" if base.ahead else "ahead"] = other
-        found[f"ring {'not ' * base.ahead}ahead"] = replace(other, ring=True)
+        found["not ahead" if base.ahead else "ahead"] = replace(base, ahead=not base.ahead)
     return found
 
 
@@ -100,7 +98,7 @@ def compile_one(job: Job) -> None:
         launches.append(plan.plan_forward(q, k, options, job.forward, 1))
     if job.backward:
         launches += plan.plan_backward(q, k, q, options, job.backward, 1)
-        tensors |= plan.backward_buffers(q, k, job.backward, 1)
+        tensors |= plan.backward_results(q, k) | plan.backward_scratch(q, job.backward)
     for launch in launches:
         drawn = launch.arguments.get("DRAW")
         tensors["counter"] = torch.zeros(1, dtype=torch.int32) if drawn else None
@@ -125,9 +123,7 @@ def compile_all(shapes: list[Shape], parts: list[str], base: bool) -> None:
                 same = replace(tile, together=0)  # not compiled in
                 if name == "shipped" or (kind in parts and not base):
                     options = plan.Options(shape.causal, 0.1)
-                    heads = 8 if getattr(tile, "ring", False) else 2  # enough for a ring
-                    sizes = dict(H=heads, H_kv=heads)
-                    jobs[Job(shape.D, options, **sizes, **{kind: same})] = None
+                    jobs[Job(shape.D, options, **{kind: same})] = None
     start, n = time.time(), min(14, os.cpu_count() or 1, len(jobs))
     if not jobs:
         return

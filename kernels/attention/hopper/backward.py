@@ -15,7 +15,6 @@ dQ needs the dS of both consumers. So that neither waits for the other, dQ is a 
                           dK | wait `ds_full` of i - 1, its half of dQ(i-1), arrive `ds_empty`
                           dQ(i-1) -> shared -> added to global memory, fp32, by the copy engine
     producer              Q, lse, dO, delta of tile i + STAGES - 1; K, V of the next key tile
-    three more warps      with RING: what comes before and after this kernel, see ring.py
 
 In the prototype, on one H200 at D = 128, that made 544 TFLOP/s of 406 with both consumers in
 lockstep. The buffers need both barriers: without `ds_empty` dQ was off by 0.01 to 0.1 in some runs.
@@ -43,17 +42,7 @@ from kernels.attention.hopper.backward_parts import end_of_turn, queries_seen, q
 from kernels.attention.hopper.backward_producer import producer
 from kernels.attention.hopper.dq import add_to_dq, half_of_dq
 from kernels.attention.hopper.ends import room_for_ends
-from kernels.attention.hopper.ring import (
-    DEPTH,
-    PART,
-    PIECE,
-    PIECES,
-    finisher,
-    preparer,
-    signaller,
-    slot_of,
-)
-from kernels.attention.hopper.schedule import first_position, following, tile_at
+from kernels.attention.hopper.schedule import following, tile_at
 from kernels.attention.hopper.scores import ASK, minus_delta, probabilities
 
 BN = gl.constexpr(128)
@@ -62,16 +51,15 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 
 @gluon.jit
 def _consumer(
-    results, biases, scale, rings, staging, sizes, limits, ends, ring,
+    results, biases, scale, rings, staging, sizes, limits, ends,
     W: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, LIMITS: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr,
-    SOFTCAP: gl.constexpr, EARLY: gl.constexpr, DRAW: gl.constexpr, RING: gl.constexpr,
-    TICKETS: gl.constexpr,
+    SOFTCAP: gl.constexpr, EARLY: gl.constexpr, DRAW: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: keys [64 W, 64 W + 64) of every key tile."""
     dq_desc, dk_desc, _dv_desc = results
     q_ring, do_ring, kv, ticket = rings
-    ds_ring, dq_smem, places, _turn_done = staging
+    ds_ring, dq_smem, places = staging
     slopes_ptr, bend = biases
     DQ_COLS: gl.constexpr = D // 2 if BM == 64 else D
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
@@ -85,13 +73,12 @@ def _consumer(
     k_smem, v_smem, kv_full, _kv_empty = kv
     ds_smem, ds_full, ds_empty = ds_ring
     H_kv, T, S, n_heads, n_tiles, chunk = sizes
-    FIRST: gl.constexpr = 1 if RING else 0
     past = S - T
     padded = (T + BM - 1) // BM * BM  # rows of a head in the dQ buffer
     nothing = gl.zeros([64, BM], gl.float32, S_LAYOUT)
     it = 0
     turn = 0
-    position = first_position(ticket, DRAW, TICKETS, FIRST)
+    position = gl.program_id(0)
     while position < n_tiles * n_heads:
         rank, head = tile_at(position, n_tiles, n_heads, chunk)
         b = head // H_kv
@@ -99,7 +86,7 @@ def _consumer(
         first, per_head, seen = queries_seen(
             key, turn, b, T, S, limits, ends, W, BM, BN, CAUSAL, LIMITS
         )
-        start = slot_of(head, ring, GROUP, RING) * padded  # of this head in the dQ buffer
+        start = head * GROUP * padded  # of this head in the dQ buffer
         row_before = 0
         dk = gl.zeros([64, D], gl.float32, O_LAYOUT)
         dv = gl.zeros([64, D], gl.float32, O_LAYOUT)
@@ -171,48 +158,35 @@ def _consumer(
         if LIMITS:
             mbarrier.arrive(ends[4].index(turn % 2), count=1)
         end_of_turn(
-            results, rings, staging, dk * scale, dv, it - 1, turn, row_before, head // H_kv, key,
-            head % H_kv, W, BM, D, DQ_LAYOUT, RING,
+            results, rings, staging, dk * scale, dv, it - 1, row_before, head // H_kv, key,
+            head % H_kv, W, BM, D, DQ_LAYOUT,
         )  # fmt: skip
         turn += 1
-        position = following(position, turn, ticket, DRAW, TICKETS, FIRST)
+        position = following(position, turn, ticket, DRAW)
     tma.store_wait(0)
 
 
 @gluon.jit
 def _work(
-    results, biases, scale, rings, staging, sizes, limits, ends, ring,
+    results, biases, scale, rings, staging, sizes, limits, ends,
     W: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, LIMITS: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr,
     SOFTCAP: gl.constexpr, EARLY: gl.constexpr, AHEAD: gl.constexpr, DRAW: gl.constexpr,
-    RING: gl.constexpr, TICKETS: gl.constexpr,
 ):  # fmt: skip
     """A consumer, of either kind."""
     if AHEAD:
         ahead_consumer(
-            results, biases, scale, rings, staging, sizes, ring, W, D, BM, GROUP, STAGES, CAUSAL,
-            RAGGED, ALIBI, SOFTCAP, DRAW, RING, TICKETS,
+            results, biases, scale, rings, staging, sizes, W, D, BM, GROUP, STAGES, CAUSAL,
+            RAGGED, ALIBI, SOFTCAP, DRAW,
         )  # fmt: skip
     else:
         _consumer(
-            results, biases, scale, rings, staging, sizes, limits, ends, ring, W, D, BM, GROUP,
-            STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, DRAW, RING, TICKETS,
+            results, biases, scale, rings, staging, sizes, limits, ends, W, D, BM, GROUP,
+            STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, DRAW,
         )  # fmt: skip
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "before",
-        "after",
-        "H_kv",
-        "T",
-        "S",
-        "n_heads",
-        "n_tiles",
-        "chunk",
-        "ring",
-    ]
-)
+@gluon.jit(do_not_specialize=["before", "after", "H_kv", "T", "S", "n_heads", "n_tiles", "chunk"])
 def attention_bwd_kernel(
     q_desc, k_desc, v_desc, do_desc,  # [B, T or S, H or H_kv, D], blocks [1, rows, 1, D]
     stats_desc,  # [2 * B * H * tiles of BM queries, BM] fp32: lse in log2 units, then -delta
@@ -221,14 +195,6 @@ def attention_bwd_kernel(
     slopes_ptr,  # [H] fp32
     bounds_ptr,  # [B, 2, T] int32: where each token's document starts and ends
     counter_ptr,  # [1] int32, zero before and after; not read unless DRAW
-    # for RING only, see ring.py: out [B, T, H, D] and d_out in blocks of PART rows, 64 columns
-    out_part_desc, do_part_desc,
-    piece_desc, zero_desc,  # as dq_desc, in blocks of PIECE numbers and of half of that
-    lse_ptr, d_lse_ptr,  # [B, H, T] contiguous; d_lse may be None
-    stats_ptr,  # of stats_desc
-    dq_piece_desc,  # dq [B, T, H, D], blocks [1, 64, 1, 16]
-    progress_ptr,  # [2 * n_heads] int32, zero
-    ring,  # kv heads of which there is room in dq_desc
     scale,
     cap,  # the soft cap in log2 units
     inner,  # scale / cap: what the products are multiplied by before tanh
@@ -242,13 +208,12 @@ def attention_bwd_kernel(
     LIMITS: gl.constexpr,  # see masks.py
     RAGGED: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, EARLY: gl.constexpr,
     AHEAD: gl.constexpr,  # see backward_ahead.py
-    DRAW: gl.constexpr, PDL: gl.constexpr, RING: gl.constexpr,
+    DRAW: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of the key tiles this program gets, and what they add to dQ."""
     DTYPE: gl.constexpr = q_desc.dtype
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    TICKETS: gl.constexpr = DEPTH if RING else 1
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BM], DTYPE)
     DQ_COLS: gl.constexpr = D // 2 if BM == 64 else D
     k_smem = gl.allocate_shared_memory(DTYPE, [1, 1, BN, 1, D], k_desc.layout)
@@ -269,10 +234,9 @@ def attention_bwd_kernel(
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    slots = gl.allocate_shared_memory(gl.int32, [TICKETS, 1], FLAT)
-    ticket_full = gl.allocate_shared_memory(gl.int64, [TICKETS, 1], BARRIER)
-    ticket_empty = gl.allocate_shared_memory(gl.int64, [TICKETS, 1], BARRIER)
-    turn_done = gl.allocate_shared_memory(gl.int64, [TICKETS, 1], BARRIER)
+    slots = gl.allocate_shared_memory(gl.int32, [1, 1], FLAT)
+    ticket_full = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
+    ticket_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(do_full.index(i), count=1)
@@ -282,10 +246,8 @@ def attention_bwd_kernel(
         mbarrier.init(ds_empty.index(i), count=2)
     mbarrier.init(kv_full, count=1)
     mbarrier.init(kv_empty, count=2)
-    for i in gl.static_range(TICKETS):
-        mbarrier.init(ticket_full.index(i), count=1)
-        mbarrier.init(ticket_empty.index(i), count=5 if RING else 2)
-        mbarrier.init(turn_done.index(i), count=2)
+    mbarrier.init(ticket_full.index(0), count=1)
+    mbarrier.init(ticket_empty.index(0), count=2)
 
     ticket = (slots, ticket_full, ticket_empty)
     rings = (
@@ -294,7 +256,7 @@ def attention_bwd_kernel(
         (k_smem, v_smem, kv_full, kv_empty),
         ticket,
     )
-    staging = ((ds_smem, ds_full, ds_empty), dq_smem, places, turn_done)
+    staging = ((ds_smem, ds_full, ds_empty), dq_smem, places)
     sources = (q_desc, k_desc, v_desc, do_desc, stats_desc)
     results = (dq_desc, dk_desc, dv_desc)
     sizes = (H_kv, T, S, n_heads, n_tiles, chunk)
@@ -304,46 +266,12 @@ def attention_bwd_kernel(
         gdc_launch_dependents()
         gdc_wait()
     # fmt: off
-    if RING:
-        part_smem = gl.allocate_shared_memory(
-            DTYPE, [2 * D // 64 * 2, 1, PART, 1, 64], out_part_desc.layout)
-        piece_smem = gl.allocate_shared_memory(
-            gl.float32, [PIECES, PIECE // 32, 32], piece_desc.layout)
-        zeros_smem = gl.allocate_shared_memory(gl.float32, [PIECE // 64, 32], zero_desc.layout)
-        part_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-        piece_full = gl.allocate_shared_memory(gl.int64, [PIECES, 1], BARRIER)
-        for i in gl.static_range(2):
-            mbarrier.init(part_full.index(i), count=1)
-        for i in gl.static_range(PIECES):
-            mbarrier.init(piece_full.index(i), count=1)
-        zeros_smem.store(gl.zeros(
-            [PIECE // 64, 32], gl.float32, gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])))
-        fence_async_shared()
-        gl.warp_specialize([
-            (_work, (results, biases, scale, rings, staging, sizes, limits, ends, ring, 0, D, BM,
-                     GROUP, STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, DRAW,
-                     RING, TICKETS)),
-            (_work, (results, biases, scale, rings, staging, sizes, limits, ends, ring, 1, D, BM,
-                     GROUP, STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, DRAW,
-                     RING, TICKETS)),
-            (producer, (sources, rings, counter_ptr, progress_ptr, sizes, limits, ends,
-                         BM, GROUP, STAGES, CAUSAL, LIMITS, DRAW, RING, TICKETS)),
-            (preparer, (out_part_desc, do_part_desc, lse_ptr, d_lse_ptr, stats_ptr, progress_ptr,
-                        ticket, (part_smem, part_full), sizes, D, BM, GROUP, DRAW)),
-            (finisher, (piece_desc, zero_desc, dq_piece_desc, progress_ptr, ticket,
-                        (piece_smem, piece_full, zeros_smem), sizes, ring, scale,
-                        D, BM, GROUP, DRAW)),
-            (signaller, (progress_ptr, ticket, turn_done, sizes, DRAW)),
-        ], [4, 1, 1, 1, 1], [240, 24, 24, 24, 24])
-    else:
-        gl.warp_specialize([
-            (_work, (results, biases, scale, rings, staging, sizes, limits, ends, ring, 0, D, BM,
-                     GROUP, STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, DRAW,
-                     RING, TICKETS)),
-            (_work, (results, biases, scale, rings, staging, sizes, limits, ends, ring, 1, D, BM,
-                     GROUP, STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, DRAW,
-                     RING, TICKETS)),
-            (producer, (sources, rings, counter_ptr, progress_ptr, sizes, limits, ends,
-                         BM, GROUP, STAGES, CAUSAL, LIMITS, DRAW, RING, TICKETS)),
-        ], [4, 1], [240, 24])
+    gl.warp_specialize([
+        (_work, (results, biases, scale, rings, staging, sizes, limits, ends, 0, D, BM, GROUP,
+                 STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, DRAW)),
+        (_work, (results, biases, scale, rings, staging, sizes, limits, ends, 1, D, BM, GROUP,
+                 STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, DRAW)),
+        (producer, (sources, rings, counter_ptr, sizes, limits, ends,
+                    BM, GROUP, STAGES, CAUSAL, LIMITS, DRAW)),
+    ], [4, 1], [240, 24])
     # fmt: on

@@ -29,8 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels.attention.hopper.backward_parts import end_of_turn, masked_tiles
 from kernels.attention.hopper.dq import add_to_dq, half_of_dq
 from kernels.attention.hopper.masks import query_tiles
-from kernels.attention.hopper.ring import slot_of
-from kernels.attention.hopper.schedule import first_position, following, tile_at
+from kernels.attention.hopper.schedule import following, tile_at
 from kernels.attention.hopper.scores import ALWAYS, NEVER, minus_delta, probabilities
 
 BN = gl.constexpr(128)
@@ -51,7 +50,7 @@ def _tile(
     """
     dq_desc, dk_desc, _dv_desc = results
     q_ring, do_ring, kv, _ticket = rings
-    ds_ring, dq_smem, places, _turn_done = staging
+    ds_ring, dq_smem, places = staging
     DQ_COLS: gl.constexpr = D // 2 if BM == 64 else D
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -115,10 +114,10 @@ def _tile(
 
 @gluon.jit
 def ahead_consumer(
-    results, biases, scale, rings, staging, sizes, ring,
+    results, biases, scale, rings, staging, sizes,
     W: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr,
-    DRAW: gl.constexpr, RING: gl.constexpr, TICKETS: gl.constexpr,
+    DRAW: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: keys [64 W, 64 W + 64) of every key tile."""
     q_ring, _do_ring, kv, ticket = rings
@@ -130,12 +129,11 @@ def ahead_consumer(
     q_smem, _lse, q_full, q_empty = q_ring
     k_smem, _v, kv_full, _kv_empty = kv
     H_kv, T, S, n_heads, n_tiles, chunk = sizes
-    FIRST: gl.constexpr = 1 if RING else 0
     past = S - T
     padded = (T + BM - 1) // BM * BM  # rows of a head in the dQ buffer
     it = 0
     turn = 0
-    position = first_position(ticket, DRAW, TICKETS, FIRST)
+    position = gl.program_id(0)
     while position < n_tiles * n_heads:
         rank, head = tile_at(position, n_tiles, n_heads, chunk)
         b = head // H_kv
@@ -154,7 +152,7 @@ def ahead_consumer(
         st = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
         st = warpgroup_mma_wait(0, deps=(st,))
         for member in range(GROUP):
-            start = (slot_of(head, ring, GROUP, RING) + member) * padded  # in the buffer of dQ
+            start = (head * GROUP + member) * padded  # in the buffer of dQ
             row = start + first
             ramp = 0.0
             if ALIBI:
@@ -183,9 +181,9 @@ def ahead_consumer(
 
         mbarrier.arrive(q_empty.index((it - 1) % STAGES), count=1)
         end_of_turn(
-            results, rings, staging, dk * scale, dv, it - 1, turn, row_before, b, key,
-            head - b * H_kv, W, BM, D, DQ_LAYOUT, RING,
+            results, rings, staging, dk * scale, dv, it - 1, row_before, b, key,
+            head - b * H_kv, W, BM, D, DQ_LAYOUT,
         )  # fmt: skip
         turn += 1
-        position = following(position, turn, ticket, DRAW, TICKETS, FIRST)
+        position = following(position, turn, ticket, DRAW)
     tma.store_wait(0)

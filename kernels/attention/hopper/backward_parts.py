@@ -18,8 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels.attention.hopper.dq import add_to_dq, half_of_dq
 from kernels.attention.hopper.ends import number_at
 from kernels.attention.hopper.masks import query_tiles
-from kernels.attention.hopper.ring import DEPTH
-from kernels.attention.hopper.shim import stored, tma_store
+from kernels.attention.hopper.shim import tma_store
 
 
 @gluon.jit
@@ -96,15 +95,14 @@ def _store_dk_dv(
 
 @gluon.jit
 def end_of_turn(
-    results, rings, staging, dk, dv, last, turn, row, b, key, h,
+    results, rings, staging, dk, dv, last, row, b, key, h,
     W: gl.constexpr, BM: gl.constexpr, D: gl.constexpr, DQ_LAYOUT: gl.constexpr,
-    RING: gl.constexpr,
 ):  # fmt: skip
     """What is left after the last tile of a turn, number `last` of the program: its dQ, at `row` of
     the buffer; dK and dV."""
     dq_desc, dk_desc, dv_desc = results
     _q, _do, kv, _ticket = rings
-    ds_ring, dq_smem, _places, turn_done = staging
+    ds_ring, dq_smem, _places = staging
     ds_smem, ds_full, _ds_empty = ds_ring
     k_smem, _v, _full, kv_empty = kv
     mbarrier.wait(ds_full.index(last % 2), (last // 2) & 1)
@@ -115,6 +113,3 @@ def end_of_turn(
     mbarrier.arrive(kv_empty, count=1)  # the next K and V load under what follows
     add_to_dq(dq_desc, dq_smem, dq, row, W, BM, D)
     _store_dk_dv(dk_desc, dv_desc, dk, dv, dq_smem, b, key, h, W, BM, D)
-    if RING:
-        stored(2)  # all but dV and dK
-        mbarrier.arrive(turn_done.index(turn % DEPTH), count=1)

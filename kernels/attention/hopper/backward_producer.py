@@ -13,8 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from kernels.attention.hopper.backward_parts import query_at
 from kernels.attention.hopper.ends import hand_over
 from kernels.attention.hopper.masks import query_tiles
-from kernels.attention.hopper.ring import wait_for_head
-from kernels.attention.hopper.schedule import draw, drawn, first_drawn, tile_at
+from kernels.attention.hopper.schedule import draw, drawn, tile_at
 from kernels.attention.hopper.shim import tma_load
 
 BN = gl.constexpr(128)
@@ -22,9 +21,9 @@ BN = gl.constexpr(128)
 
 @gluon.jit
 def producer(
-    sources, rings, counter_ptr, progress_ptr, sizes, limits, ends,
+    sources, rings, counter_ptr, sizes, limits, ends,
     BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    LIMITS: gl.constexpr, DRAW: gl.constexpr, RING: gl.constexpr, TICKETS: gl.constexpr,
+    LIMITS: gl.constexpr, DRAW: gl.constexpr,
 ):  # fmt: skip
     """One warp: loads Q, dO and their row statistics, and K and V of each key tile."""
     q_desc, k_desc, v_desc, do_desc, stats_desc = sources
@@ -36,17 +35,13 @@ def producer(
     rows = (T + BM - 1) // BM  # of lse in `stats_desc`, per head; delta stands behind all lse
     it = 0
     turn = 0
-    FIRST: gl.constexpr = 1 if RING else 0
     position = gl.program_id(0)
-    if RING:
-        position = first_drawn(n_tiles * n_heads, counter_ptr, ticket, TICKETS)
     while position < n_tiles * n_heads:
         rank, head = tile_at(position, n_tiles, n_heads, chunk)
         b = head // H_kv
         h = head - b * H_kv
         first, per_head = query_tiles(rank * BN, b, T, S, limits, BM, BN, CAUSAL, LIMITS)
         hand_over(rank * BN, (first, per_head), turn, b, T, S, limits, ends, 2, 2, True, LIMITS)
-        wait_for_head(head, progress_ptr, n_heads, n_tiles, chunk, RING)
         number = 0
         for i in range(per_head * GROUP):
             if DRAW:
@@ -75,7 +70,5 @@ def producer(
                 stats_desc, [row + n_heads * GROUP * rows, 0], do_full.index(s), delta_smem.index(s)
             )
             it += 1
-        position = drawn(
-            number, position, n_tiles * n_heads, turn, counter_ptr, ticket, DRAW, TICKETS, FIRST
-        )
+        position = drawn(number, position, n_tiles * n_heads, turn, counter_ptr, ticket, DRAW)
         turn += 1

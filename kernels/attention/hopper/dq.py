@@ -6,7 +6,7 @@ columns of 64 rows of dQ: half the columns where BM is 64, half the rows where i
 Both consumers of all programs add to dQ, in fp32: through shared memory, by the copy engine, in the
 order in which the threads hold it, so that no two of them want the same bank. In that order the
 64 x C numbers of a consumer stand together: quads of a thread, of two columns of two rows 8 apart,
-then threads, then groups of 8 columns; ring.py and rows.py have the way back.
+then threads, then groups of 8 columns; rows.py has the way back.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="untyped-decorator, misc"

@@ -1,4 +1,4 @@
-"""The forward's consumer for plain causal and full masks: tiles follow each other without a gap.
+"""The forward's consumer without a gap between tiles, where all warpgroups need the same keys.
 
 As `_consumer` of forward.py, but the first scores of a tile are issued before the last product of
 the tile before, so that the tensor cores work through its last softmax and its epilogue:
@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.attention.hopper.forward_parts import (
+    first_scores,
     first_softmax,
     key_step,
     store_lse,
@@ -31,15 +32,14 @@ from kernels.attention.hopper.forward_parts import (
 )
 from kernels.attention.hopper.masks import key_tiles
 from kernels.attention.hopper.schedule import following, tile_at
-from kernels.attention.hopper.softmax import pass_by
 
 
 @gluon.jit
 def _rows_of(
     position, sizes, limits, W: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
-    CAUSAL: gl.constexpr, SKIP: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """(head, first row, key tiles, key tiles before them for other rows only) of a tile."""
+    """(head, first row, key tiles) of a tile."""
     _H, T, S, n_heads, n_tiles, chunk = sizes
     BM: gl.constexpr = CONSUMERS * 64
     rank, head = tile_at(position, n_tiles, n_heads, chunk)
@@ -47,20 +47,16 @@ def _rows_of(
     if CAUSAL:
         row = (n_tiles - 1 - rank) * BM + W * 64
     _, n_iter = key_tiles(row, row + (BM - 1 - W * 64), 0, T, S, limits, BN, CAUSAL, 0)
-    passed = 0
-    if SKIP:
-        _, mine = key_tiles(row, row + 63, 0, T, S, limits, BN, CAUSAL, 0)
-        passed = n_iter - mine
-        n_iter = mine
-    return head, row, n_iter, passed
+    return head, row, n_iter
 
 
 @gluon.jit
 def chained_consumer(
     results, biases, scale, rings, out_smem, sizes, limits,
     W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr, EDGE: gl.constexpr, SKIP: gl.constexpr,
-    ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, DRAW: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, EDGE: gl.constexpr,
+    HALF: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
+    DRAW: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     out_desc, lse_ptr = results
@@ -71,33 +67,30 @@ def chained_consumer(
     ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     q_ring, k_ring, v_ring, ticket = rings
     q_smem, q_full, q_empty = q_ring
-    k_smem, k_full, k_empty = k_ring
-    v_smem, v_full, v_empty = v_ring
+    k_smem, k_full, kv_empty = k_ring
+    v_smem, v_full = v_ring
     H, T, _S, n_heads, n_tiles, _chunk = sizes
     DTYPE: gl.constexpr = out_desc.dtype
     n_positions = n_tiles * n_heads
     seen = (0, 0, 0, 0)
-    nothing = gl.zeros([64, BN], gl.float32, S_LAYOUT)
 
     position = gl.program_id(0)  # there are at most as many programs as tiles
-    head, row, n_iter, passed = _rows_of(position, sizes, limits, W, CONSUMERS, BN, CAUSAL, SKIP)
+    head, row, n_iter = _rows_of(position, sizes, limits, W, CONSUMERS, BN, CAUSAL)
     it = n_iter * 0  # a number of the device: the loop below cannot start from a constant
-    if SKIP:
-        it = pass_by(passed, it, k_ring, v_ring, STAGES)
     turn = 0
     place = W
     mbarrier.wait(q_full.index(place), 0)
     mbarrier.wait(k_full.index(it % STAGES), (it // STAGES) & 1)
     q = q_smem.index(place).reshape([64, D])
-    k = k_smem.index(it % STAGES).reshape([BN, D]).permute((1, 0))
-    qk = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+    k = k_smem.index(it % STAGES).reshape([BN, D])
+    qk = first_scores(q, k, W, BN, HALF)
     qk = warpgroup_mma_wait(0, deps=(qk,))
-    mbarrier.arrive(k_empty.index(it % STAGES), count=1)
+    mbarrier.arrive(kv_empty.index(it % STAGES), count=1)
     p, peak, total, ramp = first_softmax(
         qk, head, row, (n_iter - 1) * BN, seen, biases, scale, sizes,
-        BN, S_LAYOUT, CAUSAL, 0, EDGE, ALIBI, SOFTCAP, SINKS,
+        W, BN, CAUSAL, 0, EDGE, HALF, ALIBI, SOFTCAP, SINKS, DTYPE,
     )  # fmt: skip
-    p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+    p16 = gl.convert_layout(p, P_LAYOUT)
     it += 1
     while position < n_positions:
         acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
@@ -116,33 +109,30 @@ def chained_consumer(
         place = W + CONSUMERS * (turn & 1)
         more = position < n_positions
         # past the end the tile is that of position 0, and none of it is waited for or used
-        next_head, next_row, next_n_iter, passed = _rows_of(
-            gl.where(more, position, 0), sizes, limits, W, CONSUMERS, BN, CAUSAL, SKIP
+        next_head, next_row, next_n_iter = _rows_of(
+            gl.where(more, position, 0), sizes, limits, W, CONSUMERS, BN, CAUSAL
         )
         last = it - 1
         if more:
-            if SKIP:
-                it = pass_by(passed, it, k_ring, v_ring, STAGES)
             mbarrier.wait(q_full.index(place), (turn // 2) & 1)
             mbarrier.wait(k_full.index(it % STAGES), (it // STAGES) & 1)
         q = q_smem.index(place).reshape([64, D])
-        k = k_smem.index(it % STAGES).reshape([BN, D]).permute((1, 0))
-        qk = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+        k = k_smem.index(it % STAGES).reshape([BN, D])
+        qk = first_scores(q, k, W, BN, HALF)
         mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
         v = v_smem.index(last % STAGES).reshape([BN, D])
         acc = warpgroup_mma(p16, v, acc, is_async=True)
         qk = warpgroup_mma_wait(1, deps=(qk,))
-        if more:
-            mbarrier.arrive(k_empty.index(it % STAGES), count=1)
         store_lse(lse_ptr, peak, total, ramp, head, row, T, scale, ROW, ALIBI)
         share = gl.convert_layout(1.0 / total, ROW_O)
         p, peak, total, ramp = first_softmax(
             qk, next_head, next_row, (next_n_iter - 1) * BN, seen, biases, scale, sizes,
-            BN, S_LAYOUT, CAUSAL, 0, EDGE, ALIBI, SOFTCAP, SINKS,
+            W, BN, CAUSAL, 0, EDGE, HALF, ALIBI, SOFTCAP, SINKS, DTYPE,
         )  # fmt: skip
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(v_empty.index(last % STAGES), count=1)
-        p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+        if more:
+            mbarrier.arrive(kv_empty.index(it % STAGES), count=1)
+        p16 = gl.convert_layout(p, P_LAYOUT)
         it += 1
         store_out(out_desc, out_smem, acc * share[:, None], head, row, H, W, D)
         head = next_head

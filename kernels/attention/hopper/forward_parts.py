@@ -16,8 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.attention.hopper.runs import keep_run
 from kernels.attention.hopper.shim import tma_store
-from kernels.attention.hopper.softmax import LN_2, MASKED, bias_scores, hide, softmax_step
+from kernels.attention.hopper.softmax import LN_2, MASKED, MASKED_BITS, bias_scores, softmax_step
 
 
 @gluon.jit
@@ -29,18 +30,40 @@ def limit_of(row, S, past, ROW: gl.constexpr, CAUSAL: gl.constexpr):
     return limit
 
 
+@gluon.constexpr_function
+def _keys_of(BN, HALF, W):
+    """Of the first key tile, how many the warpgroup needs."""
+    return BN // 2 if HALF and W == 0 else BN
+
+
+@gluon.jit
+def first_scores(q, k, W: gl.constexpr, BN: gl.constexpr, HALF: gl.constexpr):
+    """Issue Q K' of a tile's first keys k [BN, D]. HALF: these end with what row 127 sees, so
+    warpgroup 0, rows 0 to 63, needs the first half of them only."""
+    KEYS: gl.constexpr = _keys_of(BN, HALF, W)
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    nothing = gl.zeros([64, KEYS], gl.float32, LAYOUT)
+    if KEYS < BN:
+        k = k.slice(0, KEYS, 0)
+    return warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
 @gluon.jit
 def first_softmax(
-    qk, head, row, key, seen, biases, scale, sizes,
-    BN: gl.constexpr, LAYOUT: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr,
-    EDGE: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
+    qk, head, row, key, seen, biases, scale, sizes, W: gl.constexpr, BN: gl.constexpr,
+    CAUSAL: gl.constexpr, LIMITS: gl.constexpr, EDGE: gl.constexpr, HALF: gl.constexpr,
+    ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """P, peak, total and ALiBi's ramp after the first key tile of a tile of rows.
+    """P [64, BN], peak, total and ALiBi's ramp after the first key tile of a tile of rows.
 
+    qk: of first_scores, waited for.
     seen: for LIMITS (first, behind the last key of each row; keys that all 64 rows see).
     """
     slopes_ptr, sinks_ptr, bend = biases
     H, T, S, _n_heads, _n_tiles, _chunk = sizes
+    KEYS: gl.constexpr = _keys_of(BN, HALF, W)
+    CLEAR: gl.constexpr = BN // 2 if HALF and W == 1 else 0  # keys that all rows see
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     rows = row + gl.arange(0, 64, ROW)
     ramp = 0.0
@@ -54,14 +77,21 @@ def first_softmax(
         if ALIBI:
             peak += ramp * (rows - row).to(gl.float32)
         total += 1.0
-    keys = key + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
+    keys = key + gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))
     qk = bias_scores(qk, keys, row + (S - T), ramp, bend, SOFTCAP, ALIBI)
     if LIMITS:
-        qk = hide(qk, keys, seen[0], seen[1], LIMITS)
+        qk = keep_run(qk, seen[0] - key, seen[1] - key, MASKED_BITS, True, True)
     elif EDGE > 0:
-        limit = limit_of(row, S, S - T, ROW, CAUSAL)
-        qk = hide(qk, keys, limit, limit, LIMITS)
-    p, peak, total, _ = softmax_step(qk, peak, total, scale)
+        limit = limit_of(row, S, S - T, ROW, CAUSAL) - key
+        qk = keep_run(qk, limit, limit, MASKED_BITS, False, True, CLEAR)
+    p, peak, total, _ = softmax_step(qk, peak, total, scale, LAYOUT)
+    p = p.to(DTYPE)
+    if KEYS < BN:  # zeros for the other half: all later steps are alike
+        FULL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+        p = gl.join(p, gl.zeros([64, KEYS], DTYPE, LAYOUT)).permute((0, 2, 1)).reshape([64, BN])
+        p = gl.convert_layout(p, FULL, assert_trivial=True)
+        peak = gl.convert_layout(peak, gl.SliceLayout(1, FULL), assert_trivial=True)
+        total = gl.convert_layout(total, gl.SliceLayout(1, FULL), assert_trivial=True)
     return p, peak, total, ramp
 
 
@@ -74,8 +104,8 @@ def key_step(
 ):  # fmt: skip
     """Key tile i of a tile of rows, number `it` of all, that starts at `key`: P V of the tile
     before beside this one's scores. Its P, and acc, peak and total scaled alike."""
-    k_smem, k_full, k_empty = k_ring
-    v_smem, v_full, v_empty = v_ring
+    k_smem, k_full, kv_empty = k_ring
+    v_smem, v_full = v_ring
     _H, T, S, _n_heads, _n_tiles, _chunk = sizes
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     ROW_O: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
@@ -90,20 +120,19 @@ def key_step(
     v = v_smem.index(before).reshape([BN, D])
     acc = warpgroup_mma(p16, v, acc, is_async=True)
     qk = warpgroup_mma_wait(1, deps=(qk,))
-    mbarrier.arrive(k_empty.index(s), count=1)
     keys = key + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
     qk = bias_scores(qk, keys, row + (S - T), ramp, bend, SOFTCAP, ALIBI)
     if LIMITS:
         first, limit, clear_from, clear_to = seen
         if (key < clear_from) | (key + (BN - 1) > clear_to):
-            qk = hide(qk, keys, first, limit, LIMITS)
+            qk = keep_run(qk, first - key, limit - key, MASKED_BITS, True, True)
     elif EDGE > 1:
         if i < EDGE:
-            limit = limit_of(row, S, S - T, ROW, CAUSAL)
-            qk = hide(qk, keys, limit, limit, LIMITS)
-    p, peak, total, shrink = softmax_step(qk, peak, total, scale)
+            limit = limit_of(row, S, S - T, ROW, CAUSAL) - key
+            qk = keep_run(qk, limit, limit, MASKED_BITS, False, True)
+    p, peak, total, shrink = softmax_step(qk, peak, total, scale, LAYOUT)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(v_empty.index(before), count=1)
+    mbarrier.arrive(kv_empty.index(s), count=1)
     acc = acc * gl.convert_layout(shrink, ROW_O)[:, None]
     p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
     return p16, acc, peak, total

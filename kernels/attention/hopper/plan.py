@@ -13,7 +13,6 @@ from kernels.attention.hopper.backward import BN, attention_bwd_kernel
 from kernels.attention.hopper.forward import attention_fwd_kernel
 from kernels.attention.hopper.launch import Blocks, Launch, Pointer
 from kernels.attention.hopper.masks import AFTER, BEFORE, DIAGONAL, DOCUMENTS
-from kernels.attention.hopper.ring import LAG, LEAD, PART, PIECE
 from kernels.attention.hopper.rows import ROWS, cast_dq_kernel, prepare_rows_kernel
 from kernels.attention.hopper.tiles import (
     BackwardTile,
@@ -131,6 +130,8 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
         edge = 1 if S % keys else 0
     # a tile of rows always ends inside one key tile: then each warpgroup needs all key tiles
     even = keys % rows == 0 and past % keys == 0
+    skip = masks["LIMITS"] > 0 or (causal and not even)
+    chained = tile.chained and not skip and BD != 256
     values = dict(
         q_desc=Blocks("q", (1, 64, 1, BD)),
         k_desc=Blocks("k", (1, keys, 1, BD)),
@@ -154,77 +155,67 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
         STAGES=tile.stages,
         REGISTERS=tile.registers,
         EDGE=edge,
-        SKIP=masks["LIMITS"] > 0 or (causal and not even),
+        HALF=tile.half and causal and even and rows == keys,
+        SKIP=skip,
         ALIBI=options.alibi,
         SINKS=options.sinks is not None,
         DRAW=tile.draw,
         SHARE=BD == 256,
-        CHAINED=tile.chained and not masks["LIMITS"] and BD != 256,
+        CHAINED=chained,
+        PLACES=2 if chained else 1 if BD == 256 else tile.places,
         **masks,
         **options.caps(),
     )
     return _launch(attention_fwd_kernel, min(n_sm, n_tiles * B * H), values)
 
 
-class Heads(NamedTuple):
-    """How kv heads stand together in the backward, and what the small kernels do of them."""
+def batch_parts(q: Tensor, tile: BackwardTile) -> int:
+    """In how many parts the backward goes through the batch, one set of launches each.
 
-    chunk: int  # stand together
-    room: int  # have a place in the sums of dQ
-    prepared: int  # of the first so many the first kernel makes statistics and zeros
-    left: int  # from this one on the last kernel casts dQ
-
-    @property
-    def ring(self) -> bool:
-        """Whether the main kernel does the rest of it, see ring.py."""
-        return self.left > 0
-
-
-def heads_together(q: Tensor, k: Tensor, tile: BackwardTile, n_sm: int) -> Heads:
+    They have one buffer for the sums of dQ. One that stays in L2 costs no memory traffic to zero,
+    to add to and to read, and each set costs its start and its end.
+    """
     B, T, H, D = q.shape
-    S, H_kv = k.shape[1], k.shape[2]
-    n_heads, n_tiles = B * H_kv, -(-S // BN.value)
-    chunk = _together(tile.together, 8 * T * D * H // H_kv, 1, n_heads)
-    if tile.ring:
-        chunk = max(chunk, -(-n_sm // n_tiles))  # a group has tiles for every program
-        lead, lag = LEAD.value * chunk, LAG.value * chunk
-        if n_heads > lead + lag:
-            return Heads(chunk, lead + lag, lead, n_heads - lag)
-        chunk = min(chunk, n_heads)
-    return Heads(chunk, n_heads, n_heads, 0)
+    sums = 4 * H * _padded(T, tile) * padded_head(D)  # bytes of a batch row
+    if tile.room == 0 or B * sums <= tile.room:
+        return 1
+    for n in range(2, B + 1):
+        rows = B // n  # parts are alike, and their row statistics start at multiples of 16 bytes
+        if B % n == 0 and rows * T % 4 == 0 and rows * sums <= tile.room:
+            return n
+    return 1
 
 
-def backward_buffers(
-    q: Tensor, k: Tensor, tile: BackwardTile, n_sm: int, packed: bool = False
-) -> dict[str, Any]:
-    """What the backward writes: dq, dk, dv, and its scratch, whose rows are padded to tiles.
+def backward_results(q: Tensor, k: Tensor, packed: bool = False) -> dict[str, Tensor]:
+    """What the backward writes: dq, dk, dv.
 
-    packed: the first three are parts of one tensor, "dqkv" [B, T, H + 2 H_kv, D].
+    packed: they are parts of one tensor, "dqkv" [B, T, H + 2 H_kv, D].
     """
     B, T, H, D = q.shape
     H_kv = k.shape[2]
-    rows = B * H * _padded(T, tile)
-    made: dict[str, Any]
     if packed:
         parts = [H, H_kv, H_kv]
         dqkv = torch.empty((B, T, sum(parts), D), dtype=q.dtype, device=q.device)
         made = dict(zip(("dq", "dk", "dv"), dqkv.split(parts, dim=2), strict=True))
-        made["dqkv"] = dqkv
-    else:
-        made = {
-            name: torch.empty_like(x, memory_format=torch.contiguous_format)
-            for name, x in (("dq", q), ("dk", k), ("dv", k))
-        }
-    heads = heads_together(q, k, tile, n_sm)
-    sums = heads.room * (H // H_kv) * _padded(T, tile) * padded_head(D)
+        return {**made, "dqkv": dqkv}
+    return {
+        name: torch.empty_like(x, memory_format=torch.contiguous_format)
+        for name, x in (("dq", q), ("dk", k), ("dv", k))
+    }
 
-    def scratch(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=q.device)
 
-    return made | {
+def backward_scratch(q: Tensor, tile: BackwardTile) -> dict[str, Tensor]:
+    """Between the kernels of the backward: rows padded to tiles, of q or of a part of its batch."""
+    B, T, H, D = q.shape
+    rows = B * H * _padded(T, tile)
+
+    def scratch(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float32, device=q.device)
+
+    return {
         "stats": scratch(2 * rows // tile.queries, tile.queries),
-        "dq_sum": scratch(sums // 32, 32),  # in the order of the threads it is no matrix
-        "progress": scratch(2 * B * H_kv, dtype=torch.int32) if heads.ring else None,
+        # in the order of the threads it is no matrix
+        "dq_sum": scratch(rows * padded_head(D) // 32, 32),
     }
 
 
@@ -232,8 +223,8 @@ def plan_backward(
     q: Tensor, k: Tensor, d_out: Tensor, options: Options, tile: BackwardTile, n_sm: int,
     packed: bool = False,
 ) -> tuple[Launch, Launch, Launch]:  # fmt: skip
-    """The launches for the tensors of plan_forward, d_out, d_lse (or None) and backward_buffers,
-    with the same `packed`.
+    """The launches for the tensors of plan_forward, d_out, d_lse (or None), backward_results
+    with the same `packed` and backward_scratch.
 
     A sink has no part in them: lse holds all that the gradients need to know of it.
 
@@ -243,8 +234,7 @@ def plan_backward(
     B, T, H, D = q.shape
     S, H_kv = k.shape[1], k.shape[2]
     BM, BD, group, n_tiles = tile.queries, padded_head(D), H // H_kv, -(-S // BN.value)
-    n_rows = _padded(T, tile) * group  # of a kv head
-    heads, n_heads = heads_together(q, k, tile, n_sm), B * H_kv
+    n_rows, n_heads = B * H * _padded(T, tile), B * H_kv
     row = (H + 2 * H_kv if packed else H) * D  # of dq
     masks = options.masks(T, S)
     columns = BD // 2 if BM == 64 else BD  # of dQ that a consumer makes
@@ -256,12 +246,10 @@ def plan_backward(
         d_lse_ptr=Pointer("d_lse"),
         stats_ptr=Pointer("stats"),
         sum_ptr=Pointer("dq_sum"),
-        progress_ptr=Pointer("progress"),
         d_out_b=d_out.stride(0),
         d_out_t=d_out.stride(1),
         d_out_h=d_out.stride(2),
-        n_stats=n_heads * n_rows,
-        n_progress=2 * n_heads,
+        n_stats=n_rows,
         **around,
     )
     values = dict(
@@ -281,7 +269,7 @@ def plan_backward(
         S=S,
         n_heads=n_heads,
         n_tiles=n_tiles,
-        chunk=heads.chunk,
+        chunk=_together(tile.together, 8 * T * D * group, 1, n_heads),
         D=BD,
         BM=BM,
         GROUP=group,
@@ -290,9 +278,8 @@ def plan_backward(
         ALIBI=options.alibi,
         EARLY=tile.early,
         AHEAD=tile.ahead and not masks["LIMITS"],
-        DRAW=tile.draw or heads.ring,
+        DRAW=tile.draw,
         PDL=tile.pdl,
-        **_ring(heads),
         **masks,
         **options.caps(),
     )
@@ -304,37 +291,12 @@ def plan_backward(
         dq_h=D,
         scale=options.scale,
         **around,
-        GROUP=group,
         HELD=columns,
-        skip=heads.left * group,
-        ring=heads.room,
     )
     return (
-        _launch(prepare_rows_kernel, heads.prepared * n_rows // ROWS.value, prepare),
+        _launch(prepare_rows_kernel, n_rows // ROWS.value, prepare),
         _launch(attention_bwd_kernel, min(n_sm, n_tiles * n_heads), values, pdl=tile.pdl),
-        _launch(cast_dq_kernel, (n_heads - heads.left) * n_rows // ROWS.value, cast, pdl=tile.pdl),
-    )
-
-
-def _ring(heads: Heads) -> dict[str, Any]:
-    """The arguments that only a ring reads."""
-    if not heads.ring:
-        names = ("out_part_desc", "do_part_desc", "piece_desc", "zero_desc", "dq_piece_desc")
-        more = ("lse_ptr", "d_lse_ptr", "stats_ptr", "progress_ptr", "ring")
-        return dict.fromkeys((*names, *more)) | dict(RING=False)
-    lines = PIECE.value // 32
-    return dict(
-        out_part_desc=Blocks("out", (1, PART.value, 1, 64)),
-        do_part_desc=Blocks("d_out", (1, PART.value, 1, 64)),
-        piece_desc=Blocks("dq_sum", (lines, 32)),
-        zero_desc=Blocks("dq_sum", (lines // 2, 32)),
-        lse_ptr=Pointer("lse"),
-        d_lse_ptr=Pointer("d_lse"),
-        stats_ptr=Pointer("stats"),
-        dq_piece_desc=Blocks("dq", (1, 64, 1, 16)),
-        progress_ptr=Pointer("progress"),
-        ring=heads.room,
-        RING=True,
+        _launch(cast_dq_kernel, n_rows // ROWS.value, cast, pdl=tile.pdl),
     )
 
 

@@ -3,8 +3,6 @@
 Dims: B batch, T queries, H heads, D head size, BD = D padded as in the main kernel, BM queries of
 its tiles, to which the buffers between the kernels are padded; a program here has ROWS rows.
 
-With a ring (ring.py) they are left only the first heads to prepare and the last ones to cast.
-
 With PDL each kernel starts while the one before it ends, and waits before it reads what that left.
 """
 
@@ -19,34 +17,29 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _tile(T, H, skip, BM: tl.constexpr):
-    """(batch, head past `skip`, rows of the program, rows of a head in buffers padded to BM)."""
+def _tile(T, H, BM: tl.constexpr):
+    """(batch, head, rows of the program, rows of a head in buffers padded to BM)."""
     n_tiles = tl.cdiv(T, BM) * (BM // ROWS)
     pid = tl.program_id(0)
     head = pid // n_tiles
     rows = (pid - head * n_tiles) * ROWS + tl.arange(0, ROWS)
-    head += skip
     return tl.cast(head // H, tl.int64), tl.cast(head % H, tl.int64), rows, n_tiles * ROWS
 
 
-@triton.jit(do_not_specialize=["T", "H", "n_progress"])
+@triton.jit(do_not_specialize=["T", "H"])
 def prepare_rows_kernel(
     out_ptr,  # [B, T, H, D] contiguous
     d_out_ptr,  # [B, T, H, D], strides below
     lse_ptr, d_lse_ptr,  # [B, H, T] contiguous; d_lse may be None
     stats_ptr,  # [2, B, H, T padded] fp32: lse in log2 units, -delta
     sum_ptr,  # [B, H, T padded, BD] fp32: set to 0
-    progress_ptr,  # [n_progress] int32: set to 0; may be None
-    d_out_b, d_out_t, d_out_h, n_stats, n_progress, T, H,
+    d_out_b, d_out_t, d_out_h, n_stats, T, H,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(out * d_out) - d_lse, all that the softmax's normalisation adds to dS.
-
-    The grid says of how many heads; the buffers may have room for no more than these.
-    """
+    """delta = rowsum(out * d_out) - d_lse, all that the softmax's normalisation adds to dS."""
     if PDL:
         gdc_launch_dependents()
-    b, h, rows, padded = _tile(T, H, 0, BM)
+    b, h, rows, padded = _tile(T, H, BM)
     place = (b * H + h) * padded + rows
     dims = tl.arange(0, BD)
     inside = rows < T
@@ -66,29 +59,21 @@ def prepare_rows_kernel(
     tl.store(stats_ptr + place, lse)
     tl.store(stats_ptr + n_stats + place, -delta)
     tl.store(sum_ptr + place[:, None] * BD + dims[None, :], tl.zeros([ROWS, BD], tl.float32))
-    if progress_ptr is not None:
-        n_programs = tl.num_programs(0)
-        for start in range(tl.program_id(0) * 128, n_progress, n_programs * 128):
-            entries = start + tl.arange(0, 128)
-            tl.store(progress_ptr + entries, tl.zeros([128], tl.int32), entries < n_progress)
 
 
-@triton.jit(do_not_specialize=["T", "H", "skip", "ring"])
+@triton.jit(do_not_specialize=["T", "H"])
 def cast_dq_kernel(
-    sum_ptr,  # [ring, GROUP, T padded, BD] fp32, blocks of ROWS rows in the order of dq.py
-    dq_ptr,  # [B, T, H, D], strides below; heads past `skip`
-    dq_b, dq_t, dq_h, scale, T, H, skip,
-    ring,  # kv heads of which there is room in the sums: the place of head i is i % ring
+    sum_ptr,  # [B, H, T padded, BD] fp32, blocks of ROWS rows in the order of dq.py
+    dq_ptr,  # [B, T, H, D], strides below
+    dq_b, dq_t, dq_h, scale, T, H,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
-    GROUP: tl.constexpr,
     HELD: tl.constexpr,  # columns that a consumer of the main kernel adds up
 ):  # fmt: skip
     """dq = scale * sum."""
     if PDL:
         gdc_wait()
-    b, h, rows, padded = _tile(T, H, skip, BM)
-    head = b * H + h
-    place = (head // GROUP % ring * GROUP + head % GROUP) * padded + tl.min(rows, 0)
+    b, h, rows, padded = _tile(T, H, BM)
+    place = (b * H + h) * padded + tl.min(rows, 0)
     dims = tl.arange(0, BD)
     within = (rows < T)[:, None]
     if BD > D:

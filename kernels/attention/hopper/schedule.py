@@ -38,76 +38,34 @@ def draw(counter_ptr, DRAW: gl.constexpr):
 
 
 @gluon.jit
-def drawn(
-    number, position, n_positions, turn, counter_ptr, ticket, DRAW: gl.constexpr,
-    DEPTH: gl.constexpr = 1, FIRST: gl.constexpr = 0,
-):  # fmt: skip
+def drawn(number, position, n_positions, turn, counter_ptr, ticket, DRAW: gl.constexpr):
     """Producer, after it loaded the tile: the next position, told to the consumers.
 
     Every program draws until it is past the end, so the number of draws is known, and the last one
-    sets the counter back to 0 for the next launch. FIRST is 1 where the first tiles are drawn too.
+    sets the counter back to 0 for the next launch.
     """
     if DRAW:
-        programs = gl.num_programs(0)
-        if number == n_positions - 1 + FIRST * programs:
+        slots, full, empty = ticket
+        ONE_WARP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        if number == n_positions - 1:
             gl.atomic_xchg(counter_ptr, 0, sem="relaxed")
-        position = number + (1 - FIRST) * programs
-        _publish(position, turn + FIRST, ticket, DEPTH)
+        position = number + gl.num_programs(0)
+        mbarrier.wait(empty.index(0), (turn & 1) ^ 1)
+        slots.index(0).store(gl.full([1], position, gl.int32, ONE_WARP))
+        mbarrier.arrive(full.index(0), count=1)
     else:
         position += gl.num_programs(0)
     return position
 
 
 @gluon.jit
-def first_drawn(n_positions, counter_ptr, ticket, DEPTH: gl.constexpr):
-    """Producer: the first position, where it is drawn too. Programs that have not started have no
-    tile then, so that nobody waits for one of theirs."""
-    number = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-    return drawn(number, 0, n_positions, -1, counter_ptr, ticket, True, DEPTH, 1)
-
-
-@gluon.jit
-def _publish(position, number, ticket, DEPTH: gl.constexpr):
-    """Producer: hand a position to the consumers, the one with this number among those handed."""
-    slots, full, empty = ticket
-    ONE_WARP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    at = number % DEPTH
-    mbarrier.wait(empty.index(at), ((number // DEPTH) & 1) ^ 1)
-    slots.index(at).store(gl.full([1], position, gl.int32, ONE_WARP))
-    mbarrier.arrive(full.index(at), count=1)
-
-
-@gluon.jit
-def following(
-    position, turn, ticket, DRAW: gl.constexpr, DEPTH: gl.constexpr = 1, FIRST: gl.constexpr = 0,
-    WARPS: gl.constexpr = 4, KEEP: gl.constexpr = False,
-):  # fmt: skip
-    """The position of tile `turn`, after the one before; KEEP: until `let_go`."""
+def following(position, turn, ticket, DRAW: gl.constexpr):
+    """Consumer: the position of tile `turn`, after the one before."""
     if DRAW:
         slots, full, empty = ticket
-        LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-        number = turn - 1 + FIRST
-        at = number % DEPTH
-        mbarrier.wait(full.index(at), (number // DEPTH) & 1)
-        position = gl.max(slots.index(at).load(LAYOUT), 0)
-        if not KEEP:
-            mbarrier.arrive(empty.index(at), count=1)
+        mbarrier.wait(full.index(0), (turn - 1) & 1)
+        position = gl.max(slots.index(0).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+        mbarrier.arrive(empty.index(0), count=1)
     else:
         position += gl.num_programs(0)
     return position
-
-
-@gluon.jit
-def first_position(ticket, DRAW: gl.constexpr, DEPTH: gl.constexpr, FIRST: gl.constexpr):
-    """Consumer: the position of its first tile."""
-    position = gl.program_id(0)
-    if FIRST:
-        position = following(position, 0, ticket, DRAW, DEPTH, FIRST)
-    return position
-
-
-@gluon.jit
-def let_go(turn, ticket, DEPTH: gl.constexpr):
-    """The place of a kept ticket may be used again; FIRST was 1."""
-    _slots, _full, empty = ticket
-    mbarrier.arrive(empty.index(turn % DEPTH), count=1)

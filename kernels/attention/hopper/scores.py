@@ -10,7 +10,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kernels.attention.hopper.masks import tanh
+from kernels.attention.hopper.runs import keep_run
 
+MINUS_INF, ZERO = gl.constexpr(0xFF800000), gl.constexpr(0)  # bits of fp32
 NEVER, ALWAYS, ASK = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 
 
@@ -25,38 +27,47 @@ def minus_delta(delta, nothing, BM: gl.constexpr, COL: gl.constexpr):
 
 
 @gluon.jit
-def _keep(seen, p, weight, SOFTCAP: gl.constexpr):
-    """P' and the factor of dP' where a query sees a key, else 0."""
-    p = gl.where(seen, p, 0.0)
-    if SOFTCAP:
-        weight = gl.where(seen, weight, 0.0)
-    else:
-        weight = p
-    return p, weight
-
-
-@gluon.jit
-def _mask(
-    p, weight, places, ahead, left, BM: gl.constexpr, LAYOUT: gl.constexpr, CAUSAL: gl.constexpr,
-    SOFTCAP: gl.constexpr,
+def _hide(
+    x, key, query, S, past, seen,
+    OTHER: gl.constexpr, BM: gl.constexpr, LAYOUT: gl.constexpr, CAUSAL: gl.constexpr,
+    LIMITS: gl.constexpr,
 ):  # fmt: skip
-    """Hide keys after the queries, which are `ahead` places ahead of them, or past the end."""
-    keys = places.slice(0, 64).load(gl.SliceLayout(1, LAYOUT))
+    """x, or OTHER at keys that a query does not see or that are past the end."""
+    keys = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    if LIMITS:
+        low = seen[0].load(gl.SliceLayout(1, LAYOUT)) - query
+        high = seen[1].load(gl.SliceLayout(1, LAYOUT)) + (1 - query)
+        return keep_run(x, low, high, OTHER, True, True)
     if CAUSAL:
-        queries = places.slice(0, BM).load(gl.SliceLayout(0, LAYOUT))
-        inside = (queries + ahead)[None, :] >= keys[:, None]
+        first = keys + (key - query - past)
     else:
-        inside = (keys < left)[:, None]
-    return _keep(inside, p, weight, SOFTCAP)
+        first = gl.where(keys < S - key, 0, BM)
+    return keep_run(x, first, first, OTHER, True, False)
 
 
 @gluon.jit
-def clear_of_masks(key, query, S, past, LAST: gl.constexpr, CAUSAL: gl.constexpr):
+def _hide_both(
+    p, weight, key, query, S, past, seen,
+    BM: gl.constexpr, LAYOUT: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr,
+):  # fmt: skip
+    """p, of fp16 or bf16, and weight; 0 where _hide hides."""
+    wide = _hide(p.to(gl.float32), key, query, S, past, seen, ZERO, BM, LAYOUT, CAUSAL, LIMITS)
+    weight = _hide(weight, key, query, S, past, seen, ZERO, BM, LAYOUT, CAUSAL, LIMITS)
+    return wide.to(p.dtype), weight
+
+
+@gluon.jit
+def _clear_of_masks(
+    key, query, S, past, seen,
+    BM: gl.constexpr, LAST: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr,
+):  # fmt: skip
     """Whether all queries from `query` on see all keys of the tile, which ends LAST after `key`.
 
     Keys past the end are after all queries, so a causal mask hides them too.
     """
-    if CAUSAL:
+    if LIMITS:
+        clear = (query >= seen[2]) & (query + (BM - 1) <= seen[3])
+    elif CAUSAL:
         clear = query + past >= key + LAST
     else:
         clear = key + 64 <= S
@@ -72,8 +83,8 @@ def probabilities(
 ):  # fmt: skip
     """P' of S' [64 keys, BM queries], and the factor of dP' in dS': P' times the slope of the cap.
 
-    The keys start at `key`, the key tile ends LAST later. MASK says whether a causal mask or the
-    end of the keys hides any: NEVER, ALWAYS, or ASK.
+    The keys start at `key`, the key tile ends LAST later. MASK says whether masks hide any: NEVER,
+    ALWAYS, or ASK; with LIMITS it is ASK.
     """
     if SOFTCAP:
         cap, inner = bend
@@ -86,28 +97,26 @@ def probabilities(
         keys = places.slice(0, 64).load(gl.SliceLayout(1, LAYOUT))
         queries = places.slice(0, BM).load(gl.SliceLayout(0, LAYOUT))
         lse = lse + ramp * (queries + (query + past - key)).to(gl.float32)
-        p = gl.exp2(s - lse[None, :] + (ramp * keys.to(gl.float32))[:, None])
+        x = s - lse[None, :] + (ramp * keys.to(gl.float32))[:, None]
     else:
-        p = gl.exp2(s - lse[None, :])
-    weight = p
+        x = s - lse[None, :]
+    MASKS: gl.constexpr = LIMITS != 0 or ((CAUSAL or RAGGED) and MASK != NEVER)
+    hides = True
+    if MASKS and MASK == ASK:
+        hides = not _clear_of_masks(key, query, S, past, seen, BM, LAST, CAUSAL, LIMITS)
     if SOFTCAP:
+        p = gl.exp2(x)
         weight = p * (1.0 - bent * bent)
         p = p.to(DTYPE)  # now: two tiles of fp32 would not fit in the registers
-    if LIMITS:
-        first, last, clear_from, clear_to = seen
-        if (query < clear_from) | (query + (BM - 1) > clear_to):
-            queries = query + places.slice(0, BM).load(gl.SliceLayout(0, LAYOUT))
-            low = first.load(gl.SliceLayout(1, LAYOUT))
-            high = last.load(gl.SliceLayout(1, LAYOUT))
-            inside = (queries[None, :] >= low[:, None]) & (queries[None, :] <= high[:, None])
-            p, weight = _keep(inside, p, weight, SOFTCAP)
-    elif (CAUSAL or RAGGED) and MASK == ALWAYS:
-        p, weight = _mask(
-            p, weight, places, query + past - key, S - key, BM, LAYOUT, CAUSAL, SOFTCAP
-        )  # fmt: skip
-    elif (CAUSAL or RAGGED) and MASK == ASK:
-        if not clear_of_masks(key, query, S, past, LAST, CAUSAL):
-            p, weight = _mask(
-                p, weight, places, query + past - key, S - key, BM, LAYOUT, CAUSAL, SOFTCAP
-            )  # fmt: skip
+        if MASKS:
+            if hides:
+                p, weight = _hide_both(
+                    p, weight, key, query, S, past, seen, BM, LAYOUT, CAUSAL, LIMITS
+                )
+    else:  # before the exponentials, which then can stand between the products of dP
+        if MASKS:
+            if hides:
+                x = _hide(x, key, query, S, past, seen, MINUS_INF, BM, LAYOUT, CAUSAL, LIMITS)
+        p = gl.exp2(x)
+        weight = p
     return p, weight

@@ -12,13 +12,25 @@ from kernels.attention.hopper.masks import tanh
 # that `s * scale - shift` is exactly 0 for it: with -1e30 the fused multiply-add keeps the rounding
 # error of `shift`, about 1e22, and its power of two is inf (seen at 77 queries over 200 keys).
 MASKED = gl.constexpr(-(2.0**100))
+MASKED_BITS = gl.constexpr(0xF1800000)  # of that number
 LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def softmax_step(s, peak, total, scale):
+def _row_max(s, LAYOUT: gl.constexpr):
+    """The largest of each row. A reduction takes a thread's numbers one after the other, each step
+    waiting for the one before; here columns far apart are compared first, all at the same time."""
+    x = s
+    for _ in gl.static_range(3):
+        a, b = gl.split(x.reshape([64, 2, x.shape[1] // 2]).permute((0, 2, 1)))
+        x = gl.maximum(a, b)
+    return gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+
+
+@gluon.jit
+def softmax_step(s, peak, total, scale, LAYOUT: gl.constexpr):
     """Online softmax: P of these scores, and by how much what came before shrinks."""
-    new_peak = gl.maximum(peak, gl.max(s, 1))
+    new_peak = gl.maximum(peak, _row_max(s, LAYOUT))
     shift = new_peak * scale
     p = gl.exp2(s * scale - shift[:, None])
     shrink = gl.exp2(peak * scale - shift)
@@ -37,24 +49,14 @@ def bias_scores(s, cols, origin, ramp, bend, SOFTCAP: gl.constexpr, ALIBI: gl.co
 
 
 @gluon.jit
-def hide(s, cols, first, limit, LIMITS: gl.constexpr):
-    """Rows see keys from `first` [64], counted under LIMITS only, to below `limit` [64]."""
-    seen = cols[None, :] < limit[:, None]
-    if LIMITS:
-        seen = seen & (cols[None, :] >= first[:, None])
-    return gl.where(seen, s, MASKED)
-
-
-@gluon.jit
 def pass_by(n, it, k_ring, v_ring, STAGES: gl.constexpr):
     """Let n key tiles go that only other rows of this tile see."""
-    _, k_full, k_empty = k_ring
-    _, v_full, v_empty = v_ring
+    _, k_full, kv_empty = k_ring
+    _, v_full = v_ring
     for _ in range(n):
         s = it % STAGES
         mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
-        mbarrier.arrive(k_empty.index(s), count=1)
         mbarrier.wait(v_full.index(s), (it // STAGES) & 1)
-        mbarrier.arrive(v_empty.index(s), count=1)
+        mbarrier.arrive(kv_empty.index(s), count=1)
         it += 1
     return it

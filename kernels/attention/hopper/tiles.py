@@ -18,7 +18,10 @@ class ForwardTile:
     registers: int  # per consumer thread; 65,536 in all, the loading warp keeps 24
     draw: bool  # tiles from a counter, see schedule.py
     together: int  # bytes of K and V that the tiles standing together may span; 0: one head
-    chained: bool = False  # no gap between tiles, see forward_chained.py; plain masks only
+    places: int = 1  # of Q: with 2 the next tile's loads while this one is worked on
+    half: bool = True  # of a first key tile where the other half is hidden, see forward_parts.py
+    # no gap between tiles, see forward_chained.py; where all warpgroups need the same keys
+    chained: bool = False
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class BackwardTile:
     draw: bool  # tiles from a counter, see schedule.py
     together: int  # bytes of Q, dO and dQ that the tiles standing together may span; 0: one head
     pdl: bool = False  # programmatic dependent launch: each kernel starts while the last one ends
+    room: int = 0  # bytes of fp32 dQ that one set of launches spans, if it can; 0: all at once
     ahead: bool = False  # issue S of the next tile before this one is done; plain masks only
-    ring: bool = False  # one kernel does most of the small ones' work beside its own, see ring.py
 
 
 LARGEST_HEAD = {"forward": 256, "backward": 128}
@@ -46,9 +49,9 @@ def padded_head(head_size: int) -> int:
 # (padded head size, causal)
 FORWARD = {
     (64, False): ForwardTile(3, 128, 2, 160, False, 0, chained=True),
-    (64, True): ForwardTile(3, 128, 3, 160, True, 32 * MIB),
+    (64, True): ForwardTile(3, 128, 3, 160, True, 32 * MIB, places=2),
     (128, False): ForwardTile(2, 128, 2, 240, False, 0, chained=True),
-    (128, True): ForwardTile(2, 128, 2, 240, True, 32 * MIB),
+    (128, True): ForwardTile(2, 128, 2, 240, True, 32 * MIB, places=2),
     (256, False): ForwardTile(2, 64, 2, 240, False, 0),
     (256, True): ForwardTile(2, 64, 2, 240, True, 32 * MIB),
 }
@@ -63,7 +66,7 @@ AHEAD = 2048  # queries from which on, at D = 128, scores a tile ahead are worth
 # much of the last one empty: at 1024 causal queries these ran at 314 TFLOP/s, the three at 284
 FORWARD_128_ROWS = {
     False: ForwardTile(2, 128, 4, 240, False, 0),
-    True: ForwardTile(2, 128, 4, 240, True, 32 * MIB),
+    True: ForwardTile(2, 128, 4, 240, True, 32 * MIB, places=2),
 }
 MOST_EMPTY = 1.1  # times the rows that tiles of 128 take
 

@@ -30,7 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import JITFunction
 
-from kernels.attention.hopper import masks, shim
+from kernels.attention.hopper import masks, runs, shim
 from kernels.attention.hopper.launch import Launch, Tensors
 
 PATIENCE = 20.0  # seconds a wait may take
@@ -255,12 +255,6 @@ def _store_wait(pendings: int) -> None:
         read.wait(PATIENCE)
 
 
-def _stored(but: int) -> None:
-    """Until all but so many have written global memory."""
-    for copy, _ in _mine.stores[: len(_mine.stores) - but]:
-        copy.join(PATIENCE)
-
-
 def _written() -> None:
     while _mine.stores:
         _mine.stores.pop(0)[0].join(PATIENCE)
@@ -332,14 +326,6 @@ def _atomic_add(pointer: Pointer, value: Any, sem: str = "") -> Tensor:
     return before
 
 
-def _wait_for(pointer: Pointer, value: Any) -> None:
-    """Like any other wait, it must end."""
-    deadline = time.monotonic() + PATIENCE
-    while pointer.memory[pointer.offset] < value:
-        assert time.monotonic() < deadline, "a wait for a number in global memory never ended"
-        time.sleep(1e-4)
-
-
 def _atomic_exchange(pointer: Pointer, value: int, sem: str = "") -> None:
     with _atomic:
         pointer.memory[pointer.offset] = value
@@ -357,6 +343,20 @@ def _pair(function: Callable[..., Tensor], plain: Callable[..., Any]) -> Callabl
 def _tanh(x: Tensor) -> Tensor:
     """As wrong as the instruction may be: 2 ** -11 of the value, now up, now down."""
     return x.tanh() * (1 + 2.0**-11 * (2 * torch.rand(x.shape) - 1))
+
+
+def _keep_run(
+    x: Tensor, first: Any, limit: Any, other: int, has_first: bool, has_limit: bool, clear: int = 0
+) -> Tensor:
+    columns = torch.arange(x.shape[1])
+    keep = torch.ones_like(x, dtype=torch.bool)
+    if has_first:
+        keep &= columns[None, :] >= first[:, None]
+    if has_limit:
+        keep &= columns[None, :] < limit[:, None]
+    keep[:, :clear] = True
+    bits = torch.tensor(other, dtype=torch.int64).to(torch.int32)
+    return torch.where(keep, x, bits.view(torch.float32))
 
 
 def _no_layout(*_: Any, **__: Any) -> None:
@@ -384,6 +384,7 @@ _GL = types.SimpleNamespace(
     cast=lambda value, dtype: torch.as_tensor(value, dtype=dtype),
     broadcast=torch.broadcast_tensors,
     join=lambda a, b: torch.stack((a, b), -1),
+    split=lambda x: x.unbind(-1),
     exp2=torch.exp2,
     log2=torch.log2,
     cdiv=lambda a, b: -(-a // b),
@@ -413,12 +414,10 @@ _REPLACED = {
     id(gdc_launch_dependents): lambda: None,
     id(gdc_wait): lambda: None,
     id(masks.tanh): _tanh,
+    id(runs.keep_run): _keep_run,
     id(shim.tma_load): _load,
     id(shim.tma_store): _store,
     id(shim.barrier): lambda: None,  # the threads of a partition are one
-    id(shim.fence_async_global): lambda: None,
-    id(shim.wait_for): _wait_for,
-    id(shim.stored): _stored,
     id(shim.tma_add): lambda desc, at, source: _store(desc, at, source, add=True),
 }
 

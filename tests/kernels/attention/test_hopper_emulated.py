@@ -17,9 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.attention.hopper import api, plan
 from kernels.attention.hopper.api import sink_gradient
-from kernels.attention.hopper.launch import Blocks, Launch
-from kernels.attention.hopper.plan import heads_together
+from kernels.attention.hopper.launch import Blocks, Launch, Tensors
 from kernels.attention.hopper.shim import tma_load, tma_store
 from kernels.attention.hopper.softmax import MASKED
 from kernels.attention.hopper.tiles import (
@@ -151,6 +151,26 @@ def test_fewer_rows_are_taken_where_the_last_tile_would_be_empty() -> None:
     check(inputs_of(case, "cpu", torch.bfloat16), forward=FORWARD_128_ROWS[False])
 
 
+@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("places", [1, 2])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(T=400, S=528, D=64, H=3, H_kv=3, options={"causal": True}, sinks=True, alibi=True),
+        Case(T=330, S=330, D=128, options={"causal": True, "softcap": 2.0}),
+    ],
+)
+def test_half_a_key_tile_and_two_places_of_queries_change_nothing(
+    case: Case, places: int, half: bool, chained: bool
+) -> None:
+    tile = replace(FORWARD_128_ROWS[True], stages=2, places=places, half=half, chained=chained)
+    inputs = inputs_of(case, "cpu", torch.bfloat16)
+    launch = passes_of(inputs, tile).launches[0]
+    assert launch.arguments["HALF"] == half
+    check(inputs, tile)
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -180,45 +200,42 @@ def test_scores_a_tile_ahead_are_right(case: str) -> None:
     check(inputs_of(CASES[case], "cpu", torch.bfloat16), backward=replace(tile, ahead=True))
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize(
-    ("case", "n_sm", "heads"),
-    [  # heads: of a group, of the ring, prepared by the first kernel, left to the last one from
-        (
-            Case(T=256, S=256, D=128, B=3, H=4, H_kv=4, options={"causal": True}),
-            3, (2, 8, 4, 8),
-        ),
-        (Case(T=200, S=330, D=64, B=7, H=4, options={"causal": False}), 2, (1, 4, 2, 12)),
-        (Case(T=130, S=130, D=96, H=7, H_kv=7, options={"causal": True}), 1, (1, 4, 2, 5)),
-        (
-            Case(T=130, S=130, D=128, B=2, H=8, H_kv=4, options={"causal": True}),
-            7, (4, 8, 8, 0),
-        ),
-        (
-            Case(T=300, S=300, D=64, B=2, H=6, H_kv=6, options={"causal": True, "window": (90, 0)}),
-            5, (2, 8, 4, 8),
-        ),
-        (
-            Case(T=300, S=300, D=24, B=6, H=2, options={"causal": True}, documents=True),
-            5, (2, 8, 4, 8),
-        ),
-        (
-            Case(T=300, S=300, D=24, B=6, H=2, options={"causal": True}, documents=True),
-            3, (1, 4, 2, 10),
-        ),
-    ],
-)  # fmt: skip
-def test_small_kernels_go_along_with_the_main_one(
-    case: Case, n_sm: int, heads: tuple[int, ...], ahead: bool
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_batch_in_parts_gets_the_same_gradients(
+    documents: bool, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits = "window" in case.options or case.documents
-    tile = choose_backward(case.D, True, case.T, limits=limits)
-    tile = replace(tile, ring=True, ahead=ahead, together=0)
-    q = torch.empty(case.B, case.T, case.H, case.D)
-    k = torch.empty(case.B, case.S, case.H_kv, case.D)
-    assert heads_together(q, k, tile, n_sm) == heads
-    packed = case.T == case.S  # dq is then a part of a larger tensor
-    check(inputs_of(case, "cpu", torch.bfloat16), backward=tile, n_sm=n_sm, packed=packed)
+    case = Case(
+        T=132, S=132, D=64, B=4, H=4, H_kv=2, alibi=True, documents=documents,
+        options={"causal": True},
+    )  # fmt: skip
+    inputs = inputs_of(case, "cpu", torch.bfloat16)
+    q, k, v = (inputs.tensors[name].detach() for name in "qkv")
+    passes = passes_of(inputs)
+    emulate(passes.launches[0], passes.tensors)
+    launched = []
+
+    def start(launch: Launch, tensors: Tensors) -> None:
+        launched.append(launch.kernel)
+        emulate(launch, tensors)
+
+    monkeypatch.setattr(Launch, "run", start)
+    monkeypatch.setattr(api, "_n_sm", lambda device: 3)
+    monkeypatch.setattr(api, "_counter", lambda device: torch.zeros(1, dtype=torch.int32))
+    tensors = passes.tensors
+    more = {name: tensors[name] for name in ("out", "lse", "d_lse", "slopes", "bounds")}
+    options = plan.Options(True, 64**-0.5, alibi=True, documents=documents)
+    grads = []
+    for rows in (4, 2):  # of the batch in a part
+        tile = plan.backward_tile(q, k, options)
+        padded = -(-132 // tile.queries) * tile.queries
+        tile = replace(tile, room=rows * 4 * 4 * padded * 64)
+        assert plan.batch_parts(q, tile) == 4 // rows
+        grads.append(api._backward(inputs.d_out, q, k, v, options, more, None, packed, tile))
+    assert len(launched) == 3 + 6
+    for whole, parts in zip(*grads, strict=True):
+        # dq is added up in another order
+        assert (whole.float() - parts.float()).norm() <= 2e-3 * whole.float().norm()
 
 
 @pytest.mark.parametrize("D", [64, 128])
