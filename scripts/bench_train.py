@@ -50,7 +50,7 @@ ONE_GPU = [
 COLUMNS = (
     "case", "ms/step", "tokens/s", "TFLOP/s/GPU", "peak GB", "reserved GB", "loss", "data ms",
     "data share", "loader tokens/s", "start s", "peer ms/step", "peer tokens/s", "peer peak GB",
-    "peer loss", "speed ratio", "memory ratio",
+    "peer loss", "speed ratio", "memory ratio", "error",
 )  # fmt: skip
 LOADER_SECONDS = 2.0
 
@@ -210,24 +210,30 @@ def main(arguments: list[str] | None = None) -> int:
         on_gpu = device.type == "cuda"
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     rank = int(os.environ.get("RANK", 0))
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        """What is known is shown and written at once: a run may be cut short."""
+        if rank == 0:
+            print("  ".join(f"{key} {row[key]}" for key in COLUMNS if key in row), flush=True)
+            if options.json:
+                found = {"environment": where(), "rows": rows}
+                options.json.write_text(json.dumps(found, indent=2))
+
     for case in options.case or ONE_GPU:
+        row: dict[str, Any] = {"case": case}
+        rows.append(row)
         try:
-            row = measure(case, options.steps, options.warmup, device)
+            row |= measure(case, options.steps, options.warmup, device)
+            keep(row)
             if options.peer is not None:
                 its = race(case, options.peer, options.steps, options.warmup, device)
-                row = with_ratios(row | its)
+                before = set(row)
+                row |= with_ratios(row | its)
+                keep({key: value for key, value in row.items() if key not in before})
         except (ConfigError, torch.OutOfMemoryError) as error:
-            row = {"case": case, "error": str(error).splitlines()[0]}
-        rows.append(row)
-        if rank == 0:
-            print(
-                "  ".join(f"{key} {row[key]}" for key in COLUMNS if key in row) or row, flush=True
-            )
-            if "error" in row:
-                print(f"  {row['error']}", flush=True)
-    if rank == 0 and options.json:
-        options.json.write_text(json.dumps({"environment": where(), "rows": rows}, indent=2))
+            row["error"] = str(error).splitlines()[0]
+            keep(row)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
