@@ -219,6 +219,8 @@ class PrecisionConfig:
     # scale a tensor, or a row
     linear: LinearKind = LinearKind.compute
     keep_blocks: int = 0  # fp8: so many blocks at either end keep `compute`
+    # fp8: products of backward accumulate fast, too, which keeps 14 bits of a partial sum (Hopper)
+    fast_backward: bool = False
 
 
 @dataclass

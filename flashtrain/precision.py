@@ -36,6 +36,10 @@ def check_precision(config: Config) -> None:
             keep == 0,
             f"precision.keep_blocks={keep} is for precision=fp8_tensorwise or fp8_rowwise",
         )
+        need(
+            not precision.fast_backward,
+            "precision.fast_backward=true is for precision=fp8_tensorwise or fp8_rowwise",
+        )
         return
     name = f"precision.linear={precision.linear.name}"
     need(

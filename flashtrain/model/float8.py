@@ -13,9 +13,9 @@ at hand, never of an earlier step ("current scaling"); X and W are e4m3.
     rowwise     a scale for each row of an operand (token, or output feature); dY e4m3; dW in bf16
                 from X and dY as they are, because there the summed dimension is that of the scales
 
-Fast accumulation, which keeps fewer bits of partial sums, only forward: errors of gradients add up
-over the depth. Both choices are those of torchao's float8 recipes of the same names (rowwise: its
-"rowwise_with_gw_hp").
+Fast accumulation, which keeps fewer bits of partial sums, only forward, unless the config says
+otherwise (`precision.fast_backward`): errors of gradients add up over the depth. Both choices are
+those of torchao's float8 recipes of the same names (rowwise: its "rowwise_with_gw_hp").
 """
 
 from collections.abc import Iterable
@@ -152,7 +152,8 @@ def use_float8(
 ) -> None:
     """Let the blocks' linear layers multiply in fp8, in place. Embedding and head stay as they are.
 
-    precision: `linear` is an fp8 kind; `keep_blocks` at either end stay as they are, too.
+    precision: `linear` is an fp8 kind; `keep_blocks` at either end stay as they are, too;
+        `fast_backward` as in Recipe.
     keeps_weight: see Float8Product; True needs weights that are whole in memory.
     backend: of the casts.
 
@@ -162,7 +163,8 @@ def use_float8(
     if 2 * keep >= count:
         raise ValueError(f"{keep} blocks kept at either end leave none of {count} to fp8")
     chosen = [str(number) for number in range(keep, count - keep)]
-    recipe = Recipe(rowwise=precision.linear is LinearKind.fp8_rowwise, backend=backend)
+    rowwise = precision.linear is LinearKind.fp8_rowwise
+    recipe = Recipe(rowwise, precision.fast_backward, backend)
     layers = []
     for number, block in model.blocks.named_children():  # maybe a part of the model's
         for name, layer in block.named_modules() if number in chosen else ():

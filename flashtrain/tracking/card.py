@@ -59,7 +59,8 @@ def describe_precision(precision: PrecisionConfig) -> str:
     """As in `bf16, linear layers fp8_rowwise`."""
     if precision.linear is LinearKind.compute:
         return precision.compute.name
-    return f"{precision.compute.name}, linear layers {precision.linear.name}"
+    fast = ", fast backward" if precision.fast_backward else ""
+    return f"{precision.compute.name}, linear layers {precision.linear.name}{fast}"
 
 
 def count(value: float) -> str:

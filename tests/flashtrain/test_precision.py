@@ -23,6 +23,7 @@ REFUSED = [
     (f"{FP8} model.n_layers=4 precision.keep_blocks=2", 1, "precision.keep_blocks=2 none 4 blocks"),
     (f"{FP8} precision.keep_blocks=-1", 1, "precision.keep_blocks=-1 0"),
     ("experiment=null precision.keep_blocks=1", 1, "precision.keep_blocks=1 fp8_rowwise"),
+    ("experiment=null precision.fast_backward=true", 1, "precision.fast_backward=true fp8_rowwise"),
     (f"{FP8} model.d_ff=1000", 1, "blocks.*.mlp.up 1000 output 16 precision=bf16"),
     (f"{FP8} model.d_ff=1040 parallel=tensor2", 2, "blocks.*.mlp.up 520 output parallel.tensor"),
     (f"{FP8} model.d_model=136 model.n_heads=1", 1, "blocks.*.attention.qkv 136 input 16"),
@@ -61,6 +62,8 @@ def test_the_presets_compose(kind: str) -> None:
     assert config.precision.compute.name == "bf16"
     assert describe_precision(config.precision) == f"bf16, linear layers {kind}"
     assert describe_precision(load(["precision=bf16"]).precision) == "bf16"
+    fast = load([f"precision={kind}", "precision.fast_backward=true"]).precision
+    assert describe_precision(fast) == f"bf16, linear layers {kind}, fast backward"
 
 
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])

@@ -22,6 +22,7 @@ from flashtrain.config import (
     PositionConfig,
     PrecisionConfig,
 )
+from flashtrain.model import float8
 from flashtrain.model.float8 import Float8Product, Recipe, refresh_weights, use_float8
 from flashtrain.model.gpt import GPT
 from flashtrain.model.init import init_weights
@@ -265,6 +266,26 @@ def test_which_layers_are_in_fp8() -> None:
         f"blocks.1.{name}" for name in ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
     ]
     assert len(list(layers_in_fp8(gpt(LinearKind.fp8_rowwise)))) == 12
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_only_products_of_backward_ask_for_what_the_config_says(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    multiply = float8._product
+
+    def note(*operands: Any, fast: bool) -> Tensor:
+        asked.append(fast)
+        return multiply(*operands, fast=fast)
+
+    monkeypatch.setattr(float8, "_product", note)
+    model = gpt(LinearKind.compute)
+    use_float8(model, PrecisionConfig(linear=LinearKind.fp8_tensorwise, fast_backward=fast))
+    loss = model(torch.randint(64, (2, 16))).float().square().mean()
+    assert asked == [True] * 12
+    loss.backward()
+    assert asked == [True] * 12 + [fast] * 24
 
 
 def test_names_of_parameters_and_checkpoints_stay() -> None:
