@@ -39,8 +39,8 @@ def overlap_of(config: Config) -> Overlap:
     assert data.micro_batch_size is not None
     tokens = data.micro_batch_size * data.sequence_length // config.parallel.context
     small = tokens * config.model.d_model < WORTH_HIDING
-    recorded = config.trainer.cuda_graph is not CudaGraph.off and no_graphs(config) is None
-    return Overlap.off if wanted is Overlap.auto and small and not recorded else wanted
+    slow = small and not _may_record(config)
+    return Overlap.off if wanted is Overlap.auto and slow else wanted
 
 
 def records(config: Config) -> bool:
@@ -49,11 +49,23 @@ def records(config: Config) -> bool:
     auto: on one GPU, and on tensor ranks whose transfers run behind products: without them two
     H200s were as fast one by one (52.9k tokens/s per GPU, and 52.4k recorded).
     """
+    if not _may_record(config):
+        return False
+    alone = config.parallel.tensor == 1
+    return (
+        config.trainer.cuda_graph is CudaGraph.on
+        or alone
+        or overlap_of(config) in (Overlap.auto, Overlap.on)
+    )
+
+
+def _may_record(config: Config) -> bool:
+    """But for what overlap decides; auto does not record data ranks, which no GPU has run yet
+    (2026-11-27)."""
     wanted = config.trainer.cuda_graph
     if wanted is CudaGraph.off or no_graphs(config) is not None:
         return False
-    alone = config.parallel.tensor == 1
-    return wanted is CudaGraph.on or alone or overlap_of(config) in (Overlap.auto, Overlap.on)
+    return wanted is CudaGraph.on or config.parallel.replicate == 1
 
 
 def resolve_parallel(
@@ -232,13 +244,13 @@ def no_graphs(config: Config) -> str | None:
     """Why steps of this config cannot be CUDA graphs; None where they can. `config` is resolved."""
     parallel, trainer = config.parallel, config.trainer
     others = parallel.pipeline * parallel.context * (parallel.shard or 1)
-    others *= parallel.replicate or 1
     if config.engine.name is not EngineKind.native:
         return f"engine={config.engine.name.name} runs its own steps"
     if others > 1:
         return (
-            "of processes that talk to each other in a step only tensor-parallel ones are "
-            f"recorded, and here {others} share the data, a sequence or the layers"
+            "of processes that talk to each other in a step those with parallel.tensor and "
+            f"parallel.replicate are recorded, and here {others} share weights, a sequence or the "
+            "layers"
         )
     if trainer.offload_activations:
         return "trainer.offload_activations=true moves activations as the host says"

@@ -8,9 +8,9 @@ in place of those before: each keeps the memory of all activations and gradients
 
 The first steps of a shape run as they are: they compile, choose tiles, and make what is made once.
 
-Collectives are recorded with the rest, by every rank alike: NCCL's as PyTorch starts them, and the
-copies and flags of peer memory (parallel/peer_memory.py). A rank that hangs in a replay cannot say
-in which collective.
+Collectives are recorded with the rest, by every rank alike: NCCL's as PyTorch starts them, DDP's
+among them, and the copies and flags of peer memory (parallel/peer_memory.py). A rank that hangs in
+a replay cannot say in which collective.
 """
 
 import logging
@@ -29,6 +29,8 @@ from flashtrain.layout import no_graphs, records
 log = logging.getLogger("flashtrain.engine.graph")
 
 WARMUP = 2  # steps of each shape that are not recorded
+# with DDP: it times its first 10 with events (PyTorch's notes on CUDA graphs ask for 11)
+DDP_WARMUP = 11
 
 
 class Graph(Protocol):
@@ -62,6 +64,7 @@ class Graphs:
         update: Callable[[], Tensor] | None,
         parameters: Iterable[nn.Parameter],
         record: Record | None = None,
+        warmup: int = WARMUP,
     ) -> None:
         """passes: from micro-batches to losses, adding to the gradients of `parameters`.
 
@@ -71,6 +74,7 @@ class Graphs:
         self.run_passes, self.run_update = passes, update
         self.parameters = list(parameters)
         self.record, self.given = record or recorder(), record
+        self.warmup = warmup
         self.seen: Counter[object] = Counter()
         self.recorded: dict[object, Recorded] = {}
         self.last: Recorded | None = None  # whose gradients are there
@@ -84,7 +88,7 @@ class Graphs:
         if own is None:
             self._retire()
             self.seen[key] += 1
-            if self.seen[key] <= WARMUP:
+            if self.seen[key] <= self.warmup:
                 return self.run_passes(batches)
             own = self.recorded[key] = self._record(batches)
         for there, batch in zip(own.batches, batches, strict=True):

@@ -23,7 +23,7 @@ from flashtrain.data.loader import Batch
 from flashtrain.engine.compile import compile_blocks
 from flashtrain.engine.decoder import Decoder
 from flashtrain.engine.evaluation import mean_loss, sum_over
-from flashtrain.engine.graph import Graphs, uses_graphs
+from flashtrain.engine.graph import DDP_WARMUP, WARMUP, Graphs, uses_graphs
 from flashtrain.engine.offload import offload_inputs
 from flashtrain.engine.recompute import chunk_mlps, recompute_blocks
 from flashtrain.engine.update import set_rates, update
@@ -92,6 +92,7 @@ class NativeEngine:
             self.loss.compile_head()
         if config.trainer.offload_activations:
             offload_inputs(model, device)
+        records, warmup = uses_graphs(config, device), WARMUP
         self.forward: nn.Module = self.loss
         # what FSDP leaves whole on every rank of the shard axis; its gradients are averaged here
         self.unsharded: list[nn.Parameter] = []
@@ -99,17 +100,22 @@ class NativeEngine:
             own = {id(parameter) for parameter in model.parameters()}
             self.unsharded = [p for p in self.parameters.values() if id(p) in own]
         elif mesh.replicate.size > 1:
-            self.forward = DistributedDataParallel(
-                self.loss,
-                process_group=mesh.replicate.group,
-                bucket_cap_mb=config.engine.bucket_mb,
-                gradient_as_bucket_view=True,
-                init_sync=False,  # weights are a function of the seed alone: equal already
-            )
+            # DDP keeps autograd's nodes that take gradients, and each runs on the stream of its
+            # making: on the default one nothing can be recorded
+            stream = torch.cuda.Stream(device) if records else None
+            with torch.cuda.stream(stream):
+                self.forward = DistributedDataParallel(
+                    self.loss,
+                    process_group=mesh.replicate.group,
+                    bucket_cap_mb=config.engine.bucket_mb,
+                    gradient_as_bucket_view=True,
+                    init_sync=False,  # weights are a function of the seed alone: equal already
+                )
+            warmup = DDP_WARMUP
         self.graphs: Graphs | None = None
-        if uses_graphs(config, device):
+        if records:
             whole = self._update if on_device(self.optimizer) else None
-            self.graphs = Graphs(self._passes, whole, self.parameters.values())
+            self.graphs = Graphs(self._passes, whole, self.parameters.values(), warmup=warmup)
 
     def forward_backward(self, batches: list[Batch]) -> Tensor:
         batches = [own_batch(batch, self.mesh.context) for batch in batches]

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from flashtrain.build import build_engine
 from flashtrain.compose import load
-from flashtrain.config import ConfigError
+from flashtrain.config import ConfigError, Overlap
 from flashtrain.data.loader import Batch
 from flashtrain.data.source import open_loader, prepare_source
 from flashtrain.engine.graph import WARMUP, Graph, Graphs, Recorded, uses_graphs
 from flashtrain.engine.native import NativeEngine
-from flashtrain.layout import no_graphs
+from flashtrain.layout import no_graphs, overlap_of
 from flashtrain.optim import build_optimizer
 from flashtrain.parallel.mesh import mesh_of
 
@@ -182,8 +182,8 @@ def test_off_the_gpu_there_is_none() -> None:
 @pytest.mark.parametrize(
     ("changes", "world", "reason"),
     [
-        (["parallel=data"], 2, "only tensor-parallel ones are recorded, and here 2 share"),
-        (["parallel=fsdp", "parallel.tensor=2"], 4, "and here 2 share the data, a sequence or"),
+        (["parallel=fsdp"], 2, "parallel.tensor and parallel.replicate are recorded, and here 2"),
+        (["parallel=fsdp", "parallel.tensor=2"], 4, "and here 2 share weights, a sequence or"),
         (["parallel=pipeline2"], 2, "and here 2 share"),
         (["trainer.recompute=full", "trainer.offload_activations=true"], 1, "offload_activations"),
         (["engine=deepspeed"], 1, "engine=deepspeed"),
@@ -196,6 +196,16 @@ def test_what_cannot_be_recorded_says_so(changes: list[str], world: int, reason:
     assert no_graphs(load(CASE)) is None
     with pytest.raises(ConfigError, match=f"cuda_graph=on: .*{reason}.*; take auto or off"):
         load([*CASE, *changes, "trainer.cuda_graph=on"], world)  # whatever engine would run it
+
+
+def test_data_ranks_are_recorded_where_a_config_says_so() -> None:
+    gpu, data = torch.device("cuda", 0), [*CASE, "parallel=data"]
+    assert not uses_graphs(load(data, 2), gpu)
+    assert uses_graphs(load([*data, "trainer.cuda_graph=on"], 2), gpu)
+    both = [*data, "parallel.tensor=2", "trainer.cuda_graph=on"]
+    assert uses_graphs(load(both, 4), gpu)
+    assert overlap_of(load(both, 4)) is Overlap.auto
+    assert overlap_of(load(both[:-1], 4)) is Overlap.off
 
 
 def engine_of(*changes: str) -> tuple[NativeEngine, Any]:
