@@ -65,11 +65,12 @@ INTERFERENCE = 0.5
 HIDDEN = 0.5
 
 # Seconds of the host for one block and micro-batch of tensor ranks, forward and backward: their
-# steps are launched kernel by kernel, and at small widths the GPU waits for that. gpt_1.3b on four
-# H200 (2026-11-27): 149.9 ms a step of 24 blocks on 4 ranks without overlap; with it 221.5 on 2 and
-# 290.3 on 4, as every transfer is cut into pieces, one a rank. Other hosts are faster or slower.
+# steps are launched kernel by kernel, and at small widths the GPU waits for that. gpt_1.3b on H200
+# (2026-11-27): 149.9 ms a step of 24 blocks on 4 ranks without overlap; with it 175.2 on 2, since
+# every transfer is cut into pieces, one a rank. From 2 to 4 ranks it was 2.9 ms a block more when
+# the host took longer for all of it. Other hosts are faster or slower.
 LAUNCH = 6.2e-3
-LAUNCH_OVERLAP, LAUNCH_PIECE = 6.4e-3, 1.4e-3  # and this for each rank
+LAUNCH_OVERLAP, LAUNCH_PIECE = 4.5e-3, 1.4e-3  # and this for each rank
 
 
 def product_share(*sizes: int) -> float:
