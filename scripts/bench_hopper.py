@@ -256,7 +256,7 @@ class Bench:
         tensors |= dict(d_out=self.d_out, d_lse=None, slopes=None, bounds=None)
         counter = torch.zeros(1, dtype=torch.int32, device="cuda") if tile.draw else None
         tensors |= dict(counter=counter)
-        tensors |= plan.backward_results(self.q, self.k) | plan.backward_scratch(self.q, tile)
+        tensors |= plan.backward_buffers(self.q, self.k, tile)
         found = {}
         for launch in launches:
             ms = milliseconds(functools.partial(launch.run, tensors))

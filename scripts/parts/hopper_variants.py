@@ -98,7 +98,7 @@ def compile_one(job: Job) -> None:
         launches.append(plan.plan_forward(q, k, options, job.forward, 1))
     if job.backward:
         launches += plan.plan_backward(q, k, q, options, job.backward, 1)
-        tensors |= plan.backward_results(q, k) | plan.backward_scratch(q, job.backward)
+        tensors |= plan.backward_buffers(q, k, job.backward)
     for launch in launches:
         drawn = launch.arguments.get("DRAW")
         tensors["counter"] = torch.zeros(1, dtype=torch.int32) if drawn else None

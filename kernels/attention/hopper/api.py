@@ -21,10 +21,8 @@ from kernels.attention.hopper.launch import (
 from kernels.attention.hopper.plan import (
     LOG2_E,
     Options,
-    backward_results,
-    backward_scratch,
+    backward_buffers,
     backward_tile,
-    batch_parts,
     forward_buffers,
     forward_tile,
     plan_backward,
@@ -183,7 +181,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     if (q.data_ptr() | k.data_ptr() | v.data_ptr() | d_out.data_ptr()) % ALIGNMENT:
         q, k, v, d_out = copyable(q), copyable(k), copyable(v), copyable(d_out)
-    rest = (options, more["d_lse"] is None, packed, tile, sinks is None)
+    rest = (options, more["d_lse"] is None, packed, tile)
     plan = _backward_plans.get((*_layout(q, k, v), d_out.stride(), *rest))
     if plan is None:
         q, k, v, d_out = copyable(q), copyable(k), copyable(v), copyable(d_out)
@@ -191,35 +189,19 @@ def _backward(
         plan = _backward_plans.get(key)
         if plan is None:
             tile = tile or backward_tile(q, k, options)
-            parts = 1 if sinks is not None else batch_parts(q, tile)  # their gradient reads `stats`
-            some = slice(q.shape[0] // parts)
-            launches = plan_backward(
-                q[some], k[some], d_out[some], options, tile, _n_sm(q.device), packed
-            )
-            plan = launches, tile, parts
+            n_sm = _n_sm(q.device)
+            plan = plan_backward(q, k, d_out, options, tile, n_sm, packed), tile
             _remember(_backward_plans, key, plan)
-    launches, tile, parts = plan
-    made = backward_results(q, k, packed)
-    tensors: Tensors = {"q": q, "k": k, "v": v, "d_out": d_out, **more, **made}
-    rows = q.shape[0] // parts
-    scratch = backward_scratch(q if parts == 1 else q[:rows], tile)
+    launches, tile = plan
+    made = backward_buffers(q, k, tile, packed)
     counter = _counter(q.get_device()) if tile.draw else None
-    for start in range(0, q.shape[0], rows):
-        part = tensors if parts == 1 else _batch_part(tensors, slice(start, start + rows))
-        part = {**part, **scratch, "counter": counter}
-        for launch in launches:
-            launch.run(part)
+    tensors = {"q": q, "k": k, "v": v, "d_out": d_out, "counter": counter, **more, **made}
+    for launch in launches:
+        launch.run(tensors)
     if packed:
         return (made["dqkv"],)
     grads = made["dq"], made["dk"], made["dv"]
-    if sinks is None:
-        return grads
-    return (*grads, sink_gradient(sinks, scratch["stats"], q.shape[0]))
-
-
-def _batch_part(tensors: Tensors, part: slice) -> Tensors:
-    """All but the slopes have a batch first."""
-    return {name: x if x is None or name == "slopes" else x[part] for name, x in tensors.items()}
+    return grads if sinks is None else (*grads, sink_gradient(sinks, made["stats"], q.shape[0]))
 
 
 def sink_gradient(sinks: Tensor, stats: Tensor, batch: int) -> Tensor:
@@ -244,7 +226,7 @@ def _layout(q: Tensor, k: Tensor, v: Tensor) -> tuple[object, ...]:
 
 
 _forward_plans: dict[object, tuple[Launch, ForwardTile]] = {}
-_backward_plans: dict[object, tuple[tuple[Launch, Launch, Launch], BackwardTile, int]] = {}
+_backward_plans: dict[object, tuple[tuple[Launch, Launch, Launch], BackwardTile]] = {}
 MOST_PLANS = 1024  # a few KB each; sequences of many lengths must not fill the memory
 
 

@@ -169,50 +169,32 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
     return _launch(attention_fwd_kernel, min(n_sm, n_tiles * B * H), values)
 
 
-def batch_parts(q: Tensor, tile: BackwardTile) -> int:
-    """In how many parts the backward goes through the batch, one set of launches each.
+def backward_buffers(
+    q: Tensor, k: Tensor, tile: BackwardTile, packed: bool = False
+) -> dict[str, Any]:
+    """What the backward writes: dq, dk, dv, and its scratch, whose rows are padded to tiles.
 
-    They have one buffer for the sums of dQ. One that stays in L2 costs no memory traffic to zero,
-    to add to and to read, and each set costs its start and its end.
-    """
-    B, T, H, D = q.shape
-    sums = 4 * H * _padded(T, tile) * padded_head(D)  # bytes of a batch row
-    if tile.room == 0 or B * sums <= tile.room:
-        return 1
-    for n in range(2, B + 1):
-        rows = B // n  # parts are alike, and their row statistics start at multiples of 16 bytes
-        if B % n == 0 and rows * T % 4 == 0 and rows * sums <= tile.room:
-            return n
-    return 1
-
-
-def backward_results(q: Tensor, k: Tensor, packed: bool = False) -> dict[str, Tensor]:
-    """What the backward writes: dq, dk, dv.
-
-    packed: they are parts of one tensor, "dqkv" [B, T, H + 2 H_kv, D].
+    packed: the first three are parts of one tensor, "dqkv" [B, T, H + 2 H_kv, D].
     """
     B, T, H, D = q.shape
     H_kv = k.shape[2]
+    rows = B * H * _padded(T, tile)
+    made: dict[str, Any]
     if packed:
         parts = [H, H_kv, H_kv]
         dqkv = torch.empty((B, T, sum(parts), D), dtype=q.dtype, device=q.device)
         made = dict(zip(("dq", "dk", "dv"), dqkv.split(parts, dim=2), strict=True))
-        return {**made, "dqkv": dqkv}
-    return {
-        name: torch.empty_like(x, memory_format=torch.contiguous_format)
-        for name, x in (("dq", q), ("dk", k), ("dv", k))
-    }
-
-
-def backward_scratch(q: Tensor, tile: BackwardTile) -> dict[str, Tensor]:
-    """Between the kernels of the backward: rows padded to tiles, of q or of a part of its batch."""
-    B, T, H, D = q.shape
-    rows = B * H * _padded(T, tile)
+        made["dqkv"] = dqkv
+    else:
+        made = {
+            name: torch.empty_like(x, memory_format=torch.contiguous_format)
+            for name, x in (("dq", q), ("dk", k), ("dv", k))
+        }
 
     def scratch(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=q.device)
 
-    return {
+    return made | {
         "stats": scratch(2 * rows // tile.queries, tile.queries),
         # in the order of the threads it is no matrix
         "dq_sum": scratch(rows * padded_head(D) // 32, 32),
@@ -223,8 +205,8 @@ def plan_backward(
     q: Tensor, k: Tensor, d_out: Tensor, options: Options, tile: BackwardTile, n_sm: int,
     packed: bool = False,
 ) -> tuple[Launch, Launch, Launch]:  # fmt: skip
-    """The launches for the tensors of plan_forward, d_out, d_lse (or None), backward_results
-    with the same `packed` and backward_scratch.
+    """The launches for the tensors of plan_forward, d_out, d_lse (or None) and backward_buffers,
+    with the same `packed`.
 
     A sink has no part in them: lse holds all that the gradients need to know of it.
 

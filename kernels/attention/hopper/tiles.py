@@ -34,7 +34,6 @@ class BackwardTile:
     draw: bool  # tiles from a counter, see schedule.py
     together: int  # bytes of Q, dO and dQ that the tiles standing together may span; 0: one head
     pdl: bool = False  # programmatic dependent launch: each kernel starts while the last one ends
-    room: int = 0  # bytes of fp32 dQ that one set of launches spans, if it can; 0: all at once
     ahead: bool = False  # issue S of the next tile before this one is done; plain masks only
 
 

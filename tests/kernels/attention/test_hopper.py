@@ -110,10 +110,7 @@ def test_repeats_differ_by_the_order_of_fp32_additions_only(D: int, call: str) -
 @pytest.mark.gpu
 @pytest.mark.parametrize("S", [1024, 4096])
 @pytest.mark.parametrize("D", [64, 128])
-@pytest.mark.parametrize(
-    "change", [{"pdl": True}, {"room": 1 << 25}], ids=["pdl", "parts of the batch"]
-)
-def test_other_ways_to_launch_change_nothing(change: dict[str, int], D: int, S: int) -> None:
+def test_dependent_launches_change_nothing(D: int, S: int) -> None:
     """Fresh tensors each time: what one kernel writes must be there for the next."""
     for i in range(50):
         causal = i % 2 == 0
@@ -122,7 +119,7 @@ def test_other_ways_to_launch_change_nothing(change: dict[str, int], D: int, S: 
         )
         call: dict[str, Any] = dict(causal=causal, scale=0.1)
         out, lse = forward(q, k, v, **call)
-        tile = replace(choose_backward(D, causal, S), **change)
+        tile = replace(choose_backward(D, causal, S), pdl=True)
         ours = backward(d_out, None, q, k, v, out, lse, tile=tile, **call)
         theirs = backward(d_out, None, q, k, v, out, lse, **call)
         assert torch.equal(ours[1], theirs[1])

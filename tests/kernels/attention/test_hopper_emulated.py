@@ -17,9 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.attention.hopper import api, plan
 from kernels.attention.hopper.api import sink_gradient
-from kernels.attention.hopper.launch import Blocks, Launch, Tensors
+from kernels.attention.hopper.launch import Blocks, Launch
 from kernels.attention.hopper.shim import tma_load, tma_store
 from kernels.attention.hopper.softmax import MASKED
 from kernels.attention.hopper.tiles import (
@@ -198,44 +197,6 @@ def test_scores_of_a_row_that_is_masked_so_far_cancel_exactly() -> None:
 def test_scores_a_tile_ahead_are_right(case: str) -> None:
     tile = choose_backward(CASES[case].D, CASES[case].options["causal"], 4096)
     check(inputs_of(CASES[case], "cpu", torch.bfloat16), backward=replace(tile, ahead=True))
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("documents", [False, True])
-def test_a_batch_in_parts_gets_the_same_gradients(
-    documents: bool, packed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = Case(
-        T=132, S=132, D=64, B=4, H=4, H_kv=2, alibi=True, documents=documents,
-        options={"causal": True},
-    )  # fmt: skip
-    inputs = inputs_of(case, "cpu", torch.bfloat16)
-    q, k, v = (inputs.tensors[name].detach() for name in "qkv")
-    passes = passes_of(inputs)
-    emulate(passes.launches[0], passes.tensors)
-    launched = []
-
-    def start(launch: Launch, tensors: Tensors) -> None:
-        launched.append(launch.kernel)
-        emulate(launch, tensors)
-
-    monkeypatch.setattr(Launch, "run", start)
-    monkeypatch.setattr(api, "_n_sm", lambda device: 3)
-    monkeypatch.setattr(api, "_counter", lambda device: torch.zeros(1, dtype=torch.int32))
-    tensors = passes.tensors
-    more = {name: tensors[name] for name in ("out", "lse", "d_lse", "slopes", "bounds")}
-    options = plan.Options(True, 64**-0.5, alibi=True, documents=documents)
-    grads = []
-    for rows in (4, 2):  # of the batch in a part
-        tile = plan.backward_tile(q, k, options)
-        padded = -(-132 // tile.queries) * tile.queries
-        tile = replace(tile, room=rows * 4 * 4 * padded * 64)
-        assert plan.batch_parts(q, tile) == 4 // rows
-        grads.append(api._backward(inputs.d_out, q, k, v, options, more, None, packed, tile))
-    assert len(launched) == 3 + 6
-    for whole, parts in zip(*grads, strict=True):
-        # dq is added up in another order
-        assert (whole.float() - parts.float()).norm() <= 2e-3 * whole.float().norm()
 
 
 @pytest.mark.parametrize("D", [64, 128])
