@@ -112,18 +112,17 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT:
         q, k, v = copyable(q), copyable(k), copyable(v)
-    plan = _forward_plans.get((*_layout(q, k, v), options, tile))
-    if plan is None:
+    launch = _forward_plans.get((*_layout(q, k, v), options, tile))
+    if launch is None:
         q, k, v = copyable(q), copyable(k), copyable(v)
         key = (*_layout(q, k, v), options, tile)
-        plan = _forward_plans.get(key)
-        if plan is None:
+        launch = _forward_plans.get(key)
+        if launch is None:
             tile = tile or forward_tile(q, k, options)
-            plan = plan_forward(q, k, options, tile, _n_sm(q.device)), tile
-            _remember(_forward_plans, key, plan)
-    launch, tile = plan
+            launch = plan_forward(q, k, options, tile, _n_sm(q.device))
+            _remember(_forward_plans, key, launch)
     made = forward_buffers(q)
-    counter = _counter(q.get_device()) if tile.draw else None
+    counter = _counter(q.get_device()) if launch.arguments["DRAW"] else None
     launch.run({"q": q, "k": k, "v": v, "counter": counter, **more, **made})
     return made["out"], made["lse"]
 
@@ -194,7 +193,7 @@ def _backward(
             _remember(_backward_plans, key, plan)
     launches, tile = plan
     made = backward_buffers(q, k, tile, packed)
-    counter = _counter(q.get_device()) if tile.draw else None
+    counter = _counter(q.get_device()) if launches[1].arguments["DRAW"] else None
     tensors = {"q": q, "k": k, "v": v, "d_out": d_out, "counter": counter, **more, **made}
     for launch in launches:
         launch.run(tensors)
@@ -225,7 +224,7 @@ def _layout(q: Tensor, k: Tensor, v: Tensor) -> tuple[object, ...]:
     return (q.shape, k.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.get_device())
 
 
-_forward_plans: dict[object, tuple[Launch, ForwardTile]] = {}
+_forward_plans: dict[object, Launch] = {}
 _backward_plans: dict[object, tuple[tuple[Launch, Launch, Launch], BackwardTile]] = {}
 MOST_PLANS = 1024  # a few KB each; sequences of many lengths must not fill the memory
 

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.attention.hopper.backward import BN, attention_bwd_kernel
+from kernels.attention.hopper.backward import attention_bwd_kernel
+from kernels.attention.hopper.backward_parts import BN
 from kernels.attention.hopper.forward import attention_fwd_kernel
 from kernels.attention.hopper.launch import Blocks, Launch, Pointer
 from kernels.attention.hopper.masks import AFTER, BEFORE, DIAGONAL, DOCUMENTS
 from kernels.attention.hopper.rows import ROWS, cast_dq_kernel, prepare_rows_kernel
 from kernels.attention.hopper.tiles import (
+    TOGETHER,
     BackwardTile,
     ForwardTile,
     choose_backward,
@@ -56,7 +58,7 @@ class Options(NamedTuple):
         return False, found
 
     def masks(self, T: int, S: int) -> dict[str, Any]:
-        """The arguments of both kernels that say what a query sees."""
+        """The arguments of both kernels that say what a query sees and how tiles are dealt out."""
         causal, limits = self.limits(T, S)
         return dict(
             bounds_ptr=Pointer("bounds"),
@@ -64,6 +66,7 @@ class Options(NamedTuple):
             after=(0 if self.causal else self.after) if limits & AFTER.value else None,
             CAUSAL=causal,
             LIMITS=limits,
+            DRAW=causal or limits > 0,  # they are of different lengths
         )
 
     def caps(self) -> dict[str, Any]:
@@ -131,7 +134,9 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
     # a tile of rows always ends inside one key tile: then each warpgroup needs all key tiles
     even = keys % rows == 0 and past % keys == 0
     skip = masks["LIMITS"] > 0 or (causal and not even)
-    chained = tile.chained and not skip and BD != 256
+    chunk = 1  # tiles of one length come one head after the other
+    if masks["DRAW"]:
+        chunk = _together(TOGETHER["forward"] // (4 * S * D), H // H_kv, B * H)
     values = dict(
         q_desc=Blocks("q", (1, 64, 1, BD)),
         k_desc=Blocks("k", (1, keys, 1, BD)),
@@ -147,22 +152,18 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
         S=S,
         n_heads=B * H,
         n_tiles=n_tiles,
-        chunk=_together(tile.together, 4 * S * D, H // H_kv, B * H),
+        chunk=chunk,
         D=BD,
         GROUP=H // H_kv,
         CONSUMERS=tile.consumers,
         BN=keys,
         STAGES=tile.stages,
-        REGISTERS=tile.registers,
         EDGE=edge,
-        HALF=tile.half and causal and even and rows == keys,
+        HALF=causal and even and rows == keys,
         SKIP=skip,
         ALIBI=options.alibi,
         SINKS=options.sinks is not None,
-        DRAW=tile.draw,
         SHARE=BD == 256,
-        CHAINED=chained,
-        PLACES=2 if chained else 1 if BD == 256 else tile.places,
         **masks,
         **options.caps(),
     )
@@ -171,7 +172,7 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
 
 def backward_buffers(
     q: Tensor, k: Tensor, tile: BackwardTile, packed: bool = False
-) -> dict[str, Any]:
+) -> dict[str, Tensor]:
     """What the backward writes: dq, dk, dv, and its scratch, whose rows are padded to tiles.
 
     packed: the first three are parts of one tensor, "dqkv" [B, T, H + 2 H_kv, D].
@@ -179,7 +180,6 @@ def backward_buffers(
     B, T, H, D = q.shape
     H_kv = k.shape[2]
     rows = B * H * _padded(T, tile)
-    made: dict[str, Any]
     if packed:
         parts = [H, H_kv, H_kv]
         dqkv = torch.empty((B, T, sum(parts), D), dtype=q.dtype, device=q.device)
@@ -220,7 +220,7 @@ def plan_backward(
     row = (H + 2 * H_kv if packed else H) * D  # of dq
     masks = options.masks(T, S)
     columns = BD // 2 if BM == 64 else BD  # of dQ that a consumer makes
-    around = dict(T=T, H=H, D=D, BD=BD, BM=BM, PDL=tile.pdl)
+    around = dict(T=T, H=H, D=D, BD=BD, BM=BM)
     prepare = dict(
         out_ptr=Pointer("out"),
         d_out_ptr=Pointer("d_out"),
@@ -251,7 +251,7 @@ def plan_backward(
         S=S,
         n_heads=n_heads,
         n_tiles=n_tiles,
-        chunk=_together(tile.together, 8 * T * D * group, 1, n_heads),
+        chunk=_together(TOGETHER["backward"] // (8 * T * D * group), 1, n_heads),
         D=BD,
         BM=BM,
         GROUP=group,
@@ -260,8 +260,6 @@ def plan_backward(
         ALIBI=options.alibi,
         EARLY=tile.early,
         AHEAD=tile.ahead and not masks["LIMITS"],
-        DRAW=tile.draw,
-        PDL=tile.pdl,
         **masks,
         **options.caps(),
     )
@@ -277,25 +275,22 @@ def plan_backward(
     )
     return (
         _launch(prepare_rows_kernel, n_rows // ROWS.value, prepare),
-        _launch(attention_bwd_kernel, min(n_sm, n_tiles * n_heads), values, pdl=tile.pdl),
-        _launch(cast_dq_kernel, n_rows // ROWS.value, cast, pdl=tile.pdl),
+        _launch(attention_bwd_kernel, min(n_sm, n_tiles * n_heads), values),
+        _launch(cast_dq_kernel, n_rows // ROWS.value, cast),
     )
 
 
-def _launch(kernel: Any, n_programs: int, values: dict[str, Any], pdl: bool = False) -> Launch:
+def _launch(kernel: Any, n_programs: int, values: dict[str, Any]) -> Launch:
     """`values` in the order of the kernel's parameters."""
     arguments = {name: values[name] for name in kernel.arg_names}
     assert len(arguments) == len(values)
-    options = {"num_warps": 4, "launch_pdl": True} if pdl else {"num_warps": 4}
-    return Launch(kernel, (n_programs, 1, 1), arguments, options)
+    return Launch(kernel, (n_programs, 1, 1), arguments)
 
 
 def _padded(T: int, tile: BackwardTile) -> int:
     return -(-T // tile.queries) * tile.queries
 
 
-def _together(room: int, bytes_per_kv: int, group: int, n_heads: int) -> int:
-    """Heads whose tiles stand together: whole groups that share K and V, as many as fit in room."""
-    if room == 0:
-        return 1
-    return min(n_heads, max(1, room // bytes_per_kv) * group)
+def _together(fit: int, group: int, n_heads: int) -> int:
+    """Heads whose tiles stand together: groups that share K and V, as many as fit, one at least."""
+    return min(n_heads, max(1, fit) * group)
