@@ -1,4 +1,4 @@
-"""Tiles and schedules of the Hopper kernels, per head size and mask.
+"""Tiles of the Hopper kernels, per head size and mask.
 
 `python scripts/bench_hopper.py` times them beside their neighbours (parts/hopper_variants.py).
 """
