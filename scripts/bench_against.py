@@ -2,7 +2,7 @@
 
     git worktree add ../before HEAD~5
     python scripts/bench_against.py ../before .                 # what the last commits brought
-    python scripts/bench_against.py . .:pdl=1 --shapes 1024    # what a field of the tiles brings
+    python scripts/bench_against.py . .:early=1 --shapes 1024  # what a field of the tiles brings
 
 Each side is a checkout, and after a colon fields of the backward's tile, or of the forward's where
 the name starts with `forward.` (kernels/attention/hopper/tiles.py), that take other values. A side

@@ -254,9 +254,9 @@ class Bench:
         launches = plan.plan_backward(self.q, self.k, self.d_out, options, tile, n_sm)
         tensors: dict[str, Tensor | None] = dict(q=self.q, k=self.k, v=self.v, out=out, lse=lse)
         tensors |= dict(d_out=self.d_out, d_lse=None, slopes=None, bounds=None)
-        counter = torch.zeros(1, dtype=torch.int32, device="cuda") if tile.draw else None
+        counter = torch.zeros(1, dtype=torch.int32, device="cuda") if self.shape.causal else None
         tensors |= dict(counter=counter)
-        tensors |= plan.backward_results(self.q, self.k) | plan.backward_scratch(self.q, tile)
+        tensors |= plan.backward_buffers(self.q, self.k, tile)
         found = {}
         for launch in launches:
             ms = milliseconds(functools.partial(launch.run, tensors))

@@ -7,7 +7,7 @@
     python scripts/profile_attention.py --table counters.csv          # no GPU
 
 Without arguments it runs forward and backward once at D = 64 and 128, causal and full, 4 x 4096
-tokens, width 2048, inside the range that ncu profiles. `--variant chained` takes tiles of
+tokens, width 2048, inside the range that ncu profiles. `--variant 2x64` takes tiles of
 hopper_variants.py. Clocks stay as they are in use.
 """
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention.hopper import plan
+from kernels.attention.hopper.launch import OPTIONS
 from kernels.attention.hopper.tiles import (
     FORWARD,
     FORWARD_128_ROWS,
@@ -48,12 +49,9 @@ SHAPES = [
 
 def forward_variants(shape: Shape) -> dict[str, Any]:
     base = choose_forward(shape.D, shape.causal, shape.S)
-    found = {
-        "shipped": base,
-        "unchained" if base.chained else "chained": replace(base, chained=not base.chained),
-    }
+    found = {"shipped": base}
     if shape.D == 64:
-        tile = FORWARD_128_ROWS[shape.causal] if base.consumers == 3 else FORWARD[64, shape.causal]
+        tile = FORWARD_128_ROWS if base.consumers == 3 else FORWARD[64, shape.causal]
         found[f"{tile.consumers}x64"] = tile
     return found
 
@@ -98,11 +96,11 @@ def compile_one(job: Job) -> None:
         launches.append(plan.plan_forward(q, k, options, job.forward, 1))
     if job.backward:
         launches += plan.plan_backward(q, k, q, options, job.backward, 1)
-        tensors |= plan.backward_results(q, k) | plan.backward_scratch(q, job.backward)
+        tensors |= plan.backward_buffers(q, k, job.backward)
     for launch in launches:
         drawn = launch.arguments.get("DRAW")
         tensors["counter"] = torch.zeros(1, dtype=torch.int32) if drawn else None
-        launch.kernel.warmup(**launch.bind(tensors), grid=launch.grid, **launch.options)
+        launch.kernel.warmup(**launch.bind(tensors), grid=launch.grid, **OPTIONS)
 
 
 def compile_all(shapes: list[Shape], parts: list[str], base: bool) -> None:
@@ -120,10 +118,9 @@ def compile_all(shapes: list[Shape], parts: list[str], base: bool) -> None:
     for shape in shapes:
         for kind, variants in kinds.items():
             for name, tile in variants(shape).items():
-                same = replace(tile, together=0)  # not compiled in
                 if name == "shipped" or (kind in parts and not base):
                     options = plan.Options(shape.causal, 0.1)
-                    jobs[Job(shape.D, options, **{kind: same})] = None
+                    jobs[Job(shape.D, options, **{kind: tile})] = None
     start, n = time.time(), min(14, os.cpu_count() or 1, len(jobs))
     if not jobs:
         return

@@ -21,10 +21,8 @@ from kernels.attention.hopper.launch import (
 from kernels.attention.hopper.plan import (
     LOG2_E,
     Options,
-    backward_results,
-    backward_scratch,
+    backward_buffers,
     backward_tile,
-    batch_parts,
     forward_buffers,
     forward_tile,
     plan_backward,
@@ -114,18 +112,17 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT:
         q, k, v = copyable(q), copyable(k), copyable(v)
-    plan = _forward_plans.get((*_layout(q, k, v), options, tile))
-    if plan is None:
+    launch = _forward_plans.get((*_layout(q, k, v), options, tile))
+    if launch is None:
         q, k, v = copyable(q), copyable(k), copyable(v)
         key = (*_layout(q, k, v), options, tile)
-        plan = _forward_plans.get(key)
-        if plan is None:
+        launch = _forward_plans.get(key)
+        if launch is None:
             tile = tile or forward_tile(q, k, options)
-            plan = plan_forward(q, k, options, tile, _n_sm(q.device)), tile
-            _remember(_forward_plans, key, plan)
-    launch, tile = plan
+            launch = plan_forward(q, k, options, tile, _n_sm(q.device))
+            _remember(_forward_plans, key, launch)
     made = forward_buffers(q)
-    counter = _counter(q.get_device()) if tile.draw else None
+    counter = _counter(q.get_device()) if launch.arguments["DRAW"] else None
     launch.run({"q": q, "k": k, "v": v, "counter": counter, **more, **made})
     return made["out"], made["lse"]
 
@@ -183,7 +180,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     if (q.data_ptr() | k.data_ptr() | v.data_ptr() | d_out.data_ptr()) % ALIGNMENT:
         q, k, v, d_out = copyable(q), copyable(k), copyable(v), copyable(d_out)
-    rest = (options, more["d_lse"] is None, packed, tile, sinks is None)
+    rest = (options, more["d_lse"] is None, packed, tile)
     plan = _backward_plans.get((*_layout(q, k, v), d_out.stride(), *rest))
     if plan is None:
         q, k, v, d_out = copyable(q), copyable(k), copyable(v), copyable(d_out)
@@ -191,35 +188,19 @@ def _backward(
         plan = _backward_plans.get(key)
         if plan is None:
             tile = tile or backward_tile(q, k, options)
-            parts = 1 if sinks is not None else batch_parts(q, tile)  # their gradient reads `stats`
-            some = slice(q.shape[0] // parts)
-            launches = plan_backward(
-                q[some], k[some], d_out[some], options, tile, _n_sm(q.device), packed
-            )
-            plan = launches, tile, parts
+            n_sm = _n_sm(q.device)
+            plan = plan_backward(q, k, d_out, options, tile, n_sm, packed), tile
             _remember(_backward_plans, key, plan)
-    launches, tile, parts = plan
-    made = backward_results(q, k, packed)
-    tensors: Tensors = {"q": q, "k": k, "v": v, "d_out": d_out, **more, **made}
-    rows = q.shape[0] // parts
-    scratch = backward_scratch(q if parts == 1 else q[:rows], tile)
-    counter = _counter(q.get_device()) if tile.draw else None
-    for start in range(0, q.shape[0], rows):
-        part = tensors if parts == 1 else _batch_part(tensors, slice(start, start + rows))
-        part = {**part, **scratch, "counter": counter}
-        for launch in launches:
-            launch.run(part)
+    launches, tile = plan
+    made = backward_buffers(q, k, tile, packed)
+    counter = _counter(q.get_device()) if launches[1].arguments["DRAW"] else None
+    tensors = {"q": q, "k": k, "v": v, "d_out": d_out, "counter": counter, **more, **made}
+    for launch in launches:
+        launch.run(tensors)
     if packed:
         return (made["dqkv"],)
     grads = made["dq"], made["dk"], made["dv"]
-    if sinks is None:
-        return grads
-    return (*grads, sink_gradient(sinks, scratch["stats"], q.shape[0]))
-
-
-def _batch_part(tensors: Tensors, part: slice) -> Tensors:
-    """All but the slopes have a batch first."""
-    return {name: x if x is None or name == "slopes" else x[part] for name, x in tensors.items()}
+    return grads if sinks is None else (*grads, sink_gradient(sinks, made["stats"], q.shape[0]))
 
 
 def sink_gradient(sinks: Tensor, stats: Tensor, batch: int) -> Tensor:
@@ -243,8 +224,8 @@ def _layout(q: Tensor, k: Tensor, v: Tensor) -> tuple[object, ...]:
     return (q.shape, k.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.get_device())
 
 
-_forward_plans: dict[object, tuple[Launch, ForwardTile]] = {}
-_backward_plans: dict[object, tuple[tuple[Launch, Launch, Launch], BackwardTile, int]] = {}
+_forward_plans: dict[object, Launch] = {}
+_backward_plans: dict[object, tuple[tuple[Launch, Launch, Launch], BackwardTile]] = {}
 MOST_PLANS = 1024  # a few KB each; sequences of many lengths must not fill the memory
 
 

@@ -35,18 +35,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention.hopper.backward_ahead import ahead_consumer
-from kernels.attention.hopper.backward_parts import end_of_turn, queries_seen, query_at
+from kernels.attention.hopper.backward_parts import BN, end_of_turn, queries_seen, query_at
 from kernels.attention.hopper.backward_producer import producer
 from kernels.attention.hopper.dq import add_to_dq, half_of_dq
 from kernels.attention.hopper.ends import room_for_ends
 from kernels.attention.hopper.schedule import following, tile_at
-from kernels.attention.hopper.scores import ASK, minus_delta, probabilities
-
-BN = gl.constexpr(128)
-LOG2_E = gl.constexpr(1.4426950408889634)
+from kernels.attention.hopper.scores import ASK, LOG2_E, minus_delta, probabilities
 
 
 @gluon.jit
@@ -84,7 +80,7 @@ def _consumer(
         b = head // H_kv
         key = rank * BN + W * 64
         first, per_head, seen = queries_seen(
-            key, turn, b, T, S, limits, ends, W, BM, BN, CAUSAL, LIMITS
+            key, turn, b, T, S, limits, ends, W, BM, CAUSAL, LIMITS
         )
         start = head * GROUP * padded  # of this head in the dQ buffer
         row_before = 0
@@ -208,7 +204,7 @@ def attention_bwd_kernel(
     LIMITS: gl.constexpr,  # see masks.py
     RAGGED: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, EARLY: gl.constexpr,
     AHEAD: gl.constexpr,  # see backward_ahead.py
-    DRAW: gl.constexpr, PDL: gl.constexpr,
+    DRAW: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of the key tiles this program gets, and what they add to dQ."""
     DTYPE: gl.constexpr = q_desc.dtype
@@ -262,9 +258,6 @@ def attention_bwd_kernel(
     sizes = (H_kv, T, S, n_heads, n_tiles, chunk)
     biases = (slopes_ptr, (cap, inner))
     limits = (before, after, bounds_ptr)
-    if PDL:  # the row statistics and the zeros of dQ come from the kernel before
-        gdc_launch_dependents()
-        gdc_wait()
     # fmt: off
     gl.warp_specialize([
         (_work, (results, biases, scale, rings, staging, sizes, limits, ends, 0, D, BM, GROUP,

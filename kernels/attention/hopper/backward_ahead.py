@@ -26,14 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.attention.hopper.backward_parts import end_of_turn, masked_tiles
+from kernels.attention.hopper.backward_parts import BN, end_of_turn, masked_tiles
 from kernels.attention.hopper.dq import add_to_dq, half_of_dq
 from kernels.attention.hopper.masks import query_tiles
 from kernels.attention.hopper.schedule import following, tile_at
-from kernels.attention.hopper.scores import ALWAYS, NEVER, minus_delta, probabilities
-
-BN = gl.constexpr(128)
-LOG2_E = gl.constexpr(1.4426950408889634)
+from kernels.attention.hopper.scores import ALWAYS, LOG2_E, NEVER, minus_delta, probabilities
 
 
 @gluon.jit

@@ -20,6 +20,8 @@ from kernels.attention.hopper.ends import number_at
 from kernels.attention.hopper.masks import query_tiles
 from kernels.attention.hopper.shim import tma_store
 
+BN = gl.constexpr(128)  # keys of a tile
+
 
 @gluon.jit
 def query_at(i, first, per_head, BM: gl.constexpr, GROUP: gl.constexpr):
@@ -32,7 +34,7 @@ def query_at(i, first, per_head, BM: gl.constexpr, GROUP: gl.constexpr):
 
 @gluon.jit
 def queries_seen(
-    key, turn, b, T, S, limits, ends, W: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    key, turn, b, T, S, limits, ends, W: gl.constexpr, BM: gl.constexpr,
     CAUSAL: gl.constexpr, LIMITS: gl.constexpr,
 ):  # fmt: skip
     """(first query, how many tiles) that see the key tile, and what `probabilities` needs to hide

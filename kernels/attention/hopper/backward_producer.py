@@ -10,13 +10,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from kernels.attention.hopper.backward_parts import query_at
+from kernels.attention.hopper.backward_parts import BN, query_at
 from kernels.attention.hopper.ends import hand_over
 from kernels.attention.hopper.masks import query_tiles
 from kernels.attention.hopper.schedule import draw, drawn, tile_at
 from kernels.attention.hopper.shim import tma_load
-
-BN = gl.constexpr(128)
 
 
 @gluon.jit

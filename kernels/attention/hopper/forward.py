@@ -22,8 +22,8 @@ measured on one H200. Descriptors are 4-D over [B, T, H, D], any strides: what l
 a sequence reads as zero and is not written, and no copy is made. D is the head size padded to 64,
 128 or 256: the columns past the end of a head read as zero too.
 
-At D = 256 there is no room for a staging buffer: results leave through the place of Q, and the
-next Q loads behind them (SHARE).
+Q has two places, so the next tile's loads while this one is worked on. At D = 256 there is room for
+one and for no staging buffer: results leave through it, and the next Q loads behind them (SHARE).
 
 Maths: Dao 2023, arXiv:2307.08691, Algorithm 1; scores stay unscaled, exponentials are powers of 2.
 """
@@ -51,7 +51,6 @@ from kernels.attention.hopper.forward_parts import (
 from kernels.attention.hopper.masks import key_tiles
 from kernels.attention.hopper.schedule import draw, drawn, following, tile_at
 from kernels.attention.hopper.shim import tma_load
-from kernels.attention.hopper.softmax import pass_by
 
 
 @gluon.jit
@@ -137,6 +136,20 @@ def _keys_seen(
 
 
 @gluon.jit
+def _pass_by(n, it, k_ring, v_ring, STAGES: gl.constexpr):
+    """Let n key tiles go that only other rows of this tile see."""
+    _, k_full, kv_empty = k_ring
+    _, v_full = v_ring
+    for _ in range(n):
+        s = it % STAGES
+        mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
+        mbarrier.wait(v_full.index(s), (it // STAGES) & 1)
+        mbarrier.arrive(kv_empty.index(s), count=1)
+        it += 1
+    return it
+
+
+@gluon.jit
 def _consumer(
     results, biases, scale, rings, out_smem, sizes, limits, ends,
     W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
@@ -170,7 +183,7 @@ def _consumer(
             row, turn, head // H, T, S, limits, ends, W, CONSUMERS, BN, ROW, CAUSAL, LIMITS, SKIP
         )
         if SKIP:
-            it = pass_by(behind, it, k_ring, v_ring, STAGES)
+            it = _pass_by(behind, it, k_ring, v_ring, STAGES)
 
         s = it % STAGES
         key = (low + n_iter - 1) * BN
@@ -202,7 +215,7 @@ def _consumer(
         acc = warpgroup_mma(p16, v_smem.index(s).reshape([BN, D]), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         if LIMITS:
-            it = pass_by(before, it, k_ring, v_ring, STAGES)
+            it = _pass_by(before, it, k_ring, v_ring, STAGES)
 
         store_lse(lse_ptr, peak, total, ramp, head, row, T, scale, ROW, ALIBI)
         acc = acc * gl.convert_layout(1.0 / total, ROW_O)[:, None]
@@ -221,20 +234,18 @@ def _work(
     W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr, EDGE: gl.constexpr,
     SKIP: gl.constexpr, HALF: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr,
-    SINKS: gl.constexpr, DRAW: gl.constexpr, SHARE: gl.constexpr, CHAINED: gl.constexpr,
-    PLACES: gl.constexpr,
+    SINKS: gl.constexpr, DRAW: gl.constexpr, SHARE: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
-    """A consumer, of either kind."""
-    if CHAINED:
-        chained_consumer(
-            results, biases, scale, rings, out_smem, sizes, limits, W, D, CONSUMERS, BN,
-            STAGES, CAUSAL, EDGE, HALF, ALIBI, SOFTCAP, SINKS, DRAW,
-        )  # fmt: skip
-    else:
+    """A consumer, of either kind: tiles of equal length go through without a gap between them."""
+    if CAUSAL or LIMITS or SHARE:
         _consumer(
             results, biases, scale, rings, out_smem, sizes, limits, ends, W, D, CONSUMERS, BN,
-            STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP, SINKS, DRAW, SHARE,
-            PLACES,
+            STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP, SINKS, DRAW, SHARE, PLACES,
+        )  # fmt: skip
+    else:
+        chained_consumer(
+            results, biases, scale, rings, out_smem, sizes, W, D, CONSUMERS, BN, STAGES, EDGE,
+            SOFTCAP, SINKS,
         )  # fmt: skip
 
 
@@ -255,7 +266,7 @@ def attention_fwd_kernel(
     n_tiles,  # of a head
     chunk,  # heads whose tiles stand together
     D: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,  # and nothing else: no window, no documents
     LIMITS: gl.constexpr,  # see masks.py
     EDGE: gl.constexpr,  # key tiles at the end of a row that may need the mask
@@ -263,13 +274,12 @@ def attention_fwd_kernel(
     SKIP: gl.constexpr,  # key tiles may be of no use to some warpgroups
     ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, DRAW: gl.constexpr,
     SHARE: gl.constexpr,  # out leaves through the place of Q
-    CHAINED: gl.constexpr,  # see forward_chained.py
-    PLACES: gl.constexpr,  # of Q
 ):  # fmt: skip
     """out and lse of the tiles this program gets; one launch has at most one program per SM."""
     DTYPE: gl.constexpr = q_desc.dtype
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    PLACES: gl.constexpr = 1 if SHARE else 2  # of Q
     q_smem = gl.allocate_shared_memory(DTYPE, [PLACES * CONSUMERS, 1, 64, 1, D], q_desc.layout)
     out_smem = q_smem
     if not SHARE:
@@ -306,30 +316,31 @@ def attention_fwd_kernel(
     biases = (slopes_ptr, sinks_ptr, (cap, inner))
     limits = (before, after, bounds_ptr)
     sizes = (H, T, S, n_heads, n_tiles, chunk)
+    # registers of a thread at the end of each list: 65,536 in all
     # fmt: off
     if CONSUMERS == 2:
         gl.warp_specialize([
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 0, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
-                         SINKS, DRAW, SHARE, CHAINED, PLACES)),
+                         SINKS, DRAW, SHARE, PLACES)),
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 1, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
-                         SINKS, DRAW, SHARE, CHAINED, PLACES)),
+                         SINKS, DRAW, SHARE, PLACES)),
             (_producer, (sources, rings, counter_ptr, sizes, limits, ends,
                          GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, DRAW, PLACES)),
-        ], [4, 1], [REGISTERS, 24])
+        ], [4, 1], [240, 24])
     else:
         gl.warp_specialize([
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 0, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
-                         SINKS, DRAW, SHARE, CHAINED, PLACES)),
+                         SINKS, DRAW, SHARE, PLACES)),
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 1, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
-                         SINKS, DRAW, SHARE, CHAINED, PLACES)),
+                         SINKS, DRAW, SHARE, PLACES)),
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 2, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
-                         SINKS, DRAW, SHARE, CHAINED, PLACES)),
+                         SINKS, DRAW, SHARE, PLACES)),
             (_producer, (sources, rings, counter_ptr, sizes, limits, ends,
                          GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, DRAW, PLACES)),
-        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])
+        ], [4, 4, 1], [160, 160, 24])
     # fmt: on

@@ -6,7 +6,7 @@ addresses of the tensors at hand in their places; restart.py has how.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -23,6 +23,7 @@ GLUON_TYPES = {
     torch.float16: gl.float16,
     torch.float32: gl.float32,
 }
+OPTIONS = {"num_warps": 4}  # of the compiler
 Tensors = Mapping[str, Tensor | None]
 
 
@@ -48,7 +49,6 @@ class Launch:
     kernel: Any
     grid: tuple[int, int, int]
     arguments: dict[str, Any]
-    options: dict[str, Any] = field(default_factory=lambda: {"num_warps": 4})  # of the compiler
     again: Callable[[Tensors], None] | None = None  # the call after the first
 
     def bind(self, tensors: Tensors) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Launch:
             return
         bound = self.bind(tensors)
         assert list(bound) == self.kernel.arg_names
-        compiled = self.kernel[self.grid](**bound, **self.options)
+        compiled = self.kernel[self.grid](**bound, **OPTIONS)
 
         def whole(tensors: Tensors) -> None:
             compiled[self.grid](*self.bind(tensors).values())

@@ -5,8 +5,8 @@ Dims: T queries, S keys, BM / BN rows of a query / key tile. Query t stands at p
 A causal mask, a window and packed documents all leave each query one interval of keys, and each
 key one interval of queries, and both ends only move right with the index. So the ends at a tile's
 first and last row say which tiles it needs, tiles inside the intervals of all rows need no mask,
-and elsewhere the mask is two comparisons. LIMITS says what the ends depend on; 0 is a plain causal
-or full mask, whose kernels have their own, shorter code.
+and elsewhere the ends of each row are the mask (runs.py). LIMITS says what the ends depend on; 0 is
+a plain causal or full mask, whose kernels have their own, shorter code.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="untyped-decorator, misc"

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.attention.hopper.backward import BN, attention_bwd_kernel
+from kernels.attention.hopper.backward import attention_bwd_kernel
+from kernels.attention.hopper.backward_parts import BN
 from kernels.attention.hopper.forward import attention_fwd_kernel
 from kernels.attention.hopper.launch import Blocks, Launch, Pointer
 from kernels.attention.hopper.masks import AFTER, BEFORE, DIAGONAL, DOCUMENTS
 from kernels.attention.hopper.rows import ROWS, cast_dq_kernel, prepare_rows_kernel
 from kernels.attention.hopper.tiles import (
+    TOGETHER,
     BackwardTile,
     ForwardTile,
     choose_backward,
@@ -56,7 +58,7 @@ class Options(NamedTuple):
         return False, found
 
     def masks(self, T: int, S: int) -> dict[str, Any]:
-        """The arguments of both kernels that say what a query sees."""
+        """The arguments of both kernels that say what a query sees and how tiles are dealt out."""
         causal, limits = self.limits(T, S)
         return dict(
             bounds_ptr=Pointer("bounds"),
@@ -64,6 +66,7 @@ class Options(NamedTuple):
             after=(0 if self.causal else self.after) if limits & AFTER.value else None,
             CAUSAL=causal,
             LIMITS=limits,
+            DRAW=causal or limits > 0,  # they are of different lengths
         )
 
     def caps(self) -> dict[str, Any]:
@@ -131,7 +134,9 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
     # a tile of rows always ends inside one key tile: then each warpgroup needs all key tiles
     even = keys % rows == 0 and past % keys == 0
     skip = masks["LIMITS"] > 0 or (causal and not even)
-    chained = tile.chained and not skip and BD != 256
+    chunk = 1  # tiles of one length come one head after the other
+    if masks["DRAW"]:
+        chunk = _together(TOGETHER["forward"] // (4 * S * D), H // H_kv, B * H)
     values = dict(
         q_desc=Blocks("q", (1, 64, 1, BD)),
         k_desc=Blocks("k", (1, keys, 1, BD)),
@@ -147,72 +152,49 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
         S=S,
         n_heads=B * H,
         n_tiles=n_tiles,
-        chunk=_together(tile.together, 4 * S * D, H // H_kv, B * H),
+        chunk=chunk,
         D=BD,
         GROUP=H // H_kv,
         CONSUMERS=tile.consumers,
         BN=keys,
         STAGES=tile.stages,
-        REGISTERS=tile.registers,
         EDGE=edge,
-        HALF=tile.half and causal and even and rows == keys,
+        HALF=causal and even and rows == keys,
         SKIP=skip,
         ALIBI=options.alibi,
         SINKS=options.sinks is not None,
-        DRAW=tile.draw,
         SHARE=BD == 256,
-        CHAINED=chained,
-        PLACES=2 if chained else 1 if BD == 256 else tile.places,
         **masks,
         **options.caps(),
     )
     return _launch(attention_fwd_kernel, min(n_sm, n_tiles * B * H), values)
 
 
-def batch_parts(q: Tensor, tile: BackwardTile) -> int:
-    """In how many parts the backward goes through the batch, one set of launches each.
+def backward_buffers(
+    q: Tensor, k: Tensor, tile: BackwardTile, packed: bool = False
+) -> dict[str, Tensor]:
+    """What the backward writes: dq, dk, dv, and its scratch, whose rows are padded to tiles.
 
-    They have one buffer for the sums of dQ. One that stays in L2 costs no memory traffic to zero,
-    to add to and to read, and each set costs its start and its end.
-    """
-    B, T, H, D = q.shape
-    sums = 4 * H * _padded(T, tile) * padded_head(D)  # bytes of a batch row
-    if tile.room == 0 or B * sums <= tile.room:
-        return 1
-    for n in range(2, B + 1):
-        rows = B // n  # parts are alike, and their row statistics start at multiples of 16 bytes
-        if B % n == 0 and rows * T % 4 == 0 and rows * sums <= tile.room:
-            return n
-    return 1
-
-
-def backward_results(q: Tensor, k: Tensor, packed: bool = False) -> dict[str, Tensor]:
-    """What the backward writes: dq, dk, dv.
-
-    packed: they are parts of one tensor, "dqkv" [B, T, H + 2 H_kv, D].
+    packed: the first three are parts of one tensor, "dqkv" [B, T, H + 2 H_kv, D].
     """
     B, T, H, D = q.shape
     H_kv = k.shape[2]
+    rows = B * H * _padded(T, tile)
     if packed:
         parts = [H, H_kv, H_kv]
         dqkv = torch.empty((B, T, sum(parts), D), dtype=q.dtype, device=q.device)
         made = dict(zip(("dq", "dk", "dv"), dqkv.split(parts, dim=2), strict=True))
-        return {**made, "dqkv": dqkv}
-    return {
-        name: torch.empty_like(x, memory_format=torch.contiguous_format)
-        for name, x in (("dq", q), ("dk", k), ("dv", k))
-    }
-
-
-def backward_scratch(q: Tensor, tile: BackwardTile) -> dict[str, Tensor]:
-    """Between the kernels of the backward: rows padded to tiles, of q or of a part of its batch."""
-    B, T, H, D = q.shape
-    rows = B * H * _padded(T, tile)
+        made["dqkv"] = dqkv
+    else:
+        made = {
+            name: torch.empty_like(x, memory_format=torch.contiguous_format)
+            for name, x in (("dq", q), ("dk", k), ("dv", k))
+        }
 
     def scratch(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=q.device)
 
-    return {
+    return made | {
         "stats": scratch(2 * rows // tile.queries, tile.queries),
         # in the order of the threads it is no matrix
         "dq_sum": scratch(rows * padded_head(D) // 32, 32),
@@ -223,8 +205,8 @@ def plan_backward(
     q: Tensor, k: Tensor, d_out: Tensor, options: Options, tile: BackwardTile, n_sm: int,
     packed: bool = False,
 ) -> tuple[Launch, Launch, Launch]:  # fmt: skip
-    """The launches for the tensors of plan_forward, d_out, d_lse (or None), backward_results
-    with the same `packed` and backward_scratch.
+    """The launches for the tensors of plan_forward, d_out, d_lse (or None) and backward_buffers,
+    with the same `packed`.
 
     A sink has no part in them: lse holds all that the gradients need to know of it.
 
@@ -238,7 +220,7 @@ def plan_backward(
     row = (H + 2 * H_kv if packed else H) * D  # of dq
     masks = options.masks(T, S)
     columns = BD // 2 if BM == 64 else BD  # of dQ that a consumer makes
-    around = dict(T=T, H=H, D=D, BD=BD, BM=BM, PDL=tile.pdl)
+    around = dict(T=T, H=H, D=D, BD=BD, BM=BM)
     prepare = dict(
         out_ptr=Pointer("out"),
         d_out_ptr=Pointer("d_out"),
@@ -269,7 +251,7 @@ def plan_backward(
         S=S,
         n_heads=n_heads,
         n_tiles=n_tiles,
-        chunk=_together(tile.together, 8 * T * D * group, 1, n_heads),
+        chunk=_together(TOGETHER["backward"] // (8 * T * D * group), 1, n_heads),
         D=BD,
         BM=BM,
         GROUP=group,
@@ -278,8 +260,6 @@ def plan_backward(
         ALIBI=options.alibi,
         EARLY=tile.early,
         AHEAD=tile.ahead and not masks["LIMITS"],
-        DRAW=tile.draw,
-        PDL=tile.pdl,
         **masks,
         **options.caps(),
     )
@@ -295,25 +275,22 @@ def plan_backward(
     )
     return (
         _launch(prepare_rows_kernel, n_rows // ROWS.value, prepare),
-        _launch(attention_bwd_kernel, min(n_sm, n_tiles * n_heads), values, pdl=tile.pdl),
-        _launch(cast_dq_kernel, n_rows // ROWS.value, cast, pdl=tile.pdl),
+        _launch(attention_bwd_kernel, min(n_sm, n_tiles * n_heads), values),
+        _launch(cast_dq_kernel, n_rows // ROWS.value, cast),
     )
 
 
-def _launch(kernel: Any, n_programs: int, values: dict[str, Any], pdl: bool = False) -> Launch:
+def _launch(kernel: Any, n_programs: int, values: dict[str, Any]) -> Launch:
     """`values` in the order of the kernel's parameters."""
     arguments = {name: values[name] for name in kernel.arg_names}
     assert len(arguments) == len(values)
-    options = {"num_warps": 4, "launch_pdl": True} if pdl else {"num_warps": 4}
-    return Launch(kernel, (n_programs, 1, 1), arguments, options)
+    return Launch(kernel, (n_programs, 1, 1), arguments)
 
 
 def _padded(T: int, tile: BackwardTile) -> int:
     return -(-T // tile.queries) * tile.queries
 
 
-def _together(room: int, bytes_per_kv: int, group: int, n_heads: int) -> int:
-    """Heads whose tiles stand together: whole groups that share K and V, as many as fit in room."""
-    if room == 0:
-        return 1
-    return min(n_heads, max(1, room // bytes_per_kv) * group)
+def _together(fit: int, group: int, n_heads: int) -> int:
+    """Heads whose tiles stand together: groups that share K and V, as many as fit, one at least."""
+    return min(n_heads, max(1, fit) * group)

@@ -2,15 +2,12 @@
 
 Dims: B batch, T queries, H heads, D head size, BD = D padded as in the main kernel, BM queries of
 its tiles, to which the buffers between the kernels are padded; a program here has ROWS rows.
-
-With PDL each kernel starts while the one before it ends, and waits before it reads what that left.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="untyped-decorator, misc"
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ROWS = tl.constexpr(64)  # as many as a consumer of the main kernel adds up in dq.py's order
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -34,11 +31,9 @@ def prepare_rows_kernel(
     stats_ptr,  # [2, B, H, T padded] fp32: lse in log2 units, -delta
     sum_ptr,  # [B, H, T padded, BD] fp32: set to 0
     d_out_b, d_out_t, d_out_h, n_stats, T, H,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(out * d_out) - d_lse, all that the softmax's normalisation adds to dS."""
-    if PDL:
-        gdc_launch_dependents()
     b, h, rows, padded = _tile(T, H, BM)
     place = (b * H + h) * padded + rows
     dims = tl.arange(0, BD)
@@ -66,12 +61,10 @@ def cast_dq_kernel(
     sum_ptr,  # [B, H, T padded, BD] fp32, blocks of ROWS rows in the order of dq.py
     dq_ptr,  # [B, T, H, D], strides below
     dq_b, dq_t, dq_h, scale, T, H,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     HELD: tl.constexpr,  # columns that a consumer of the main kernel adds up
 ):  # fmt: skip
     """dq = scale * sum."""
-    if PDL:
-        gdc_wait()
     b, h, rows, padded = _tile(T, H, BM)
     place = (b * H + h) * padded + tl.min(rows, 0)
     dims = tl.arange(0, BD)

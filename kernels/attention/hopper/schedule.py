@@ -4,7 +4,7 @@ Tiles of `chunk` heads stand together, longest row first, heads innermost: what 
 flight read then fits in L2, and the short tiles come last, where they even out the finish.
 
 Two ways to deal the tiles out (DRAW in the kernels):
-    False   program p takes p, p + n, p + 2n, ...: right when all tiles are equally long
+    False   program p takes p, p + n, p + 2n, ...: for full masks, where all tiles are equally long
     True    whoever is free draws the next number from a counter in global memory; the producer
             draws it before the consumers need it and hands it over through shared memory. Under a
             causal mask that made 641 TFLOP/s of 563 with one program per tile, and of 461 with

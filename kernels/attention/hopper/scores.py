@@ -13,6 +13,7 @@ from kernels.attention.hopper.masks import tanh
 from kernels.attention.hopper.runs import keep_run
 
 MINUS_INF, ZERO = gl.constexpr(0xFF800000), gl.constexpr(0)  # bits of fp32
+LOG2_E = gl.constexpr(1.4426950408889634)
 NEVER, ALWAYS, ASK = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 
 

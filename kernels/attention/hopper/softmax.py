@@ -1,10 +1,9 @@
-"""What the forward's consumers share: the online softmax, biases and masks of scores."""
+"""The forward's online softmax, and what changes scores before it: soft cap and ALiBi."""
 
 # mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="untyped-decorator, misc"
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from kernels.attention.hopper.masks import tanh
 
@@ -46,17 +45,3 @@ def bias_scores(s, cols, origin, ramp, bend, SOFTCAP: gl.constexpr, ALIBI: gl.co
     if ALIBI:
         s = s + (ramp * (cols - origin).to(gl.float32))[None, :]
     return s
-
-
-@gluon.jit
-def pass_by(n, it, k_ring, v_ring, STAGES: gl.constexpr):
-    """Let n key tiles go that only other rows of this tile see."""
-    _, k_full, kv_empty = k_ring
-    _, v_full = v_ring
-    for _ in range(n):
-        s = it % STAGES
-        mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
-        mbarrier.wait(v_full.index(s), (it // STAGES) & 1)
-        mbarrier.arrive(kv_empty.index(s), count=1)
-        it += 1
-    return it

@@ -1,4 +1,4 @@
-"""Tiles and schedules of the Hopper kernels, per head size and mask.
+"""Tiles of the Hopper kernels, per head size and mask.
 
 `python scripts/bench_hopper.py` times them beside their neighbours (parts/hopper_variants.py).
 """
@@ -12,16 +12,9 @@ MIB = 1 << 20
 class ForwardTile:
     """How the forward kernel works through its tiles."""
 
-    consumers: int  # warpgroups of 64 query rows
+    consumers: int  # warpgroups of 64 query rows: 2 or 3
     keys: int  # of a key tile
     stages: int  # key and value tiles in flight
-    registers: int  # per consumer thread; 65,536 in all, the loading warp keeps 24
-    draw: bool  # tiles from a counter, see schedule.py
-    together: int  # bytes of K and V that the tiles standing together may span; 0: one head
-    places: int = 1  # of Q: with 2 the next tile's loads while this one is worked on
-    half: bool = True  # of a first key tile where the other half is hidden, see forward_parts.py
-    # no gap between tiles, see forward_chained.py; where all warpgroups need the same keys
-    chained: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,11 +23,7 @@ class BackwardTile:
 
     queries: int  # of a query tile: 64 or 128
     stages: int  # query tiles in flight
-    early: bool  # issue dP beside S, not after the softmax
-    draw: bool  # tiles from a counter, see schedule.py
-    together: int  # bytes of Q, dO and dQ that the tiles standing together may span; 0: one head
-    pdl: bool = False  # programmatic dependent launch: each kernel starts while the last one ends
-    room: int = 0  # bytes of fp32 dQ that one set of launches spans, if it can; 0: all at once
+    early: bool = False  # issue dP beside S, not after the softmax
     ahead: bool = False  # issue S of the next tile before this one is done; plain masks only
 
 
@@ -48,27 +37,26 @@ def padded_head(head_size: int) -> int:
 
 # (padded head size, causal)
 FORWARD = {
-    (64, False): ForwardTile(3, 128, 2, 160, False, 0, chained=True),
-    (64, True): ForwardTile(3, 128, 3, 160, True, 32 * MIB, places=2),
-    (128, False): ForwardTile(2, 128, 2, 240, False, 0, chained=True),
-    (128, True): ForwardTile(2, 128, 2, 240, True, 32 * MIB, places=2),
-    (256, False): ForwardTile(2, 64, 2, 240, False, 0),
-    (256, True): ForwardTile(2, 64, 2, 240, True, 32 * MIB),
+    (64, False): ForwardTile(3, 128, 2),
+    (64, True): ForwardTile(3, 128, 3),
+    (128, False): ForwardTile(2, 128, 2),
+    (128, True): ForwardTile(2, 128, 2),
+    (256, False): ForwardTile(2, 64, 2),
+    (256, True): ForwardTile(2, 64, 2),
 }
 BACKWARD = {
-    (64, False): BackwardTile(128, 2, True, False, 16 * MIB),
-    (64, True): BackwardTile(128, 2, False, True, 16 * MIB),
-    (128, False): BackwardTile(64, 2, False, False, 16 * MIB),
-    (128, True): BackwardTile(64, 2, False, True, 16 * MIB),
+    (64, False): BackwardTile(128, 2, early=True),
+    (64, True): BackwardTile(128, 2),
+    (128, False): BackwardTile(64, 2),
+    (128, True): BackwardTile(64, 2),
 }
 AHEAD = 2048  # queries from which on, at D = 128, scores a tile ahead are worth it
 # three consumers are worth +10 % at D = 64, unless under a causal mask tiles of 192 queries leave
 # much of the last one empty: at 1024 causal queries these ran at 314 TFLOP/s, the three at 284
-FORWARD_128_ROWS = {
-    False: ForwardTile(2, 128, 4, 240, False, 0),
-    True: ForwardTile(2, 128, 4, 240, True, 32 * MIB, places=2),
-}
+FORWARD_128_ROWS = ForwardTile(2, 128, 4)
 MOST_EMPTY = 1.1  # times the rows that tiles of 128 take
+# bytes that the tiles standing together (schedule.py) span, so that they stay in L2
+TOGETHER = {"forward": 32 * MIB, "backward": 16 * MIB}  # of K and V; of Q, dO and dQ
 
 
 def choose_forward(
@@ -92,7 +80,7 @@ def choose_forward(
     size = padded_head(head_size)
     empty = -(-queries // 192) * 192 > MOST_EMPTY * (-(-queries // 128) * 128)
     if size == 64 and ((causal and empty) or (limits and biased) or documents):
-        return FORWARD_128_ROWS[causal]
+        return FORWARD_128_ROWS
     return FORWARD[size, causal]
 
 
@@ -104,5 +92,5 @@ def choose_backward(
     size = padded_head(head_size)
     tile = BACKWARD[size, causal]
     if limits:
-        return replace(tile, queries=64, early=False, stages=3 if size == 64 else tile.stages)
+        return BackwardTile(64, 3 if size == 64 else 2)
     return replace(tile, ahead=size == 128 and queries >= AHEAD and not biased)

@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.attention.hopper.launch import Launch, Tensors
+from kernels.attention.hopper.launch import OPTIONS, Launch, Tensors
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
 
@@ -75,7 +75,7 @@ def compile_launch(launch: Launch, tensors: Tensors) -> Built:
         kernel, signature, constants, attributes
     )
     target = GPUTarget("cuda", 90, 32)
-    compiled = triton.compile(source, target=target, options=launch.options)
+    compiled = triton.compile(source, target=target, options=OPTIONS)
     sass, log = _assemble(compiled.asm["ptx"])
     partitions = len(re.findall(r"^\s*partition\d+\(", compiled.asm["ttgir"], re.MULTILINE))
     return Built(compiled.metadata.shared, partitions, sass, log)

@@ -27,7 +27,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import JITFunction
 
 from kernels.attention.hopper import masks, runs, shim
@@ -411,8 +410,6 @@ _REPLACED = {
     id(hopper.fence_async_shared): _fence,
     id(hopper.warpgroup_mma): _mma,
     id(hopper.warpgroup_mma_wait): _mma_wait,
-    id(gdc_launch_dependents): lambda: None,
-    id(gdc_wait): lambda: None,
     id(masks.tanh): _tanh,
     id(runs.keep_run): _keep_run,
     id(shim.tma_load): _load,

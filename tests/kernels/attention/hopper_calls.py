@@ -51,7 +51,7 @@ def passes_of(
     if LARGEST_HEAD["backward"] >= D:
         backward = backward or plan.backward_tile(q, k, options)
         launches += plan.plan_backward(q, k, inputs.d_out, options, backward, n_sm, packed)
-        made |= plan.backward_results(q, k, packed) | plan.backward_scratch(q, backward)
+        made |= plan.backward_buffers(q, k, backward, packed)
     return Passes(
         launches,
         {

@@ -8,7 +8,7 @@ import torch
 
 from kernels.attention import attention
 from kernels.attention.hopper.launch import Launch
-from kernels.attention.hopper.tiles import BACKWARD, choose_backward
+from kernels.attention.hopper.tiles import choose_backward
 from tests.kernels.attention.cases import Case, inputs_of
 from tests.kernels.attention.compile_gluon import Built, compile_launch
 from tests.kernels.attention.hopper_calls import passes_of
@@ -55,7 +55,7 @@ def built(
     if D <= 128:
         limits = case.documents or "window" in case.options
         tile = choose_backward(D, case.options["causal"], case.T, limits=limits)
-        tile = replace(tile, together=0, **changes)
+        tile = replace(tile, **changes)
     passes = passes_of(inputs_of(case, "cpu", dtype), backward=tile)
     launch = passes.launches[number]
     return compile_launch(launch, passes.tensors), launch
@@ -134,16 +134,6 @@ def test_backward_spills_outside_of_its_loops_mostly(
 def test_float16_compiles() -> None:
     for number in range(4):
         built(number, 64, "causal", torch.float16)
-
-
-@pytest.mark.parametrize("kernel", [1, 2, 3])
-def test_small_kernels_may_overlap_the_main_one(kernel: int) -> None:
-    """Programmatic dependent launch: each kernel says when the next may start, and waits."""
-    inputs = inputs_of(Case(T=256, S=256, D=128, options={"causal": True}), "cpu", torch.bfloat16)
-    passes = passes_of(inputs, backward=replace(BACKWARD[128, True], pdl=True))
-    built = compile_launch(passes.launches[kernel], passes.tensors)
-    assert (built.count("ACQBULK") > 0) == (kernel > 1)
-    assert (built.count("PREEXIT") > 0) == (kernel < 3)
 
 
 def check(kernel: Built, partitions: int, consumers: int) -> None:
