@@ -104,14 +104,13 @@ def gather_linear(
     if axis.group is None:
         y = linear(gather_sequence(x, axis), weight, bias)
     elif form is Form.pipelined:
-        low = weight.detach().to(x.dtype)
+        low = _low(weight, x.dtype)
         y = pipelined_gather_linear(x.contiguous(), low, weight, bias, axis.size, axis.name)
     elif form is Form.fused:
         low = weight.to(x.dtype)
         y = FusedGatherLinear.apply(x.contiguous(), low, bias, axis.size, axis.name)
     else:
-        low = weight.detach().to(x.dtype)
-        y = _GatherLinear.apply(x, low, weight, bias, axis.size, axis.name)
+        y = _GatherLinear.apply(x, weight, bias, axis.size, axis.name)
     return y
 
 
@@ -129,18 +128,26 @@ def linear_scatter(x: Tensor, weight: Tensor, axis: Axis, form: Form = PLAIN) ->
     check_divides(x.size(1), axis.size)
     y: Tensor
     if form is Form.pipelined:
-        low = weight.detach().to(x.dtype)
+        low = _low(weight, x.dtype)
         y = pipelined_linear_scatter(x.contiguous(), low, weight, axis.size, axis.name)
     else:
         y = FusedLinearScatter.apply(x, weight.to(x.dtype), axis.name)
     return y
 
 
+def _low(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """What products read; its gradient is the weight's own. In the dtype already, it is the weight
+    and no view of it: DeepSpeed's ZeRO 3 takes a parameter's memory away after forward, and a view
+    that is kept for backward would hold it."""
+    return weight if weight.dtype == dtype else weight.detach().to(dtype)
+
+
 class _GatherLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, size: int, name: str
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, size: int, name: str
     ) -> Tensor:
+        low = weight.to(x.dtype)  # not an argument of its own: the compiler takes no tensor twice
         ctx.save_for_backward(x, low)
         ctx.size, ctx.name = size, name
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
@@ -154,4 +161,4 @@ class _GatherLinear(torch.autograd.Function):
         rows = grad.flatten(0, 1)  # [B T, O]
         gathered = finish_gather(gathering, ctx.size).flatten(0, 1)
         dw, db = parameter_gradients(rows, gathered, *ctx.dtypes)
-        return finish_scatter(scattering), None, dw, db, None, None
+        return finish_scatter(scattering), dw, db, None, None

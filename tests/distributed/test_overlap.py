@@ -2,12 +2,13 @@
 
 import importlib
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from flashtrain.config import Overlap
@@ -87,6 +88,28 @@ def check_operators() -> None:
     torch.library.opcheck(pipelined.gather_linear, gather, test_utils=checks)
     scatter = (leaf(2, 4, 6), leaf(10, 6).detach(), leaf(10, 6), axis.size, axis.name)
     torch.library.opcheck(pipelined.linear_scatter, scatter, test_utils=checks)
+
+
+def test_a_weight_in_the_compute_dtype_is_kept_as_itself(tmp_path: Path) -> None:
+    run_ranks(check_kept_weight, 2, tmp_path)
+
+
+def check_kept_weight() -> None:
+    """ZeRO 3 puts other memory in a parameter's place between forward and backward, which then has
+    to read that."""
+    axis = build_mesh(2).tensor
+    choose_form(axis, Overlap.on, CPU)
+    ops: list[Callable[..., Tensor]] = [gather_linear, linear_scatter]
+    for form, op in product((Form.plain, Form.pipelined), ops):
+        torch.manual_seed(0)
+        x, weight = torch.randn(2, 4, 6).requires_grad_(), nn.Parameter(torch.randn(6, 6))
+        given = [x, weight, None] if op is gather_linear else [x, weight]
+        (expected,) = torch.autograd.grad(op(*given, axis, form).sum(), x)
+        y, own = op(*given, axis, form), weight.data
+        weight.data = torch.empty(0)
+        weight.data = 2 * own
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        assert_close(dx, 2 * expected)
 
 
 def test_fused_operators_take_what_they_are_given(tmp_path: Path) -> None:
