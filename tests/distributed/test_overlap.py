@@ -20,6 +20,7 @@ from flashtrain.parallel.overlap import (
     Form,
     choose_form,
     gather_linear,
+    hides_transfers,
     linear_scatter,
     overlap_layers,
 )
@@ -138,6 +139,10 @@ def test_auto_is_plain_on_a_cpu_and_says_so(tmp_path: Path) -> None:
 def check_auto() -> None:
     axis = build_mesh(2).tensor
     assert choose_form(axis, Overlap.auto, CPU) is Form.plain
+    model = build("gpt2", axis, torch.float32)
+    for wanted in (Overlap.auto, Overlap.on):
+        overlap_layers(model, axis, wanted, CPU)
+        assert hides_transfers(model) == (wanted is Overlap.on)
     assert choose_form(axis, Overlap.off, CPU) is Form.plain
     with pytest.raises(ValueError, match=r"overlap=fused needs .* cpu has no memory"):
         choose_form(axis, Overlap.fused, CPU)

@@ -38,6 +38,10 @@ def test_auto_records_one_gpu_and_ranks_that_hide_transfers() -> None:
     assert not uses_graphs(load([*CASE, "parallel.overlap=off"], 2), gpu)
     assert not uses_graphs(load([*CASE, "parallel.overlap=fused"], 2), gpu)
     assert uses_graphs(load([*CASE, "parallel.overlap=off", "trainer.cuda_graph=on"], 2), gpu)
+    # overlap=auto, on ranks that do not see each other's memory
+    assert not uses_graphs(load(CASE, 2), gpu, hides=False)
+    assert uses_graphs(load([*CASE, "trainer.cuda_graph=on"], 2), gpu, hides=False)
+    assert uses_graphs(load([*CASE, "parallel.tensor=1"], 1), gpu, hides=False)
     assert not uses_graphs(load([*CASE, "parallel.shard=2"], 4), gpu)
     with pytest.raises(ConfigError, match="cuda_graph=on: of processes that talk"):
         uses_graphs(load([*CASE, "parallel.shard=2", "trainer.cuda_graph=on"], 4), gpu)
