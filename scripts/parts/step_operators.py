@@ -19,6 +19,7 @@ PRODUCTS = {
 PASSES = {
     "flashtrain_norm::forward": "norms: forward", "flashtrain_norm::backward": "norms: backward",
     "flashtrain_linear::gelu_gradient": "GELU: backward",
+    "flashtrain_linear::swiglu_gradient": "SwiGLU: backward",
     "flashtrain_linear::column_sums": "sums over tokens", "flashtrain_linear::cast": "casts",
     "flashtrain_embedding::gather": "forward", "flashtrain_embedding::gradient": "backward",
     "flashtrain_rope::rotate_heads_": "rotations", "flashtrain_rope::rotate_heads": "rotations",
@@ -69,6 +70,8 @@ def bytes_moved(operator: Event) -> float | None:
             return sum(given) + given[0] * (1 + (values[8] == "True"))  # the norm once more
         case "gelu_gradient":  # beside its product
             return given[2] * (3 + (values[4] == "True"))  # GELU once more
+        case "swiglu_gradient":  # a tensor as wide as z, and SwiGLU once more
+            return given[0] * (1 + (values[3] == "True")) + 2 * given[1]
         case "cast":  # fp32 to 16 bits
             return sum(given[:2]) * 1.5
         case "gather":  # the rows, not the table, and in 16 bits

@@ -178,8 +178,9 @@ def test_kernels_of_ours_have_names_and_their_products_count_apart() -> None:
         "gelu_gradient": [[128, 32], [32, 64], [128, 64], [], []],
         "weight_gradient": [[128, 64], [128, 32], [], []],
         "cast": [[64, 32], [64], [], []],
+        "swiglu_gradient": [[128, 64], [128, 128], [], []],
     }
-    for at, (name, shapes) in zip((22, 40, 60), dims.items(), strict=True):
+    for at, (name, shapes) in zip((22, 40, 60, 70), dims.items(), strict=True):
         kind = single if name == "cast" else half
         arguments = {"Input Dims": shapes, "Input type": [kind if s else "Scalar" for s in shapes],
                      "Concrete Inputs": ["", "", "", "True", "True"]}  # fmt: skip
@@ -191,6 +192,7 @@ def test_kernels_of_ours_have_names_and_their_products_count_apart() -> None:
         trace.kernel("gelu_backward_kernel", start, at=start + 3, length=1, tid=2)
     trace.kernel("nvjet", 42, at=43, length=4, tid=2)
     trace.kernel("cast_kernel", 62, at=63, length=2, tid=2)
+    trace.kernel("swiglu_backward_kernel", 72, at=73, length=5, tid=2)
     problem = Problem({"up": (64, 32), "down": (32, 64)}, 128, 1e6, half)
     totals = profile(trace.events, problem).totals
     gelu = totals[Part("norms + elementwise", "GELU: backward")]
@@ -199,6 +201,8 @@ def test_kernels_of_ours_have_names_and_their_products_count_apart() -> None:
     assert totals[Part("MLP", "up: dW")].time == 4
     casts = totals[Part("norms + elementwise", "casts")]
     assert (casts.time, casts.bytes) == (2, 1.5 * 4 * (64 * 32 + 64))
+    swiglu = totals[Part("norms + elementwise", "SwiGLU: backward")]
+    assert (swiglu.time, swiglu.bytes) == (5, (2 * 64 + 2 * 128) * 128 * 2)
 
 
 def test_only_waits_inside_the_steps_are_counted() -> None:
