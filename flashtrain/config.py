@@ -190,8 +190,8 @@ class ParallelConfig:
     # runs of layers on each pipeline rank; null: 1 for 1f1b and zero_bubble, 2 for the others
     stages_per_rank: int | None = None
     tensor: int | None = 1  # ranks that share the arithmetic of each layer; null: 2 where it fits
-    # tensor ranks' transfers behind their products; auto: where products are large (layout.py) and
-    # GPUs see each other's memory; fused: by PyTorch's operators
+    # tensor ranks' transfers behind their products; auto: where GPUs see each other's memory, and
+    # steps are CUDA graphs or products large (layout.py); fused: by PyTorch's operators
     overlap: Overlap = Overlap.auto
     context: int = 1  # ranks that hold parts of the same sequences
     # how attention sees the other parts: gather brings all keys and values to every rank, ring a

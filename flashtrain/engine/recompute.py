@@ -1,7 +1,7 @@
 """Activation checkpointing: forget a block's activations in forward, make them again in backward.
 
-`light` forgets what a pass over memory makes again: GELU's output, within a kernel that runs
-anyhow, and weights in the compute dtype (kernels/linear); where layers are not plain ones
+`light` forgets what a pass over memory makes again: GELU's or SwiGLU's output, within a kernel that
+runs anyhow, and weights in the compute dtype (kernels/linear); where layers are not plain ones
 (flashtrain/model/linear.py), nothing. `full` keeps a block's input only. `selective` also keeps
 what is dear to make again for its size: attention outputs and every second matrix product
 (Korthikanti et al. 2022, arXiv:2205.05198, with the per-operator choice of PyTorch's selective
