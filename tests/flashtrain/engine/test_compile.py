@@ -20,13 +20,14 @@ class Block(nn.Module):
 def test_every_length_of_a_ramp_has_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     counter, lengths = CompileCounter(), range(16, 32)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # put back afterwards
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     model: Any = SimpleNamespace(blocks=[Block(), Block()])
-    compile_blocks(model)
-    for length in lengths:
-        x = torch.zeros(2, length)
-        for block in model.blocks:
-            x = block(x)
-        assert x.eq(2).all()
+    # not by monkeypatch, which takes a setting of torch's away when it puts it back
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compile_blocks(model)
+        for length in lengths:
+            x = torch.zeros(2, length)
+            for block in model.blocks:
+                x = block(x)
+            assert x.eq(2).all()
     assert counter.frame_count == len(lengths)
