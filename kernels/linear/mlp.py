@@ -190,5 +190,6 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> Tensor:
         (z,) = ctx.saved_tensors
-        dz, _, _ = products.swiglu_gradient(d.flatten(0, -2), z.flatten(0, -2), False, False)
+        rows = d.reshape(-1, d.shape[-1]), z.reshape(-1, z.shape[-1])
+        dz, _, _ = products.swiglu_gradient(*rows, False, False)
         return dz.view_as(z)
