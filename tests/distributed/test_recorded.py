@@ -1,17 +1,21 @@
 """Steps of tensor-parallel ranks as CUDA graphs give what they give one by one, to the last bit."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 
 from flashtrain.build import build_engine
 from flashtrain.compose import load
 from flashtrain.config import ConfigError
 from flashtrain.data.source import open_loader, prepare_source
-from flashtrain.engine.graph import uses_graphs
+from flashtrain.engine.graph import Graph, Graphs, uses_graphs
 from flashtrain.engine.native import NativeEngine
 from flashtrain.parallel.mesh import mesh_of
 from tests.harness import run_ranks
@@ -45,6 +49,55 @@ def test_auto_records_one_gpu_and_ranks_that_hide_transfers() -> None:
     assert not uses_graphs(load([*CASE, "parallel.shard=2"], 4), gpu)
     with pytest.raises(ConfigError, match="cuda_graph=on: of processes that talk"):
         uses_graphs(load([*CASE, "parallel.shard=2", "trainer.cuda_graph=on"], 4), gpu)
+
+
+def test_gradients_of_data_ranks_stay_where_they_were_recorded(tmp_path: Path) -> None:
+    run_ranks(check_data_ranks, 2, tmp_path)
+
+
+def check_data_ranks() -> None:
+    """On a CPU, where a stand-in for a graph runs the passes once more: DDP puts gradients into its
+    buckets each time, so the update finds those of the step at the addresses of the recording."""
+    cpu = torch.device("cpu")
+    small = ["model.d_model=64", "model.n_heads=2", "data.sequence_length=32", "parallel=data"]
+    config = prepare_source(load([*CASE, *small, "data.batch_size=8"], 2), 2)
+    results = []
+    for records in (False, True):
+        mesh = mesh_of(config.parallel)
+        engine = build_engine(config, mesh, cpu)
+        assert isinstance(engine, NativeEngine)
+        parameters = list(engine.parameters.values())
+        if records:
+            record = partial(run_again, parameters)
+            engine.graphs = Graphs(engine._passes, None, parameters, record, warmup=3)
+        numbers: list[Tensor] = []
+        with open_loader(config, mesh.data.rank, mesh.data.size, cpu) as loader:
+            for step in range(6):
+                numbers.append(engine.forward_backward(loader.step(step)))
+                numbers.append(engine.step(0.003 / (1 + step)))
+        assert not records or (engine.graphs is not None and len(engine.graphs.recorded) == 1)
+        results.append([*numbers, *(p.detach().clone() for p in parameters)])
+        engine.close()
+    for plain, recorded in zip(*results, strict=True):
+        assert torch.equal(plain, recorded)
+
+
+def run_again(parameters: list[Parameter], function: Callable[[], Any]) -> tuple[Graph, Any]:
+    result = function()
+    places = [p.grad for p in parameters]
+
+    class Again:
+        def replay(self) -> None:
+            for p in parameters:
+                p.grad = None
+            for to, new in zip(result, function(), strict=True):
+                to.copy_(new)
+            for p, place in zip(parameters, places, strict=True):
+                assert p.grad is not None and place is not None
+                assert p.grad.data_ptr() == place.data_ptr()
+                p.grad = None
+
+    return Again(), result
 
 
 @pytest.mark.gpu
