@@ -16,9 +16,10 @@ A step is a sum of what runs on the GPU and of the communication that nothing hi
 What is hidden still costs INTERFERENCE of its time (rates.py).
 """
 
+import dataclasses
 from dataclasses import dataclass
 
-from flashtrain.config import Config, ContextKind, PipelineSchedule, Recompute
+from flashtrain.config import Config, ContextKind, CudaGraph, PipelineSchedule, Recompute
 from flashtrain.layout import records
 from flashtrain.planning.collectives import Group
 from flashtrain.planning.compute import BlockWork, block_work, ends_work, optimizer_work
@@ -76,6 +77,8 @@ class _Axes:
 def predict_step(config: Config, cluster: Cluster) -> Step:
     """`config` is resolved; ValueError for what is not predicted."""
     sizes = sizes_of(config)
+    if sizes.tensor > cluster.node:  # other hosts' memory is out of reach (parallel/overlap.py)
+        sizes = dataclasses.replace(sizes, overlap=False)
     axes = _axes(config, sizes, cluster)
     block, ends = block_work(config, sizes, cluster.gpu), ends_work(config, sizes, cluster.gpu)
     tensor = sizes.layers * _tensor(config, sizes, axes.tensor, block)
@@ -214,7 +217,8 @@ def _pipeline(config: Config, sizes: Sizes, group: Group, passes: float) -> floa
 
 def _launches(config: Config, sizes: Sizes) -> float:
     """Of a whole step; without tensor ranks steps are recorded or compiled into few launches."""
-    if sizes.tensor == 1 or records(config):
+    recorded = sizes.overlap or config.trainer.cuda_graph is CudaGraph.on
+    if sizes.tensor == 1 or (recorded and records(config)):
         return 0.0
     block = LAUNCH_OVERLAP + LAUNCH_PIECE * sizes.tensor if sizes.overlap else LAUNCH
     return sizes.micro_batches * sizes.layers * block

@@ -83,6 +83,15 @@ def test_small_layers_of_tensor_ranks_wait_for_the_host() -> None:
     assert step("parallel=fsdp", 8).host == 0
 
 
+def test_tensor_ranks_of_two_hosts_neither_hide_transfers_nor_are_recorded() -> None:
+    case = "parallel=tensor8 model.n_layers=4 data.sequence_length=512"
+    one, two = step(case, 8), step(case, 8, build_cluster("h100", node=4))
+    plain = step(f"{case} parallel.overlap=off", 8, build_cluster("h100", node=4))
+    assert one.host == 0
+    assert two.host > 0
+    assert two == plain
+
+
 def test_gathering_once_a_step_is_cheaper_than_at_every_use() -> None:
     one, three = (step(f"parallel=fsdp parallel.zero={zero}", 16) for zero in (1, 3))
     assert one.shard < three.shard
