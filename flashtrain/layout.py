@@ -60,12 +60,13 @@ def records(config: Config) -> bool:
 
 
 def _may_record(config: Config) -> bool:
-    """But for what overlap decides; auto does not record data ranks, which no GPU has run yet
-    (2026-11-27)."""
-    wanted = config.trainer.cuda_graph
+    """But for what overlap decides. auto does not record what no GPU has run yet (2026-11-27): data
+    ranks, and Muon of tensor ranks, which gathers matrices in its step."""
+    wanted, parallel = config.trainer.cuda_graph, config.parallel
     if wanted is CudaGraph.off or no_graphs(config) is not None:
         return False
-    return wanted is CudaGraph.on or config.parallel.replicate == 1
+    gathers = config.optimizer.name is OptimizerKind.muon and parallel.tensor != 1
+    return wanted is CudaGraph.on or (parallel.replicate == 1 and not gathers)
 
 
 def resolve_parallel(

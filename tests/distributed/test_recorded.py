@@ -31,6 +31,7 @@ CHANGES = {
     "llama": ["parallel.overlap=on", "model.mlp=swiglu", "model.norm=rmsnorm", "position=rope"],
     "fp8": ["parallel.overlap=off", "precision=fp8_tensorwise"],
     "uncompiled": ["parallel.overlap=on", "trainer.compile=false"],
+    "muon": ["parallel.overlap=on", "optimizer=muon"],
     "data": ["parallel=data", "data.batch_size=8"],  # two micro-batches on each of two ranks
 }
 
@@ -42,6 +43,7 @@ def test_auto_records_one_gpu_and_ranks_that_hide_transfers() -> None:
     assert not uses_graphs(load([*CASE, "parallel.overlap=off"], 2), gpu)
     assert not uses_graphs(load([*CASE, "parallel.overlap=fused"], 2), gpu)
     assert uses_graphs(load([*CASE, "parallel.overlap=off", "trainer.cuda_graph=on"], 2), gpu)
+    assert not uses_graphs(load([*CASE, "optimizer=muon"], 2), gpu)
     # overlap=auto, on ranks that do not see each other's memory
     assert not uses_graphs(load(CASE, 2), gpu, hides=False)
     assert uses_graphs(load([*CASE, "trainer.cuda_graph=on"], 2), gpu, hides=False)
