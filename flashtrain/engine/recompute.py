@@ -13,12 +13,12 @@ from typing import Any
 
 from torch.utils.checkpoint import (
     CheckpointPolicy,
-    checkpoint,
     create_selective_checkpoint_contexts,
 )
 
 from flashtrain.config import Recompute
 from flashtrain.model.attention import Attention
+from flashtrain.model.checkpointing import make_again
 from flashtrain.model.gpt import GPT
 from flashtrain.model.linear import Linear
 from flashtrain.model.mlp import MLP
@@ -38,9 +38,7 @@ PRODUCTS = {
 
 def recompute_blocks(model: GPT, kind: Recompute) -> None:
     """Wrap each block's forward in place; parameter names stay as they are. Before `compile`."""
-    keywords: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if kind is Recompute.selective:
-        keywords["context_fn"] = _selective_contexts
+    keywords = {"context_fn": _selective_contexts} if kind is Recompute.selective else {}
     layers = [layer for layer in model.blocks.modules() if isinstance(layer, Linear)]
     if kind is Recompute.light:
         for layer in layers:
@@ -53,7 +51,7 @@ def recompute_blocks(model: GPT, kind: Recompute) -> None:
         assert isinstance(attention, Attention)
         # the first product of a block, which `selective` keeps, is that of q, k and v
         attention.keeps_product = kind is Recompute.selective
-        block.forward = functools.partial(checkpoint, block.forward, **keywords)
+        block.forward = functools.partial(make_again, block.forward, **keywords)
 
 
 def chunk_mlps(model: GPT, chunks: int) -> None:

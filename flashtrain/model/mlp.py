@@ -5,9 +5,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from flashtrain.config import Mlp, ModelConfig
+from flashtrain.model.checkpointing import make_again
 from flashtrain.model.linear import Linear, behind_norm, is_plain, onto_stream
 from flashtrain.model.norm import StreamNorm
 from kernels.linear import norm_gelu_mlp, norm_swiglu_mlp, swiglu
@@ -30,10 +30,7 @@ class MLP(nn.Module, ABC):
             return self.run(norm, x, branch)
         both = [x] if branch is None else [x, branch]
         parts = [
-            checkpoint(
-                self._part, norm, *(t.unsqueeze(0) for t in part),
-                use_reentrant=False, preserve_rng_state=False,
-            )
+            make_again(self._part, norm, *(t.unsqueeze(0) for t in part))
             for part in zip(*(t.flatten(0, 1).chunk(self.chunks) for t in both), strict=True)
         ]  # fmt: skip
         return torch.cat(parts, 1).view_as(x)

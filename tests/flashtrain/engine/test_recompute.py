@@ -18,6 +18,7 @@ from flashtrain.compose import resolve_model
 from flashtrain.config import Mlp, ModelConfig, Norm, Overlap, PositionConfig, Recompute
 from flashtrain.engine.compile import compile_blocks
 from flashtrain.engine.recompute import chunk_mlps, recompute_blocks
+from flashtrain.model import checkpointing
 from flashtrain.model.gpt import GPT
 from flashtrain.model.init import init_weights
 from flashtrain.parallel.mesh import SINGLE, Axis, build_mesh
@@ -127,6 +128,36 @@ class Products(TorchDispatchMode):
         ours = (torch.ops.flashtrain.gather_linear, torch.ops.flashtrain.linear_scatter)
         self.count += function.overloadpacket in ours
         return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", [checkpointing.NEEDS_POLICY, True])
+@pytest.mark.parametrize("variant", D_FF)
+def test_a_compiled_block_that_is_made_again_keeps_its_input(
+    variant: str, policy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of our autograd functions' tensors, which torch 2.11 kept."""
+    monkeypatch.setattr(checkpointing, "NEEDS_POLICY", policy)
+    torch._dynamo.reset()
+    model = prepared(variant, 2, Recompute.full)
+    block = model.blocks[0]
+    block.forward = torch.compile(  # type: ignore[method-assign]
+        block.forward, dynamic=False, backend="aot_eager_decomp_partition"
+    )
+    x = model.embedding(torch.zeros(B, T, dtype=torch.long)).detach().requires_grad_()
+    position = model.position(T, x.device, None)
+    others = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    if position is not None:
+        others.add(position.untyped_storage().data_ptr())
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in others:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        block(x, position).sum().backward()
+    assert [tensor.shape for tensor in kept.values()] == [x.shape]
 
 
 @pytest.mark.gpu
