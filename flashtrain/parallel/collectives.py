@@ -97,14 +97,24 @@ def all_gather(x: Tensor, size: int, name: str) -> Tensor:
     return _wait(_c10d.all_gather_into_tensor(x.contiguous().unsqueeze(0), size, name))
 
 
-def gather_ranks(x: Tensor, axis: Axis) -> Tensor:
-    """What every rank holds: [...] -> [n, ...].
+def start_gathers(xs: list[Tensor], size: int, name: str) -> list[Tensor]:
+    """What every rank holds, several tensors in one transfer: each [...] -> [n, ...], to be read
+    only through `finish_all`. No gradient."""
+    own = [x.contiguous().unsqueeze(0) for x in xs]
+    pending: list[Tensor] = _c10d.all_gather_into_tensor_coalesced(own, size, name)
+    return pending
 
-    forward   y = x_s for all s
-    backward  dx_r = (sum over s of dy_s)[r]
-    """
-    y: Tensor = _GatherRanks.apply(x, axis.size, axis.name)
-    return y
+
+def start_scatters(xs: list[Tensor], size: int, name: str) -> list[Tensor]:
+    """This rank's part of the sum over ranks, several tensors in one transfer: each [n, ...] ->
+    [1, ...], to be read only through `finish_all`. No gradient."""
+    terms = [x.contiguous() for x in xs]
+    pending: list[Tensor] = _c10d.reduce_scatter_tensor_coalesced(terms, "sum", size, name)
+    return pending
+
+
+def finish_all(pending: list[Tensor]) -> list[Tensor]:
+    return [_wait(x) for x in pending]
 
 
 def exchange_ranks(x: Tensor, axis: Axis) -> Tensor:
@@ -155,18 +165,6 @@ class _ScatterSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return finish_gather(start_gather(grad, ctx.size, ctx.name), ctx.size), None, None
-
-
-class _GatherRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, name: str) -> Tensor:
-        ctx.size, ctx.name = size, name
-        return all_gather(x, size, name)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        own = _c10d.reduce_scatter_tensor(grad.contiguous(), "sum", ctx.size, ctx.name)
-        return _wait(own).squeeze(0), None, None
 
 
 class _ExchangeRanks(torch.autograd.Function):

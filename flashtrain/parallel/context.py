@@ -4,8 +4,10 @@ A sequence of T tokens is cut into 2c chunks over c ranks, and rank r holds chun
 this order. Under a causal mask an early chunk sees little and its late partner much, so all ranks
 have the same work. Everything but attention runs on a rank's own tokens. Attention has three forms:
 
-    gather   all keys and values go to every rank, [B, T, K, D]; any mask
-    ring     keys and values go round, a rank's at a time (ring.py); causal attention only
+    gather   all keys and values go to every rank, [B, T, K, D], some heads at a time while others
+             are computed (gathered.py); any mask
+    ring     keys and values go round, a rank's at a time (ring.py); causal attention only, but no
+             rank ever holds more than two parts of them
     ulysses  tokens are exchanged for heads and back: each rank computes whole sequences for H/c
              of its heads (Jacobs et al. 2023, arXiv:2309.14509); any mask
 
@@ -27,7 +29,9 @@ from flashtrain.config import ContextKind
 from flashtrain.data.loader import Batch
 from flashtrain.model.attention import Attention
 from flashtrain.model.gpt import GPT
-from flashtrain.parallel.collectives import exchange_ranks, gather_ranks
+from flashtrain.parallel.chunks import cut_parts, join_parts, own_chunks
+from flashtrain.parallel.collectives import exchange_ranks
+from flashtrain.parallel.gathered import gather_forward
 from flashtrain.parallel.mesh import Axis
 from flashtrain.parallel.ring import ring_attention
 from kernels.attention import attention
@@ -109,7 +113,7 @@ def own_part(x: Tensor, axis: Axis, dim: int = 1) -> Tensor:
             f"{axis.size} context ranks: pad it to {-(-x.size(dim) // chunks) * chunks}"
         )
     parts = x.chunk(chunks, dim)
-    return torch.cat([parts[chunk] for chunk in own_chunks(axis)], dim)
+    return torch.cat([parts[chunk] for chunk in own_chunks(axis.rank, axis.size)], dim)
 
 
 def own_batch(batch: Batch, axis: Axis) -> Batch:
@@ -119,77 +123,20 @@ def own_batch(batch: Batch, axis: Axis) -> Batch:
     return batch._replace(tokens=own_part(batch.tokens, axis), labels=own_part(batch.labels, axis))
 
 
-def own_chunks(axis: Axis) -> tuple[int, int]:
-    return axis.rank, 2 * axis.size - 1 - axis.rank
-
-
-def join_parts(parts: Tensor) -> Tensor:
-    """Whole sequences from all ranks' parts: [c, B, T/c, ...] -> [B, T, ...]."""
-    early, late = parts.chunk(2, dim=2)
-    return torch.cat([early, late.flip(0)]).transpose(0, 1).flatten(1, 2)
-
-
-def cut_parts(whole: Tensor, size: int) -> Tensor:
-    """The inverse of `join_parts`: [B, T, ...] -> [c, B, T/c, ...]."""
-    early, late = whole.unflatten(1, (2 * size, -1)).transpose(0, 1).chunk(2)
-    return torch.cat([early, late.flip(0)], dim=2)
-
-
 def gather_attention(
     q: Tensor, k: Tensor, v: Tensor, *, axis: Axis, alibi_slopes: Tensor | None,
     documents: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
     """Causal attention of this rank's queries over whole sequences.
 
-    q [B, T/c, H, D], k and v [B, T/c, K, D]; documents [B, 2, T] by `document_bounds`. A chunk's
-    queries are the last of the keys up to its end, which is how `attention` places them.
+    q [B, T/c, H, D], k and v [B, T/c, K, D]; alibi_slopes [H]; documents [B, 2, T] by
+    `document_bounds`. Raises ValueError for a backend that gives no lse: torch on a GPU.
     """
-    whole = join_parts(gather_ranks(torch.cat([k, v], dim=2), axis))
-    k, v = whole.chunk(2, dim=2)
-    length = q.shape[1] // 2
-    mixed = []
-    for chunk, queries in zip(own_chunks(axis), q.split(length, dim=1), strict=True):
-        end = (chunk + 1) * length
-        seen = k[:, :end], v[:, :end]
-        mixed.append(
-            attention(queries, *seen, causal=True, alibi_slopes=alibi_slopes, backend=backend)
-            if documents is None
-            else _packed_attention(queries, *seen, documents[..., :end], alibi_slopes, backend)
-        )
-    return torch.cat(mixed, dim=1)
-
-
-def _packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor, alibi_slopes: Tensor | None, backend: str
-) -> Tensor:
-    """Queries that are the last T of S places, each over the keys of its own document.
-
-    `attention` takes documents for T = S only. So: first the keys that the chunk has itself. Before
-    it at most one document can go on into it, the one that its first token belongs to: the keys of
-    that one, for the queries of that one. The two are merged by their lse.
-    """
-    length = q.shape[1]
-    start = k.shape[1] - length
-    own = documents[..., start:]
-    out, lse = attention(
-        q, k[:, start:], v[:, start:], causal=True, alibi_slopes=alibi_slopes,
-        documents=(own - start).clamp(0, length), return_lse=True, backend=backend,
-    )  # fmt: skip
-    if start == 0:
-        return out
-    place = torch.arange(k.shape[1], device=k.device)
-    before, lse_before = attention(
-        q, k, v, causal=True, alibi_slopes=alibi_slopes,
-        key_mask=(place >= own[:, 0, :1]) & (place < start),  # [B, S]
-        return_lse=True, backend=backend,
-    )  # fmt: skip
-    begins_here = own[:, :1] >= start  # [B, 1, T]
-    lse_before = lse_before.masked_fill(begins_here, float("-inf"))
-    total = torch.logaddexp(lse, lse_before)
-    share, share_before = (
-        (part - total).exp().transpose(1, 2).unsqueeze(-1) for part in (lse, lse_before)
+    out, _ = gather_forward(
+        q, k, v, alibi_slopes, documents, backend, axis.rank, axis.size, axis.name
     )
-    return (share * out + share_before * before).to(q.dtype)
+    result: Tensor = out
+    return result
 
 
 def ulysses_attention(
@@ -210,5 +157,5 @@ def ulysses_attention(
     mixed = attention(
         q, k, v, causal=True, alibi_slopes=alibi_slopes, documents=documents, backend=backend
     )
-    back = exchange_ranks(cut_parts(mixed, size), axis)  # [c, B, T/c, H/c, D]
+    back = exchange_ranks(cut_parts(mixed.chunk(2 * size, 1)), axis)  # [c, B, T/c, H/c, D]
     return back.permute(1, 2, 0, 3, 4).flatten(2, 3)

@@ -104,17 +104,14 @@ def _heads(config: Config, sizes: Sizes, views: bool) -> int:
         return fused  # attention_packed (flashtrain/model/attention.py)
     if sizes.context > 1 and config.parallel.context_kind is ContextKind.ulysses:
         return fused  # as they arrived from the other ranks
-    if sizes.context > 1 and config.parallel.context_kind is ContextKind.gather:
-        queries = touched.get(Target.q, fused)  # a view keeps all of the projection
-        return queries + 2 * sizes.kv * sizes.context
     if not views:
         return fused
     return sum(touched.values()) + (fused if len(touched) < 3 or config.model.qk_norm else 0)
 
 
 def _mixed(config: Config, sizes: Sizes) -> int:
-    """Numbers a token of attention's result; joined or sent back it is there twice."""
-    twice = sizes.context > 1 and config.parallel.context_kind is not ContextKind.ring
+    """Numbers a token of attention's result; sent back it is there twice."""
+    twice = sizes.context > 1 and config.parallel.context_kind is ContextKind.ulysses
     return sizes.q * (2 if twice else 1)
 
 

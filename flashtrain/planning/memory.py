@@ -13,7 +13,7 @@ DDP's buckets.
 
 from dataclasses import dataclass
 
-from flashtrain.config import Config, PipelineSchedule, Recompute
+from flashtrain.config import Config, ContextKind, PipelineSchedule, Recompute
 from flashtrain.planning.activations import everything, kept
 from flashtrain.planning.sizes import Sizes, moment_bytes, sizes_of
 from kernels.linear_cross_entropy.tiles import chunk_tokens
@@ -129,9 +129,13 @@ def _sharded(config: Config, sizes: Sizes) -> tuple[float, float]:
 
 def _backward(config: Config, sizes: Sizes, compiled: bool) -> float:
     """Temporaries of the block whose backward runs: gradients of the stream, of both sides of the
-    activation, and of its largest weight; what recomputation makes again."""
+    activation, and of its largest weight; what recomputation makes again. Or, later in the block,
+    keys and values of all context ranks and their gradients instead of the activation's."""
     item = sizes.itemsize
-    numbers = sizes.tokens * (2 * sizes.width + sizes.hidden + sizes.up)
+    wide = sizes.hidden + sizes.up
+    if sizes.context > 1 and config.parallel.context_kind is ContextKind.gather:
+        wide = max(wide, 4 * sizes.kv * sizes.context)
+    numbers = sizes.tokens * (2 * sizes.width + wide)
     weight = sizes.width * sizes.up * (item + 4.0) if sizes.shard == 1 else 0.0
     again = 0.0
     if config.trainer.recompute is not Recompute.none:

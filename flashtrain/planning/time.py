@@ -5,7 +5,8 @@ A step is a sum of what runs on the GPU and of the communication that nothing hi
     tensor     a gather before and a scatter after each half of a block, backward the other way
                round and the input once more. With `parallel.overlap` each is partly hidden by its
                product; without, only the backward's scatters, by products of weight gradients
-    context    gather and ulysses in the open; the ring's shifts beside a part of attention
+    context    ulysses in the open; gather but for its first group of heads, and the ring's shifts,
+               beside attention
     shard      FSDP's gathers and scatters beside the blocks; in the open: the first and the last,
                and what is longer than a block's computation
     replicate  sums of gradients beside the last backward; in the open: the embedding's, which is
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 
 from flashtrain.config import Config, ContextKind, CudaGraph, PipelineSchedule, Recompute
 from flashtrain.layout import records
+from flashtrain.parallel.gathered import head_groups
 from flashtrain.planning.collectives import Group
 from flashtrain.planning.compute import BlockWork, block_work, ends_work, optimizer_work
 from flashtrain.planning.gpus import Cluster
@@ -159,10 +161,15 @@ def _context(config: Config, sizes: Sizes, group: Group, block: BlockWork) -> fl
     passes = 2 if config.trainer.recompute is Recompute.full else 1  # of the forward kind
     match config.parallel.context_kind:
         case ContextKind.gather:
-            if config.trainer.recompute is Recompute.selective:
-                passes = 2  # keys and values are gathered again
             whole = kv * item * group.size
-            return passes * group.gather(whole) + group.scatter(whole)
+            gather, scatter = group.gather(whole), group.scatter(whole)
+            first = _first_group(config, sizes)
+
+            def beside(transfer: float, attention: float) -> float:
+                return first * transfer + (1 - first) * _hide(transfer, attention)
+
+            forward = beside(gather, block.forward.attention)
+            return passes * forward + beside(gather + scatter, block.backward.attention)
         case ContextKind.ulysses:
             there, back = (kv + sizes.q * sizes.tokens) * item, sizes.q * sizes.tokens * item
             return (passes + 1) * (group.exchange(there) + group.exchange(back))
@@ -172,6 +179,15 @@ def _context(config: Config, sizes: Sizes, group: Group, block: BlockWork) -> fl
             # fp32 sums of their gradients travel along
             backward = _hide(group.send(kv * (item + 4)), block.backward.attention * part)
             return steps * (passes * forward + backward)
+
+
+def _first_group(config: Config, sizes: Sizes) -> float:
+    """The share of the heads whose keys and values travel in the open (parallel/gathered.py)."""
+    size = config.model.head_size
+    assert size is not None
+    groups = head_groups(1, sizes.tokens // 2, sizes.q // size, sizes.kv // size)
+    kv_heads: int = groups[0][1].stop
+    return kv_heads * size / sizes.kv
 
 
 def _shard(config: Config, sizes: Sizes, group: Group, block: BlockWork, passes: float) -> float:

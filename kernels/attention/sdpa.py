@@ -60,7 +60,7 @@ def attention_sdpa(
     bare = problem.plain and not problem.causal
     mask = None
     if not is_causal and not bare:
-        mask = _mask(problem, alibi_slopes, bias, documents, key_mask)
+        mask = additive_mask(problem, alibi_slopes, bias, documents, key_mask)
     if problem.device.type == "cpu":  # its fused kernel takes one size of heads
         q, k, v = (F.pad(x, (0, problem.widest - x.shape[3])) for x in (q, k, v))
     if not problem.return_lse:
@@ -82,7 +82,7 @@ def _decided(condition: Any) -> bool:
     return False
 
 
-def _mask(
+def additive_mask(
     problem: Problem,
     alibi_slopes: Tensor | None,
     bias: Tensor | None,

@@ -12,14 +12,15 @@ from torch.testing import assert_close
 
 from flashtrain.data.loader import Batch
 from flashtrain.model.position import alibi_slopes
+from flashtrain.parallel import gathered
+from flashtrain.parallel.chunks import cut_parts, join_parts
 from flashtrain.parallel.context import (
-    cut_parts,
     gather_attention,
-    join_parts,
     own_batch,
     own_part,
     ulysses_attention,
 )
+from flashtrain.parallel.gathered import ENOUGH, head_groups
 from flashtrain.parallel.mesh import SINGLE, Axis, build_mesh
 from flashtrain.parallel.ring import ring_attention
 from kernels.attention import attention, document_bounds
@@ -43,7 +44,36 @@ def test_chunks_are_dealt_from_both_ends() -> None:
     whole = torch.randn(2, 12, 5)
     parts = torch.stack([own_part(whole, Axis(3, rank, GROUP)) for rank in range(3)])
     assert_close(join_parts(parts), whole, rtol=0, atol=0)
-    assert_close(cut_parts(whole, 3), parts, rtol=0, atol=0)
+    assert_close(cut_parts(whole.chunk(6, 1)), parts, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("work", "heads", "groups"),
+    [
+        (4, (16, 16), [4, 8, 4]),
+        (9, (32, 8), [2, 4, 2]),
+        (9, (6, 3), [1, 1, 1]),
+        (9, (10, 10), [2, 6, 2]),
+        (9, (8, 2), [1, 1]),
+        (9, (8, 1), [1]),
+        (3, (16, 16), [5, 6, 5]),
+        (2, (16, 16), [8, 8]),
+        (1, (16, 16), [16]),
+        (0, (16, 16), [16]),
+    ],
+)
+def test_heads_are_grouped_where_each_group_has_enough_work(
+    work: int, heads: tuple[int, int], groups: list[int]
+) -> None:
+    found = head_groups(2, work * ENOUGH // heads[0] // 2, *heads)
+    queries, keys = (
+        [list(range(n))[own] for own in x]
+        for n, x in zip(heads, zip(*found, strict=True), strict=True)
+    )
+    assert [len(own) for own in keys] == groups
+    for n, dealt in zip(heads, (queries, keys), strict=True):
+        assert [head for own in dealt for head in own] == list(range(n))
+    assert [len(own) * heads[1] for own in queries] == [len(own) * heads[0] for own in keys]
 
 
 def test_a_batch_keeps_its_labels_beside_its_tokens_and_all_its_documents() -> None:
@@ -58,21 +88,27 @@ def test_a_batch_keeps_its_labels_beside_its_tokens_and_all_its_documents() -> N
         own_part(tokens, Axis(3, 0, GROUP))
 
 
+# 2 and 3 groups of heads where those of gather are as small as they can be
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_every_form_equals_attention_over_the_whole(ranks: int, tmp_path: Path) -> None:
-    run_ranks(check_forms, ranks, tmp_path)
+    run_ranks(check_forms, ranks, tmp_path, list(FORMS), ENOUGH)
+    run_ranks(check_forms, ranks, tmp_path, ["gather"], 1)
 
 
-def check_forms() -> None:
+def check_forms(names: list[str], enough: int) -> None:
+    gathered.ENOUGH = enough
     size = dist.get_world_size()
     axis = build_mesh(1, context=size).context
     heads, narrow = (H, K) if size == 2 else (2 * size, size)
+    expected = min(narrow, 3) if enough == 1 else 1
+    assert len(head_groups(B, 4, heads, narrow)) == expected
     T = 8 * size
     slopes = torch.tensor(alibi_slopes(heads))
     # runs that end inside chunks, at their ends, and one over several chunks; ids repeat
     ends = torch.tensor([[1, 2, 2 * T // 3], [T // 2, T // 2 + 1, T - 1]])
     ids = (torch.arange(T) >= ends.unsqueeze(-1)).sum(1) % 2
-    for name, form in FORMS.items():
+    for name in names:
+        form = FORMS[name]
         for backend in ("torch", "reference"):
             plain = name == "ring"
             for options in ({}, {"slopes"}, {"ids"}, {"slopes", "ids"}) if not plain else ({},):
