@@ -1,6 +1,7 @@
 """The rules of a layout: degrees that multiply to the world, sizes that they divide."""
 
 import dataclasses
+import itertools
 
 from flashtrain.config import (
     Config,
@@ -23,6 +24,10 @@ from flashtrain.config import (
 # tokens/s per GPU): at width 2048 37.0k on against 51.7k off on two GPUs and 14.1k against 27.3k on
 # four; at 4096 41.0k and 35.0k on
 WORTH_HIDING = 16384 * 4096
+# rows of queries, over batch and heads, of the smallest launches of parallel/gathered.py: two rounds
+# of 132 multiprocessors with 128 rows each. With fewer, a last round that leaves some of them idle
+# weighs too much against the transfer that the launch hides
+ENOUGH_ROWS = 2**15
 
 
 def overlap_of(config: Config) -> Overlap:
@@ -307,6 +312,24 @@ def check_context(config: Config) -> None:
             f"data.packing={config.data.packing.name} with {kind}, which is for plain causal "
             "attention: use gather or ulysses",
         )
+
+
+def head_groups(batch: int, length: int, heads: int, kv_heads: int) -> list[tuple[slice, slice]]:
+    """Query heads and key/value heads of each group in parallel/gathered.py, for chunks of `length`
+    tokens.
+
+    The first and the last, whose transfers nothing hides, have a quarter of the heads and the one
+    between them half; two halves or all at once where that would leave a launch too little.
+    """
+    pieces = max(1, min(4, kv_heads, batch * length * heads // ENOUGH_ROWS))
+    edge = kv_heads // pieces
+    inner = [edge, kv_heads - edge] if pieces > 2 else [edge] if pieces == 2 else []
+    bounds = [0, *inner, kv_heads]
+    ratio = heads // kv_heads
+    return [
+        (slice(begin * ratio, end * ratio), slice(begin, end))
+        for begin, end in itertools.pairwise(bounds)
+    ]
 
 
 def check_deepspeed(config: Config) -> None:

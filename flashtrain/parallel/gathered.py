@@ -19,37 +19,15 @@ Dims: B batch, T tokens of whole sequences, c ranks, L = T / 2c, H and K query a
 of this tensor rank, D head size.
 """
 
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashtrain.layout import head_groups
 from flashtrain.parallel.chunks import cut_parts, join_parts, own_chunks
 from flashtrain.parallel.collectives import finish_all, start_gathers, start_scatters
 from kernels.attention import attention, attention_block_backward
-
-# rows of queries, over batch and heads, of a group's smaller launches: two rounds of 132
-# multiprocessors with 128 rows each. With fewer a launch's last round, which leaves some of them
-# idle, would cost more than the transfer it hides
-ENOUGH = 2**15
-
-
-def head_groups(batch: int, length: int, heads: int, kv_heads: int) -> list[tuple[slice, slice]]:
-    """Query heads and key/value heads of each group, for chunks of `length` tokens.
-
-    The first and the last, whose transfers nothing hides, have a quarter of the heads and the one
-    between them half; two halves or all at once where that would leave a launch too little.
-    """
-    pieces = max(1, min(4, kv_heads, batch * length * heads // ENOUGH))
-    edge = kv_heads // pieces
-    inner = [edge, kv_heads - edge] if pieces > 2 else [edge] if pieces == 2 else []
-    bounds = [0, *inner, kv_heads]
-    ratio = heads // kv_heads
-    return [
-        (slice(begin * ratio, end * ratio), slice(begin, end))
-        for begin, end in itertools.pairwise(bounds)
-    ]
 
 
 @torch.library.custom_op(

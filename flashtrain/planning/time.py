@@ -21,8 +21,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from flashtrain.config import Config, ContextKind, CudaGraph, PipelineSchedule, Recompute
-from flashtrain.layout import records
-from flashtrain.parallel.gathered import head_groups
+from flashtrain.layout import head_groups, records
 from flashtrain.planning.collectives import Group
 from flashtrain.planning.compute import BlockWork, block_work, ends_work, optimizer_work
 from flashtrain.planning.gpus import Cluster

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch.testing import assert_close
 
+from flashtrain import layout as rules
 from flashtrain.config import Config
 from flashtrain.data.loader import Batch
-from flashtrain.parallel import gathered
 from flashtrain.parallel.mesh import ALONE, Mesh
 from tests.distributed.test_matrix import (
     ON_GPUS,
@@ -158,7 +158,7 @@ def run_packed(config: Config, world: int, micro_batch: int) -> list[float]:
 
 
 def check_packed(layouts: list[Layout], configs: list[Config], expected: list[list[float]]) -> None:
-    gathered.ENOUGH = 1  # several groups of heads
+    rules.ENOUGH_ROWS = 1  # several groups of heads
     for one, config, wanted in zip(layouts, configs, expected, strict=True):
         found = run_packed(config, dist.get_world_size(), one.micro_batch)
         assert_close(found, wanted, rtol=1e-5, atol=0, msg=lambda m, one=one: f"{one.name}: {m}")
@@ -171,7 +171,7 @@ def test_blocks_compile_whole(tmp_path: Path) -> None:
 
 
 def check_blocks_compile_whole(configs: list[Config]) -> None:
-    gathered.ENOUGH = 1  # several groups of heads
+    rules.ENOUGH_ROWS = 1  # several groups of heads
     expected = None
     for config, compiled in [(configs[0], False), *((config, True) for config in configs)]:
         torch._dynamo.reset()

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing import assert_close
 
+from flashtrain import layout
 from flashtrain.data.loader import Batch
+from flashtrain.layout import ENOUGH_ROWS, head_groups
 from flashtrain.model.position import alibi_slopes
-from flashtrain.parallel import gathered
 from flashtrain.parallel.chunks import cut_parts, join_parts
 from flashtrain.parallel.context import (
     gather_attention,
@@ -20,7 +21,6 @@ from flashtrain.parallel.context import (
     own_part,
     ulysses_attention,
 )
-from flashtrain.parallel.gathered import ENOUGH, head_groups
 from flashtrain.parallel.mesh import SINGLE, Axis, build_mesh
 from flashtrain.parallel.ring import ring_attention
 from kernels.attention import attention, document_bounds
@@ -65,7 +65,7 @@ def test_chunks_are_dealt_from_both_ends() -> None:
 def test_heads_are_grouped_where_each_group_has_enough_work(
     work: int, heads: tuple[int, int], groups: list[int]
 ) -> None:
-    found = head_groups(2, work * ENOUGH // heads[0] // 2, *heads)
+    found = head_groups(2, work * ENOUGH_ROWS // heads[0] // 2, *heads)
     queries, keys = (
         [list(range(n))[own] for own in x]
         for n, x in zip(heads, zip(*found, strict=True), strict=True)
@@ -91,12 +91,12 @@ def test_a_batch_keeps_its_labels_beside_its_tokens_and_all_its_documents() -> N
 # 2 and 3 groups of heads where those of gather are as small as they can be
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_every_form_equals_attention_over_the_whole(ranks: int, tmp_path: Path) -> None:
-    run_ranks(check_forms, ranks, tmp_path, list(FORMS), ENOUGH)
+    run_ranks(check_forms, ranks, tmp_path, list(FORMS), ENOUGH_ROWS)
     run_ranks(check_forms, ranks, tmp_path, ["gather"], 1)
 
 
 def check_forms(names: list[str], enough: int) -> None:
-    gathered.ENOUGH = enough
+    layout.ENOUGH_ROWS = enough
     size = dist.get_world_size()
     axis = build_mesh(1, context=size).context
     heads, narrow = (H, K) if size == 2 else (2 * size, size)
@@ -179,8 +179,8 @@ def check_accuracy() -> None:
         for n in (heads, heads // 2, heads // 2, heads)
     ]
     ids = (torch.rand(2, T, generator=draw) < 0.002).long().cumsum(1).cuda()
-    for name, enough in [*((name, ENOUGH) for name in FORMS), ("gather", 1)]:
-        form, gathered.ENOUGH = FORMS[name], enough  # 1: in several groups of heads
+    for name, enough in [*((name, ENOUGH_ROWS) for name in FORMS), ("gather", 1)]:
+        form, layout.ENOUGH_ROWS = FORMS[name], enough  # 1: in several groups of heads
         for documents in (None, ids) if name != "ring" else (None,):
             exact, eager = (whole_gradients(inputs, documents, d) for d in (torch.float64, None))
             own = [own_part(x, axis).requires_grad_() for x in inputs[:3]]
