@@ -24,9 +24,9 @@ from flashtrain.config import (
 # tokens/s per GPU): at width 2048 37.0k on against 51.7k off on two GPUs and 14.1k against 27.3k on
 # four; at 4096 41.0k and 35.0k on
 WORTH_HIDING = 16384 * 4096
-# rows of queries, over batch and heads, of the smallest launches of parallel/gathered.py: two rounds
-# of 132 multiprocessors with 128 rows each. With fewer, a last round that leaves some of them idle
-# weighs too much against the transfer that the launch hides
+# rows of queries, over batch and heads, of the smallest launches of parallel/gathered.py: two
+# rounds of 132 multiprocessors with 128 rows. With fewer, a last round that leaves some of them
+# idle weighs too much against the transfer that the launch hides
 ENOUGH_ROWS = 2**15
 
 
