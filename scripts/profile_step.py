@@ -32,6 +32,7 @@ from flashtrain.build import build_engine
 from flashtrain.compose import load
 from flashtrain.config import Config, ConfigError, EngineKind
 from flashtrain.data.source import open_loader, prepare_source
+from flashtrain.optim import on_device
 from flashtrain.parallel.mesh import mesh_of
 from scripts.parts.step_parts import (
     DATA,
@@ -122,14 +123,15 @@ def problem_of(config: Config, engine: Any) -> Problem:
 
 
 def update_bytes(engine: Any) -> dict[Part, float]:
-    """Bytes that one step must move at least: norm and clip read gradients twice and write them
-    once; the optimizer reads those, and reads and writes weights and its own state."""
+    """Bytes that one step must move at least: the norm reads gradients, and so does clipping, which
+    writes them too where no optimizer does it in its own pass; the optimizer reads them, and reads
+    and writes weights and its own state."""
     parameters = list(engine.parameters.values())
     weights = sum(p.numel() * p.element_size() for p in parameters)
     state = engine.optimizer.state.values()
     held = sum(t.numel() * t.element_size() for each in state for t in each.values() if t.dim())
     norm = Part("gradient norm + clip", "all")
-    clips = engine.clip_norm is not None
+    clips = engine.clip_norm is not None and not on_device(engine.optimizer)
     return {Part("optimizer", "update"): 3.0 * weights + 2 * held, norm: (1 + 2 * clips) * weights}
 
 
@@ -154,7 +156,9 @@ def _wait(device: torch.device) -> None:
 def product_limit(kind: str, device: torch.device) -> float:
     """FLOP/s of a square product of this dtype, 8192 wide on a GPU, 512 on a CPU."""
     n, dtype = 8192 if device.type == "cuda" else 512, DTYPES[kind]
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    # in 8 bits the other side is always e4m3: of two e5m2 there is no product
+    other = torch.float8_e4m3fn if dtype.itemsize == 1 else dtype
+    a, b = (torch.randn(n, n, device=device).to(each) for each in (dtype, other))
     if dtype.itemsize > 1:
         return 2 * n**3 / seconds(lambda: a @ b, device)
     one = torch.ones((), device=device)

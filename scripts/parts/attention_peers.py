@@ -85,9 +85,10 @@ def document_ids(total: int) -> Tensor:
 
 
 @cache
-def document_starts(total: int) -> Tensor:
-    """cu_seqlens, [documents + 1] int32 on the GPU."""
-    return F.pad(torch.tensor(document_lengths(total)).cumsum(0), (1, 0)).to("cuda", torch.int32)
+def document_starts(rows: int, total: int) -> Tensor:
+    """cu_seqlens of a batch of such rows, [rows x documents + 1] int32 on the GPU."""
+    lengths = torch.tensor(document_lengths(total) * rows)
+    return F.pad(lengths.cumsum(0), (1, 0)).to("cuda", torch.int32)
 
 
 def ours(backend: str, shape: Shape) -> Call | str:
@@ -122,7 +123,7 @@ def flash2(shape: Shape) -> Call | str:
 
     B, S, _, _ = shape.sizes
     if shape.mask == "documents":
-        starts, longest, left = document_starts(S), max(document_lengths(S)), -1
+        starts, longest, left = document_starts(B, S), max(document_lengths(S)), -1
     else:
         starts, longest, left = torch.arange(0, B * S + 1, S, dtype=torch.int32).cuda(), S, WINDOW
 
@@ -178,7 +179,8 @@ def flash4(shape: Shape) -> Call | str:
         return result[0] if isinstance(result, tuple) else result
 
     if shape.mask == "documents":
-        starts, longest = document_starts(shape.length), max(document_lengths(shape.length))
+        starts = document_starts(shape.sizes[0], shape.length)
+        longest = max(document_lengths(shape.length))
 
         def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = flash_attn_varlen_func(
