@@ -44,34 +44,21 @@ def overlap_of(config: Config) -> Overlap:
     assert data.micro_batch_size is not None
     tokens = data.micro_batch_size * data.sequence_length // config.parallel.context
     small = tokens * config.model.d_model < WORTH_HIDING
-    slow = small and not _may_record(config)
+    slow = small and not records(config)
     return Overlap.off if wanted is Overlap.auto and slow else wanted
 
 
 def records(config: Config) -> bool:
     """Whether `trainer.cuda_graph` makes steps CUDA graphs, on GPUs; `config` is resolved.
 
-    auto: on one GPU, and on tensor ranks whose transfers run behind products: without them two
-    H200s were as fast one by one (52.9k tokens/s per GPU, and 52.4k recorded).
+    auto: on one GPU and on tensor ranks; not on data ranks, and not where PyTorch's fused products
+    move what they need, which was never recorded.
     """
-    if not _may_record(config):
-        return False
-    alone = config.parallel.tensor == 1
-    return (
-        config.trainer.cuda_graph is CudaGraph.on
-        or alone
-        or overlap_of(config) in (Overlap.auto, Overlap.on)
-    )
-
-
-def _may_record(config: Config) -> bool:
-    """But for what overlap decides. auto does not record what no GPU has run yet (2026-11-27): data
-    ranks, and Muon of tensor ranks, which gathers matrices in its step."""
     wanted, parallel = config.trainer.cuda_graph, config.parallel
     if wanted is CudaGraph.off or no_graphs(config) is not None:
         return False
-    gathers = config.optimizer.name is OptimizerKind.muon and parallel.tensor != 1
-    return wanted is CudaGraph.on or (parallel.replicate == 1 and not gathers)
+    usual = parallel.replicate == 1 and parallel.overlap is not Overlap.fused
+    return wanted is CudaGraph.on or usual
 
 
 def resolve_parallel(

@@ -163,17 +163,14 @@ def recorder() -> Record:
     return record
 
 
-def uses_graphs(config: Config, device: torch.device, *, hides: bool = True) -> bool:
+def uses_graphs(config: Config, device: torch.device) -> bool:
     """What `trainer.cuda_graph` means here; ConfigError where it is on and cannot be.
 
-    `config` is resolved. hides: whether transfers of tensor ranks do run behind products, for which
-    `parallel.overlap=auto` needs peer memory (flashtrain/parallel/overlap.py).
+    `config` is resolved.
     """
     wanted, reason = config.trainer.cuda_graph, no_graphs(config)
     if device.type != "cuda":
         reason = "the device is not a CUDA GPU"
     if wanted is CudaGraph.on and reason is not None:
         raise ConfigError(f"trainer.cuda_graph=on: {reason}; take auto or off")
-    if reason is not None or not records(config):
-        return False
-    return hides or config.parallel.tensor == 1 or wanted is CudaGraph.on
+    return reason is None and records(config)

@@ -34,7 +34,6 @@ from flashtrain.parallel.fsdp import give_back, held_parameters, set_pass, take_
 from flashtrain.parallel.gradients import average_gradients
 from flashtrain.parallel.loss import IGNORED, cross_entropy_sum, linear_cross_entropy_sum
 from flashtrain.parallel.mesh import Axis, Mesh
-from flashtrain.parallel.overlap import hides_transfers
 from flashtrain.parallel.transport import forget_transports
 
 
@@ -93,7 +92,7 @@ class NativeEngine:
             self.loss.compile_head()
         if config.trainer.offload_activations:
             offload_inputs(model, device)
-        records = uses_graphs(config, device, hides=hides_transfers(model))
+        records = uses_graphs(config, device)
         warmup = WARMUP
         self.forward: nn.Module = self.loss
         # what FSDP leaves whole on every rank of the shard axis; its gradients are averaged here

@@ -53,11 +53,6 @@ def overlap_layers(model: nn.Module, axis: Axis, wanted: Overlap, device: torch.
     return form
 
 
-def hides_transfers(model: nn.Module) -> bool:
-    """Whether tensor-parallel layers of a model run them behind products."""
-    return any(getattr(module, "form", PLAIN) is Form.pipelined for module in model.modules())
-
-
 def choose_form(axis: Axis, wanted: Overlap, device: torch.device) -> Form:
     """What `parallel.overlap` means on these ranks, ready for use. Collective over `axis`.
 

@@ -20,7 +20,7 @@ What is hidden still costs INTERFERENCE of its time (rates.py).
 import dataclasses
 from dataclasses import dataclass
 
-from flashtrain.config import Config, ContextKind, CudaGraph, PipelineSchedule, Recompute
+from flashtrain.config import Config, ContextKind, PipelineSchedule, Recompute
 from flashtrain.layout import head_groups, records
 from flashtrain.planning.collectives import Group
 from flashtrain.planning.compute import BlockWork, block_work, ends_work, optimizer_work
@@ -232,8 +232,7 @@ def _pipeline(config: Config, sizes: Sizes, group: Group, passes: float) -> floa
 
 def _launches(config: Config, sizes: Sizes) -> float:
     """Of a whole step; without tensor ranks steps are recorded or compiled into few launches."""
-    recorded = sizes.overlap or config.trainer.cuda_graph is CudaGraph.on
-    if sizes.tensor == 1 or (recorded and records(config)):
+    if sizes.tensor == 1 or records(config):
         return 0.0
     block = LAUNCH_OVERLAP + LAUNCH_PIECE * sizes.tensor if sizes.overlap else LAUNCH
     return sizes.micro_batches * sizes.layers * block

@@ -36,18 +36,16 @@ CHANGES = {
 }
 
 
-def test_auto_records_one_gpu_and_ranks_that_hide_transfers() -> None:
+def test_auto_records_one_gpu_and_tensor_ranks() -> None:
     gpu = torch.device("cuda", 0)
     assert uses_graphs(load(["model=gpt_tiny", "model.vocabulary=640", "data=random"]), gpu)
-    assert uses_graphs(load(CASE, 2), gpu)
-    assert not uses_graphs(load([*CASE, "parallel.overlap=off"], 2), gpu)
-    assert not uses_graphs(load([*CASE, "parallel.overlap=fused"], 2), gpu)
-    assert uses_graphs(load([*CASE, "parallel.overlap=off", "trainer.cuda_graph=on"], 2), gpu)
-    assert not uses_graphs(load([*CASE, "optimizer=muon"], 2), gpu)
-    # overlap=auto, on ranks that do not see each other's memory
-    assert not uses_graphs(load(CASE, 2), gpu, hides=False)
-    assert uses_graphs(load([*CASE, "trainer.cuda_graph=on"], 2), gpu, hides=False)
-    assert uses_graphs(load([*CASE, "parallel.tensor=1"], 1), gpu, hides=False)
+    assert not uses_graphs(load(CASE, 2), torch.device("cpu"))
+    for change in ([], ["parallel.overlap=off"], ["precision=fp8_tensorwise"], ["optimizer=muon"]):
+        assert uses_graphs(load([*CASE, *change], 2), gpu), change
+    ranks = ["parallel.tensor=1", "parallel.replicate=2", "data.batch_size=8"]
+    for change in (["parallel.overlap=fused"], ranks):
+        assert not uses_graphs(load([*CASE, *change], 2), gpu), change
+        assert uses_graphs(load([*CASE, *change, "trainer.cuda_graph=on"], 2), gpu), change
     assert not uses_graphs(load([*CASE, "parallel.shard=2"], 4), gpu)
     with pytest.raises(ConfigError, match="cuda_graph=on: of processes that talk"):
         uses_graphs(load([*CASE, "parallel.shard=2", "trainer.cuda_graph=on"], 4), gpu)
