@@ -17,6 +17,7 @@ from kernels.device import on_device
 from kernels.linear import reference
 from kernels.linear.cublaslt import Epilogue, Matrix, Plan, UnsupportedError, available, row_major
 from kernels.linear.tiles import rounds_gradient
+from kernels.operation import operation, register_fake
 
 log = logging.getLogger("kernels.linear")
 
@@ -35,7 +36,7 @@ def resolve(x: Tensor, backend: str) -> str:
     return backend
 
 
-@torch.library.custom_op("flashtrain_linear::add_product", mutates_args=())
+@operation("flashtrain_linear::add_product")
 def add_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor, backend: str
 ) -> Tensor:
@@ -54,12 +55,12 @@ def add_product(
     return reference.add_product(x, weight, bias, stream)
 
 
-@add_product.register_fake
+@register_fake(add_product)
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor, backend: str) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("flashtrain_linear::gelu_product", mutates_args=())
+@operation("flashtrain_linear::gelu_product")
 def gelu_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -77,13 +78,13 @@ def gelu_product(
     return reference.gelu_product(x, weight, bias)
 
 
-@gelu_product.register_fake
+@register_fake(gelu_product)
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     shape = x.shape[0], weight.shape[0]
     return x.new_empty(shape), x.new_empty(shape)
 
 
-@torch.library.custom_op("flashtrain_linear::gelu_gradient", mutates_args=())
+@operation("flashtrain_linear::gelu_gradient")
 def gelu_gradient(
     dy: Tensor, weight: Tensor, z: Tensor, sums: bool, again: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +95,7 @@ def gelu_gradient(
     return dz, total, a
 
 
-@gelu_gradient.register_fake
+@register_fake(gelu_gradient)
 def _(
     dy: Tensor, weight: Tensor, z: Tensor, sums: bool, again: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,20 +103,20 @@ def _(
     return z.new_empty(z.shape), total, z.new_empty(z.shape if again else 0)
 
 
-@torch.library.custom_op("flashtrain_linear::swiglu_gradient", mutates_args=())
+@operation("flashtrain_linear::swiglu_gradient")
 def swiglu_gradient(d: Tensor, z: Tensor, sums: bool, again: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As reference.swiglu_gradient; then, each [0] if not wished, the sum of that over tokens [2 F]
     and swiglu(z) [N, F], which then need not be kept."""
     return _kernels().swiglu_backward(d.contiguous(), z.contiguous(), sums, again)
 
 
-@swiglu_gradient.register_fake
+@register_fake(swiglu_gradient)
 def _(d: Tensor, z: Tensor, sums: bool, again: bool) -> tuple[Tensor, Tensor, Tensor]:
     total = z.new_empty(z.shape[1] if sums else 0, dtype=torch.float32)
     return z.new_empty(z.shape), total, d.new_empty(d.shape if again else 0)
 
 
-@torch.library.custom_op("flashtrain_linear::weight_gradient", mutates_args=())
+@operation("flashtrain_linear::weight_gradient")
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """As reference.weight_gradient; where that is slow, rounded to dy's dtype on the way."""
     dy, x = dy.contiguous(), x.contiguous()
@@ -132,23 +133,23 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, backend: str) -> 
     return reference.weight_gradient(dy, x, dtype)
 
 
-@weight_gradient.register_fake
+@register_fake(weight_gradient)
 def _(dy: Tensor, x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     return dy.new_empty(dy.shape[1], x.shape[1], dtype=dtype)
 
 
-@torch.library.custom_op("flashtrain_linear::column_sums", mutates_args=())
+@operation("flashtrain_linear::column_sums")
 def column_sums(dy: Tensor, dtype: torch.dtype) -> Tensor:
     """As reference.column_sums."""
     return _kernels().column_sums(dy.contiguous(), dtype)
 
 
-@column_sums.register_fake
+@register_fake(column_sums)
 def _(dy: Tensor, dtype: torch.dtype) -> Tensor:
     return dy.new_empty(dy.shape[1], dtype=dtype)
 
 
-@torch.library.custom_op("flashtrain_linear::cast", mutates_args=())
+@operation("flashtrain_linear::cast")
 def cast(
     weight: Tensor, bias: Tensor | None, dtype: torch.dtype, again: bool
 ) -> tuple[Tensor, Tensor]:
@@ -161,7 +162,7 @@ def cast(
     return _kernels().cast(weight.contiguous(), bias, dtype)
 
 
-@cast.register_fake
+@register_fake(cast)
 def _(
     weight: Tensor, bias: Tensor | None, dtype: torch.dtype, again: bool
 ) -> tuple[Tensor, Tensor]:
