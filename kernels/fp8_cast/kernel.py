@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels.fp8_cast import tiles
 from kernels.fp8_cast.reference import FLOOR
 from kernels.fp8_cast.tiles import Tile
+from kernels.sizes import cdiv, padded
 
 LEAST = tl.constexpr(FLOOR)
 
@@ -137,9 +138,7 @@ def absolute_maximum(x: Tensor, block: int | None = None) -> Tensor:
     block = block or tiles.choose(x.device).maximum
     bits = torch.zeros((), dtype=torch.int32, device=x.device)
     with _on_device(x):
-        maximum_kernel[(triton.cdiv(x.numel(), block),)](
-            x, bits, x.numel(), BLOCK=block, num_warps=8
-        )
+        maximum_kernel[(cdiv(x.numel(), block),)](x, bits, x.numel(), BLOCK=block, num_warps=8)
     return bits.view(torch.float32)
 
 
@@ -157,7 +156,7 @@ def tensorwise(
     either = q if q is not None else qt
     assert either is not None
     with _on_device(x):
-        tensorwise_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(K, tile.columns),)](
+        tensorwise_kernel[(cdiv(M, tile.rows) * cdiv(K, tile.columns),)](
             x, maximum, either if q is None else q, either if qt is None else qt, scale, M, K,
             TOP=torch.finfo(either.dtype).max, ROWS=q is not None, COLUMNS=qt is not None,
             BM=tile.rows, BK=tile.columns, num_warps=tile.warps,
@@ -167,7 +166,7 @@ def tensorwise(
 def rowwise(x: Tensor, q: Tensor, scale: Tensor) -> None:
     """x [M, K] contiguous, K <= ROW_LIMIT, into q [M, K] and scale [M, 1]."""
     M, K = x.shape
-    block = triton.next_power_of_2(K)
+    block = padded(K)
     with _on_device(x):
         rowwise_kernel[(M,)](
             x, q, scale, K,
@@ -180,7 +179,7 @@ def columnwise(x: Tensor, qt: Tensor, scale: Tensor, tile: Tile | None = None) -
     M, K = x.shape
     tile = tile or tiles.choose(x.device).columnwise
     with _on_device(x):
-        columnwise_kernel[(triton.cdiv(K, tile.columns),)](
+        columnwise_kernel[(cdiv(K, tile.columns),)](
             x, qt, scale, M, K,
             TOP=torch.finfo(qt.dtype).max, BM=tile.rows, BK=tile.columns, num_warps=tile.warps,
         )  # fmt: skip

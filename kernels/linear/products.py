@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.device import on_device
 from kernels.linear import reference
-from kernels.linear.cublaslt import Epilogue, Matrix, Plan, UnsupportedError, available, row_major
+from kernels.linear.cublaslt import Epilogue, Plan, UnsupportedError, available, row_major
 from kernels.linear.tiles import rounds_gradient
 from kernels.operation import operation, register_fake
 
@@ -47,8 +47,7 @@ def add_product(
         y = x.new_empty(x.shape[0], weight.shape[0])
         epilogue = Epilogue.none if bias is None else Epilogue.bias
         with on_device(x):
-            plan = _plan(row_major(weight, True), row_major(x), row_major(y), epilogue,
-                         _alignment(x, weight, y, stream, bias))  # fmt: skip
+            plan = _plan(weight, x, y, epilogue, True, stream, bias)
             if plan is not None:
                 plan.run(weight, x, y, c=stream, bias=bias)
                 return y
@@ -70,8 +69,7 @@ def gelu_product(
         z, a = (x.new_empty(x.shape[0], weight.shape[0]) for _ in "za")
         epilogue = Epilogue.gelu_aux if bias is None else Epilogue.gelu_aux_bias
         with on_device(x):
-            plan = _plan(row_major(weight, True), row_major(x), row_major(a), epilogue,
-                         _alignment(x, weight, z, a, bias))  # fmt: skip
+            plan = _plan(weight, x, a, epilogue, True, z, bias)
             if plan is not None:
                 plan.run(weight, x, a, aux=z, bias=bias)
                 return z, a
@@ -125,8 +123,7 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, backend: str) -> 
     if _takes_cublaslt(dy, backend):
         dw = dy.new_empty(dy.shape[1], x.shape[1], dtype=dtype)
         with on_device(dy):
-            plan = _plan(row_major(x), row_major(dy, True), row_major(dw), Epilogue.none,
-                         _alignment(dy, x, dw))  # fmt: skip
+            plan = _plan(x, dy, dw, Epilogue.none, False)
             if plan is not None:
                 plan.run(x, dy, dw)
                 return dw
@@ -206,15 +203,23 @@ def _as_they_count(
     return x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
 
 
-def _plan(a: Matrix, b: Matrix, d: Matrix, epilogue: Epilogue, alignment: int) -> Plan | None:
+def _plan(
+    a: Tensor, b: Tensor, d: Tensor, epilogue: Epilogue, turns_a: bool, *others: Tensor | None
+) -> Plan | None:
     """Made once for each product, on the current device; None where the library has no way, and
-    PyTorch computes it."""
-    key = (a, b, d, epilogue, alignment, torch.cuda.current_device())
+    PyTorch computes it.
+
+    turns_a: A is used as its transpose, else B is. others: whose addresses the library reads, too.
+    """
+    alignment, device = _alignment(a, b, d, *others), torch.cuda.current_device()
+    # d's sizes are those of a and b
+    key = (a.shape, b.shape, a.dtype, b.dtype, d.dtype, epilogue, turns_a, alignment, device)
     if key not in _plans:
         if len(_plans) >= MOST_PLANS:
             _plans.clear()
+        matrices = row_major(a, turns_a), row_major(b, not turns_a), row_major(d)
         try:
-            _plans[key] = Plan(a, b, d, epilogue, alignment)
+            _plans[key] = Plan(*matrices, epilogue, alignment)
         except UnsupportedError as error:
             log.warning("%s: PyTorch's operations compute it", error)
             _plans[key] = None

@@ -22,6 +22,7 @@ from torch import Tensor
 from kernels.device import on_device, processors
 from kernels.linear_cross_entropy.problem import Terms
 from kernels.linear_cross_entropy.tiles import Tile, choose
+from kernels.sizes import cdiv
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -174,7 +175,7 @@ def measure_and_differentiate(
 def scale_into(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """As rows_torch.scale_into."""
     out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
-    grid = (triton.cdiv(x.numel(), SCALE_BLOCK),)
+    grid = (cdiv(x.numel(), SCALE_BLOCK),)
     if x.numel():
         with on_device(x):
             scale_kernel[grid](
