@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.device import on_device, processors
+from kernels.launch import run
 from kernels.linear.tiles import Tile, cast_block, pass_tile
 from kernels.norm.kernel import add_up
 from kernels.sizes import cdiv
@@ -163,7 +164,8 @@ def gelu_backward(
     partial = torch.empty((ranges if sums else 0, F), dtype=torch.float32, device=d.device)
     total = d.new_empty(F if sums else 0, dtype=torch.float32)
     with on_device(d):
-        gelu_backward_kernel[(ranges, cdiv(F, tile.columns))](
+        run(
+            gelu_backward_kernel, (ranges, cdiv(F, tile.columns)),
             d, z, a if again else None, partial if sums else None, N, F, cdiv(N, ranges),
             R=tile.rows, BLOCK=tile.columns, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
@@ -186,7 +188,8 @@ def swiglu_backward(
     partial = torch.empty((ranges if sums else 0, 2 * F), dtype=torch.float32, device=d.device)
     total = d.new_empty(2 * F if sums else 0, dtype=torch.float32)
     with on_device(d):
-        swiglu_backward_kernel[(ranges, cdiv(F, tile.columns))](
+        run(
+            swiglu_backward_kernel, (ranges, cdiv(F, tile.columns)),
             d, z, dz, a if again else None, partial if sums else None, N, F,
             cdiv(N, ranges),
             R=tile.rows, BLOCK=tile.columns, STAGES=tile.stages, num_warps=tile.warps,
@@ -203,7 +206,8 @@ def column_sums(x: Tensor, dtype: torch.dtype, tile: Tile | None = None) -> Tens
     partial = torch.empty((ranges, F), dtype=torch.float32, device=x.device)
     total = x.new_empty(F, dtype=dtype)
     with on_device(x):
-        column_sums_kernel[(ranges, cdiv(F, tile.columns))](
+        run(
+            column_sums_kernel, (ranges, cdiv(F, tile.columns)),
             x, partial, N, F, cdiv(N, ranges),
             R=tile.rows, BLOCK=tile.columns, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
@@ -218,9 +222,10 @@ def cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tenso
     block = cast_block(weight.device)
     n, m = weight.numel(), bias_to.numel()
     with on_device(weight):
-        cast_kernel[(cdiv(n, block) + cdiv(m, block),)](
-            weight, to, bias, None if bias is None else bias_to, n, m, BLOCK=block, num_warps=4
-        )
+        run(
+            cast_kernel, (cdiv(n, block) + cdiv(m, block),),
+            weight, to, bias, None if bias is None else bias_to, n, m, BLOCK=block, num_warps=4,
+        )  # fmt: skip
     return to, bias_to
 
 

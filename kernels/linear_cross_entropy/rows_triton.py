@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.device import on_device, processors
+from kernels.launch import run
 from kernels.linear_cross_entropy.problem import Terms
 from kernels.linear_cross_entropy.tiles import Tile, choose
 from kernels.sizes import cdiv
@@ -178,9 +179,10 @@ def scale_into(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     grid = (cdiv(x.numel(), SCALE_BLOCK),)
     if x.numel():
         with on_device(x):
-            scale_kernel[grid](
-                x, out, factor, x.numel(), BLOCK=SCALE_BLOCK, IN_PLACE=x.dtype == dtype
-            )
+            run(
+                scale_kernel, grid,
+                x, out, factor, x.numel(), BLOCK=SCALE_BLOCK, IN_PLACE=x.dtype == dtype,
+            )  # fmt: skip
     return out
 
 
@@ -201,7 +203,8 @@ def launch(
     if tile.programs:
         programs = min(programs, tile.programs * processors(logits.device))
     with on_device(logits):
-        cross_entropy_rows_kernel[(programs,)](
+        run(
+            cross_entropy_rows_kernel, (programs,),
             logits, labels, statistics[0], statistics[1],
             logits.size(0), logits.stride(0), logits.size(1), terms.first_word, terms.ignore_index,
             terms.softcap, terms.z_loss,

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.device import on_device, processors
+from kernels.launch import run
 from kernels.norm.tiles import Tile, backward_tile, forward_tile
 from kernels.sizes import cdiv, padded
 
@@ -154,7 +155,8 @@ def forward(
     rstd = torch.empty(N, dtype=torch.float32, device=x.device)
     tile = tile or forward_tile(D, x.device)
     with on_device(x):
-        norm_forward_kernel[(cdiv(N, tile.rows),)](
+        run(
+            norm_forward_kernel, (cdiv(N, tile.rows),),
             x, branch, weight, bias, y, stream, mean, rstd, N, D, eps,
             CENTERS=centers, R=tile.rows, BLOCK=padded(D), num_warps=tile.warps,
         )  # fmt: skip
@@ -186,7 +188,8 @@ def backward(
     parts = torch.empty((programs, kinds, D), dtype=torch.float32, device=dy.device)
     total = torch.empty((kinds, D), dtype=weight.dtype, device=dy.device)
     with on_device(dy):
-        norm_backward_kernel[(programs,)](
+        run(
+            norm_backward_kernel, (programs,),
             dy, ds, stream, weight, bias, mean, rstd, dx, y if again else None, parts, N, D,
             CENTERS=centers, SUMS=sums, KINDS=kinds, R=tile.rows,
             BLOCK=padded(D), STAGES=tile.stages, num_warps=tile.warps,
@@ -200,6 +203,7 @@ def add_up(sums: Tensor, total: Tensor) -> None:
     programs, width = sums.shape
     rows, columns = (16, 16) if sums.device.type == "cpu" else (64, 32)
     with on_device(sums):
-        add_up_kernel[(cdiv(width, columns),)](
-            sums, total, programs, width, ROWS=rows, COLUMNS=columns, num_warps=4
-        )
+        run(
+            add_up_kernel, (cdiv(width, columns),),
+            sums, total, programs, width, ROWS=rows, COLUMNS=columns, num_warps=4,
+        )  # fmt: skip
