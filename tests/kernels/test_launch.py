@@ -146,3 +146,29 @@ def test_sequences_of_many_lengths_do_not_fill_the_memory(
         arguments[2] = n
         run(some_kernel, (3,), *arguments, **constants)
         assert len(launch._known) <= 4
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_the_same_again() -> None:
+    """Other addresses, odd ones among them, in eager code and in a recorded graph."""
+    stream = torch.cuda.Stream()
+    dtypes = (torch.float32, torch.bfloat16)
+    for n, off, dtype, on in itertools.product((47, 48, 1), (0, 1), dtypes, (True, False)):
+        for factor in (0.5, 2.0):
+            x = torch.randn(64 + off, device="cuda")[off:]
+            y = torch.zeros(64, device="cuda", dtype=dtype)
+            expected = y.clone()
+            expected[:n] = ((x + 3 * on) * factor)[:n].to(dtype)
+            constants = dict(ON=on, BLOCK=32, num_warps=4)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run(some_kernel, (2,), x, y, n, 3, factor, **constants)
+            stream.synchronize()
+            assert torch.equal(y, expected)
+            y.zero_()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run(some_kernel, (2,), x, y, n, 3, factor, **constants)
+            assert not y.any()
+            graph.replay()
+            assert torch.equal(y, expected)
