@@ -16,6 +16,11 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+_HERE: AbstractContextManager[Any] = nullcontext()
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _HERE  # torch.cuda.device would ask, and switch to and fro, for 4 us
+    return torch.cuda.device(tensor.device)

@@ -26,7 +26,7 @@ from flashtrain.checkpoint.integrity import (
     TensorRecord,
     overlap,
 )
-from flashtrain.model.shard import Box, Shard, boxes
+from flashtrain.model.shard import Box, Shard
 
 # names as in the safetensors format
 DTYPES = {
@@ -64,7 +64,7 @@ def local_tensor(tensor: Tensor, shard: Shard) -> LocalTensor:
 
     tensor: of the shard's shape, or where the shard is a span, its values in that order.
     """
-    return LocalTensor(tensor, shard.shape, tuple(boxes(shard)))
+    return LocalTensor(tensor, shard.shape, shard.boxes)
 
 
 def owned_bytes(tensors: dict[str, LocalTensor]) -> int:

@@ -30,7 +30,13 @@ from flashtrain.engine.update import set_rates, update
 from flashtrain.model.gpt import GPT
 from flashtrain.optim import build_optimizer, on_device
 from flashtrain.parallel.context import own_batch
-from flashtrain.parallel.fsdp import give_back, held_parameters, set_pass, take_gradients
+from flashtrain.parallel.fsdp import (
+    give_back,
+    held_parameters,
+    set_pass,
+    sharded_parameters,
+    take_gradients,
+)
 from flashtrain.parallel.gradients import average_gradients
 from flashtrain.parallel.loss import IGNORED, cross_entropy_sum, linear_cross_entropy_sum
 from flashtrain.parallel.mesh import Axis, Mesh
@@ -81,6 +87,7 @@ class NativeEngine:
         self.clip_norm, self.zero = config.optimizer.clip_norm, config.parallel.zero
         refuse_buffers(model)
         self.parameters = held_parameters(model)
+        self.sharded = sharded_parameters(model, self.parameters)
         self.optimizer = build_optimizer(self.parameters, config, mesh)
         self.loss = SummedLoss(model, mesh.tensor, config.loss)
         chunk_mlps(model, config.trainer.mlp_chunks)
@@ -138,7 +145,7 @@ class NativeEngine:
                 loss = self.forward(*batch)
                 (loss * share).backward()
             total += loss.detach()
-        take_gradients(self.model, self.parameters)
+        take_gradients(self.sharded)
         own = total.clone()
         sum_over(self.mesh.tokens, total)
         return total / valid.clamp(min=1), own
@@ -152,7 +159,8 @@ class NativeEngine:
     def _update(self) -> Tensor:
         average_gradients(self.unsharded, self.mesh.tokens)
         norm = update(self.parameters.values(), self.optimizer, self.mesh, None, self.clip_norm)
-        self.model.zero_grad(set_to_none=True)
+        for parameter, _ in self.sharded:
+            parameter.grad = None
         return norm
 
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:

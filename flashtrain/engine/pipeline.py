@@ -45,7 +45,13 @@ from flashtrain.model.dtypes import DTYPES
 from flashtrain.model.gpt import GPT
 from flashtrain.optim import build_optimizer
 from flashtrain.parallel.context import own_batch
-from flashtrain.parallel.fsdp import give_back, held_parameters, set_pass, take_gradients
+from flashtrain.parallel.fsdp import (
+    give_back,
+    held_parameters,
+    set_pass,
+    sharded_parameters,
+    take_gradients,
+)
 from flashtrain.parallel.gradients import average_gradients, sum_gradients
 from flashtrain.parallel.loss import IGNORED
 from flashtrain.parallel.mesh import Axis, Mesh
@@ -84,6 +90,8 @@ class PipelineEngine:
         for stage in stages:
             refuse_buffers(stage.model)
             self.parameters |= held_parameters(stage.model)
+        sharded = (sharded_parameters(stage.model, self.parameters) for stage in stages)
+        self.sharded = [pair for pairs in sharded for pair in pairs]
         self.elsewhere = names - self.parameters.keys()
         self.optimizer = build_optimizer(self.parameters, config, mesh)
         self.chain = Chain(stages, mesh, config.parallel, self.dtype)
@@ -132,8 +140,7 @@ class PipelineEngine:
         first = (tokens,) if self.stages[0].number == 0 else ()
         schedule = self._schedule(len(batches), tuple(batches[0].tokens.shape))
         schedule.step(*first, target=labels, return_outputs=False, **inputs)
-        for stage in self.stages:
-            take_gradients(stage.model, self.parameters)
+        take_gradients(self.sharded)
         sum_over(self.mesh.tokens, self.total)
         sum_over(self.mesh.pipeline, self.total)
         return self.total / valid.clamp(min=1)
@@ -182,8 +189,8 @@ class PipelineEngine:
             learning_rate,
             self.config.optimizer.clip_norm,
         )
-        for stage in self.stages:
-            stage.zero_grad(set_to_none=True)
+        for parameter, _ in self.sharded:
+            parameter.grad = None
         return norm
 
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:

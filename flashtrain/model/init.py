@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flashtrain.config import ModelConfig
 from flashtrain.model.gpt import GPT
 from flashtrain.model.parametrization import initial_std
-from flashtrain.model.shard import boxes, held, shard_of
+from flashtrain.model.shard import held, shard_of
 
 STEP = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's increment, as a signed number
 MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
@@ -59,7 +59,7 @@ def fill_normal(parameter: nn.Parameter, seed: int, name: str, std: float) -> No
     key = int.from_bytes(digest, "little", signed=True)
     shard, memory = shard_of(parameter), held(parameter)
     with _one_thread():
-        for box in boxes(shard):
+        for box in shard.boxes:
             target = box.view(memory)
             values = target.contiguous()
             _fill(values.view(-1), key, std, *_runs(shard.shape, box.start, box.shape))

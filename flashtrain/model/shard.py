@@ -5,11 +5,12 @@ on how many GPUs share a layer.
 
 Two cuts stand behind each other. Tensor parallelism gives a rank slabs of the whole (`Piece`), laid
 side by side in one tensor. Sharded data parallelism (FSDP, ZeRO) cuts that tensor again, into runs
-of consecutive values of its row-major order (`Span`). `boxes` says what both together leave.
+of consecutive values of its row-major order (`Span`). `Shard.boxes` says what both together leave.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from math import prod
 
@@ -39,13 +40,6 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Shard:
-    shape: tuple[int, ...]  # of the whole tensor
-    pieces: tuple[Piece, ...]
-    span: Span | None = None  # null: every value of the pieces is here
-
-
-@dataclass(frozen=True)
 class Box:
     """A box of the whole tensor, and where its values lie in what this rank holds."""
 
@@ -62,6 +56,19 @@ class Box:
         return held.as_strided(self.shape, self.strides, held.storage_offset() + self.at)
 
 
+@dataclass(frozen=True)
+class Shard:
+    shape: tuple[int, ...]  # of the whole tensor
+    pieces: tuple[Piece, ...]
+    span: Span | None = None  # null: every value of the pieces is here
+
+    @cached_property
+    def boxes(self) -> tuple[Box, ...]:
+        """The boxes of the whole that this rank holds, in the order of their memory, all of which
+        they fill; none is empty."""
+        return tuple(_boxes(self))
+
+
 def shard_of(parameter: Tensor) -> Shard:
     """What a parallel plan noted on `parameter.shard`, else: the whole tensor, owned."""
     noted: Shard | None = getattr(parameter, "shard", None)
@@ -73,8 +80,7 @@ def whole(shape: torch.Size | tuple[int, ...], owned: bool = True) -> Shard:
     return Shard(tuple(shape), (Piece(0, 0, 0, length, owned),))
 
 
-def boxes(shard: Shard) -> list[Box]:
-    """The boxes of the whole that this rank holds, in the order of their memory; none is empty."""
+def _boxes(shard: Shard) -> list[Box]:
     if not shard.shape:  # a 0-dim tensor: whole or, of an empty span, not here
         span, owned = shard.span, shard.pieces[0].owned
         count = 1 if span is None else span.count
@@ -137,6 +143,12 @@ def held(tensor: Tensor) -> Tensor:
 
 
 def owned_rows(parameter: Tensor, tensor: Tensor | None = None) -> list[Tensor]:
-    """Views of `tensor` (default: the parameter itself; else of its shape) that this rank owns."""
+    """Views of `tensor` (default: the parameter itself; else of its shape) that this rank owns, or
+    all of it as it is."""
     memory = held(parameter if tensor is None else tensor)
-    return [box.view(memory) for box in boxes(shard_of(parameter)) if box.owned]
+    if memory.numel() == 0:
+        return []
+    noted: Shard | None = getattr(parameter, "shard", None)
+    if noted is None or all(box.owned for box in noted.boxes):
+        return [memory]
+    return [box.view(memory) for box in noted.boxes if box.owned]

@@ -43,22 +43,24 @@ class KernelAdamW(AdamW):
         skip: Tensor | None = getattr(self, "found_inf", None)
         scale: Tensor | None = getattr(self, "grad_scale", None)
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            for parameter in parameters:
-                if not self.state[parameter]:
-                    self.state[parameter] = self.fresh_state(parameter, group)
-            steps = [self.state[p]["step"] for p in parameters]
+            small: list[tuple[nn.Parameter, Any]] = []  # with its state
+            large: list[tuple[nn.Parameter, Any]] = []
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state = self.state[parameter] = self.fresh_state(parameter, group)
+                (small if self._is_small(parameter) else large).append((parameter, state))
+            steps = [state["step"] for _, state in (*small, *large)]
             if steps:
                 # a list of them: for one tensor the host would wait
                 torch._foreach_add_(steps, 1.0 if skip is None else [1.0 - skip] * len(steps))
-            together = [p for p in parameters if self._is_small(p)]
-            if together:
-                self._step_together(together, group, skip, scale)
+            if small:
+                self._step_together(small, group, skip, scale)
             beta1, beta2 = group["betas"]
-            for parameter in parameters:
-                if self._is_small(parameter):
-                    continue
-                state = self.state[parameter]
+            for parameter, state in large:
+                assert parameter.grad is not None
                 adamw_(
                     parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["step"],
                     lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
@@ -71,11 +73,12 @@ class KernelAdamW(AdamW):
         return fits and parameter.numel() < LARGE
 
     def _step_together(
-        self, parameters: list[nn.Parameter], group: Any, skip: Tensor | None, scale: Tensor | None
-    ) -> None:
-        states = [self.state[parameter] for parameter in parameters]
+        self, kept: list[tuple[nn.Parameter, Any]], group: Any, skip: Tensor | None,
+        scale: Tensor | None,
+    ) -> None:  # fmt: skip
+        parameters = [parameter for parameter, _ in kept]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        m, v, counts = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+        m, v, counts = ([s[key] for _, s in kept] for key in ("exp_avg", "exp_avg_sq", "step"))
         beta1, beta2 = group["betas"]
         torch._fused_adamw_(
             [*parameters], gradients, m, v, [], counts,

@@ -159,12 +159,20 @@ def held_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return held
 
 
-def take_gradients(model: nn.Module, held: dict[str, nn.Parameter]) -> None:
-    """Point the gradients of `held` at those of the sharded model. After the last backward."""
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            grad = parameter.grad
-            held[name].grad = grad.to_local() if isinstance(grad, DTensor) else None
+def sharded_parameters(
+    model: nn.Module, held: dict[str, nn.Parameter]
+) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """What FSDP cut, each with this rank's memory of it in `held`; after `held_parameters`."""
+    named = model.named_parameters()
+    return [(whole, held[name]) for name, whole in named if isinstance(whole, DTensor)]
+
+
+def take_gradients(parameters: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """Point the gradients of the memory held at those of `sharded_parameters`. After the last
+    backward."""
+    for whole, part in parameters:
+        grad = whole.grad
+        part.grad = grad.to_local() if isinstance(grad, DTensor) else None
 
 
 def set_pass(model: GPT, zero: int, last: bool) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from flashtrain.model.embedding import Embedding
 from flashtrain.model.linear import Linear, Product
-from flashtrain.model.shard import Piece, Shard, boxes, held, shard_of, whole
+from flashtrain.model.shard import Piece, Shard, held, shard_of, whole
 from flashtrain.parallel.collectives import gather_sequence, scatter_sequence, slice_sequence
 from flashtrain.parallel.mesh import Axis
 from flashtrain.parallel.overlap import PLAIN, Form, gather_linear, linear_scatter
@@ -111,7 +111,7 @@ def gather_whole(parameter: Tensor, axis: Axis, tensor: Tensor | None = None) ->
     """
     memory = held(parameter if tensor is None else tensor)
     full = memory.new_zeros(shard_of(parameter).shape)
-    for box in boxes(shard_of(parameter)):
+    for box in shard_of(parameter).boxes:
         if box.owned:
             place = zip(box.start, box.shape, strict=True)
             full[tuple(slice(at, at + length) for at, length in place)] = box.view(memory)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from flashtrain.parallel.transport import Gathering, Transport, others, transport_of
 from kernels.linear import parameter_gradients
+from kernels.operation import operation, register_fake
 
 # pieces in which a part travels: the first is on its way sooner, products get smaller
 CHUNKS = 2
@@ -34,7 +35,7 @@ def pieces(rows: int) -> int:
     return CHUNKS if rows % CHUNKS == 0 and rows // CHUNKS >= SMALLEST else 1
 
 
-@torch.library.custom_op("flashtrain::gather_linear", mutates_args=())
+@operation("flashtrain::gather_linear")
 def gather_linear(
     x: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, size: int, name: str
 ) -> Tensor:
@@ -48,12 +49,12 @@ def gather_linear(
     return y
 
 
-@gather_linear.register_fake
+@register_fake(gather_linear)
 def _(x: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, size: int, name: str) -> Tensor:
     return x.new_empty(x.size(0), size * x.size(1), low.size(0))
 
 
-@torch.library.custom_op("flashtrain::gather_linear_backward", mutates_args=())
+@operation("flashtrain::gather_linear_backward")
 def _gather_linear_backward(
     grad: Tensor, x: Tensor, low: Tensor, size: int, name: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -68,14 +69,14 @@ def _gather_linear_backward(
     return dx, dw
 
 
-@_gather_linear_backward.register_fake
+@register_fake(_gather_linear_backward)
 def _(
     grad: Tensor, x: Tensor, low: Tensor, size: int, name: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), grad.new_empty(low.shape, dtype=dtype)
 
 
-@torch.library.custom_op("flashtrain::linear_scatter", mutates_args=())
+@operation("flashtrain::linear_scatter")
 def linear_scatter(x: Tensor, low: Tensor, weight: Tensor, size: int, name: str) -> Tensor:
     """x_r [B, T, I], low and weight [O, I] -> [B, T/n, O], this rank's part of the ranks' sum."""
     y = x.new_empty(x.size(0), x.size(1) // size, low.size(0))
@@ -83,12 +84,12 @@ def linear_scatter(x: Tensor, low: Tensor, weight: Tensor, size: int, name: str)
     return y
 
 
-@linear_scatter.register_fake
+@register_fake(linear_scatter)
 def _(x: Tensor, low: Tensor, weight: Tensor, size: int, name: str) -> Tensor:
     return x.new_empty(x.size(0), x.size(1) // size, low.size(0))
 
 
-@torch.library.custom_op("flashtrain::linear_scatter_backward", mutates_args=())
+@operation("flashtrain::linear_scatter_backward")
 def _linear_scatter_backward(
     grad: Tensor, x: Tensor, low: Tensor, name: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -102,7 +103,7 @@ def _linear_scatter_backward(
     return dx, dw
 
 
-@_linear_scatter_backward.register_fake
+@register_fake(_linear_scatter_backward)
 def _(grad: Tensor, x: Tensor, low: Tensor, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), grad.new_empty(low.shape, dtype=dtype)
 
@@ -181,5 +182,5 @@ def _scatter_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, dw, None, None
 
 
-gather_linear.register_autograd(_gather_gradients, setup_context=_keep)
-linear_scatter.register_autograd(_scatter_gradients, setup_context=_keep)
+torch.library.register_autograd(gather_linear, _gather_gradients, setup_context=_keep)
+torch.library.register_autograd(linear_scatter, _scatter_gradients, setup_context=_keep)

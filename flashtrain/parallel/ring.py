@@ -26,6 +26,7 @@ from torch import Tensor
 from flashtrain.parallel.collectives import finish_shift, start_shift
 from flashtrain.parallel.mesh import Axis
 from kernels.attention import attention, attention_block_backward
+from kernels.operation import operation, register_fake
 
 
 def ring_attention(
@@ -52,9 +53,8 @@ def _block(step: int, rank: int, size: int, length: int) -> tuple[slice, slice]:
     return (every, early) if (rank - step) % size < rank else (late, every)
 
 
-@torch.library.custom_op(
+@operation(
     "flashtrain::ring_attention_forward",
-    mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, str backend, int rank, int size, str name)"
     " -> (Tensor, Tensor)",
 )
@@ -89,9 +89,8 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, its_lse: Tensor) -> None:
     torch.logaddexp(lse, its_lse, out=lse)
 
 
-@torch.library.custom_op(
+@operation(
     "flashtrain::ring_attention_backward",
-    mutates_args=(),
     schema="(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, str backend,"
     " int rank, int size, str name) -> (Tensor, Tensor, Tensor)",
 )
@@ -126,14 +125,14 @@ def ring_backward(
     return dq.to(q.dtype), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
 
 
-@ring_forward.register_fake
+@register_fake(ring_forward)
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     B, T, H, _D = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=wide)
 
 
-@ring_backward.register_fake
+@register_fake(ring_backward)
 def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -149,4 +148,4 @@ def _gradients(ctx: Any, d_out: Tensor, _d_lse: Tensor) -> tuple[Tensor | None, 
     return dq, dk, dv, None, None, None, None
 
 
-ring_forward.register_autograd(_gradients, setup_context=_save)
+torch.library.register_autograd(ring_forward, _gradients, setup_context=_save)

@@ -5,6 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.device import on_device
+from kernels.launch import run
+from kernels.sizes import cdiv
 
 # numbers of a program: 8 a thread, two 16-byte accesses of fp32 and one of bf16
 BLOCK, WARPS = 1024, 4
@@ -65,7 +67,8 @@ def launch(
     """All contiguous and on one device."""
     n = parameter.numel()
     with on_device(parameter):
-        adamw_kernel[(triton.cdiv(n, BLOCK),)](
+        run(
+            adamw_kernel, (cdiv(n, BLOCK),),
             parameter, gradient, m, v, step, skip, scale, lr if isinstance(lr, Tensor) else None,
             n, 0.0 if isinstance(lr, Tensor) else lr, log2_beta1, log2_beta2, rest1, rest2, eps,
             weight_decay, BLOCK=BLOCK, num_warps=WARPS,

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.attention import tiles
 from kernels.attention.decode_reference import decode_reference
 from kernels.attention.problem import FARTHEST, LARGEST_HEAD, UNBOUNDED
+from kernels.operation import operation, register_fake
 
 BACKENDS = ("auto", "triton", "reference")
 SMALLEST_PAGE = 16
@@ -109,9 +110,8 @@ def attention_decode(
     return (out, lse) if return_lse else out
 
 
-@torch.library.custom_op(
+@operation(
     "flashtrain::attention_decode",
-    mutates_args=(),
     schema=(
         "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? page_table,"
         " Tensor? alibi_slopes, Tensor? sinks, float scale, int before, float softcap)"
@@ -152,7 +152,7 @@ def attention_decode_op(
     return decode(q, k_cache, v_cache, lengths.contiguous(), page_table, features)
 
 
-@attention_decode_op.register_fake
+@register_fake(attention_decode_op)
 def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     B, T, H, _D = q.shape
     out = q.new_empty((B, T, H, v_cache.shape[3]))

@@ -20,6 +20,7 @@ from kernels.attention.registration import (
     problem_of,
     run_backward,
 )
+from kernels.operation import operation, register_fake
 from kernels.rope import check_table, rotate, rotate_heads, rotate_heads_
 
 
@@ -133,9 +134,8 @@ def _refuse_leaf(qkv: Tensor) -> None:
         )
 
 
-@torch.library.custom_op(
+@operation(
     "flashtrain::attention_backward_packed",
-    mutates_args=(),
     schema=(
         "(Tensor d_out, Tensor qkv, int heads, Tensor? rotation, Tensor out, Tensor lse,"
         f" {SCHEMA}) -> Tensor"
@@ -162,7 +162,7 @@ def _backward(
     return d_qkv
 
 
-@_backward.register_fake
+@register_fake(_backward)
 def _(
     d_out: Tensor, qkv: Tensor, heads: int, rotation: Tensor | None, out: Tensor, lse: Tensor,
     *options: Any,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.attention import select
 from kernels.attention.problem import Problem
+from kernels.operation import operation, register_fake
 
 
 class Options(NamedTuple):
@@ -46,9 +47,8 @@ SCHEMA = (
 )
 
 
-@torch.library.custom_op(
+@operation(
     "flashtrain::attention_forward",
-    mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor, Tensor)",
 )
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -61,9 +61,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[T
     return run_forward(q, k, v, given, select.resolve(problem_of(q, k, v, given), given.backend))
 
 
-@torch.library.custom_op(
+@operation(
     "flashtrain::attention_backward",
-    mutates_args=(),
     schema=(
         "(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
         f" bool bias_gradient, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -129,13 +128,13 @@ def run_backward(
     return gradients
 
 
-@attention_forward.register_fake
+@register_fake(attention_forward)
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     B, T, H, _D = q.shape
     return q.new_empty((B, T, H, v.shape[3])), q.new_empty((B, H, T), dtype=torch.float32)
 
 
-@attention_backward.register_fake
+@register_fake(attention_backward)
 def _(
     d_out: Tensor,
     d_lse: Tensor | None,
@@ -188,7 +187,7 @@ def backward_op(*arguments: Any) -> Gradients:
     return result
 
 
-attention_forward.register_autograd(_backward, setup_context=save)
+torch.library.register_autograd(attention_forward, _backward, setup_context=save)
 
 
 def problem_of(q: Tensor, k: Tensor, v: Tensor, given: Options) -> Problem:

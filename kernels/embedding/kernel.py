@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.device import on_device
+from kernels.launch import run
+from kernels.sizes import cdiv
 
 P = 16  # tokens of a program: the least that a product takes
 MANY = 2**16  # words that numbers of 16 bits tell apart, which are sorted in half the passes
@@ -119,9 +121,10 @@ def gather(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     y = torch.empty((N, D), dtype=dtype, device=weight.device)
     rows, block = _sizes(D, weight.device)
     with on_device(weight):
-        gather_kernel[(triton.cdiv(N, rows), triton.cdiv(D, block))](
-            tokens, weight, y, N, V, D, R=rows, BLOCK=block, num_warps=4
-        )
+        run(
+            gather_kernel, (cdiv(N, rows), cdiv(D, block)),
+            tokens, weight, y, N, V, D, R=rows, BLOCK=block, num_warps=4,
+        )  # fmt: skip
     return y
 
 
@@ -132,16 +135,18 @@ def gradient(tokens: Tensor, dy: Tensor, words: int, dtype: torch.dtype) -> Tens
     keys = (tokens - shift).to(torch.int16 if shift else torch.int32)
     keys, order = torch.sort(keys, stable=True)
     total = torch.zeros((words, D), dtype=dtype, device=dy.device)
-    programs = triton.cdiv(N, P)
+    programs = cdiv(N, P)
     parts = torch.empty((programs, D), dtype=torch.float32, device=dy.device)
     _, block = _sizes(D, dy.device)
-    across = triton.cdiv(D, block)
+    across = cdiv(D, block)
     with on_device(dy):
-        sum_runs_kernel[(programs, across)](
-            dy, keys, order, total, parts, N, words, D, shift, P=P, BLOCK=block, num_warps=4
-        )
+        run(
+            sum_runs_kernel, (programs, across),
+            dy, keys, order, total, parts, N, words, D, shift, P=P, BLOCK=block, num_warps=4,
+        )  # fmt: skip
         if programs > 1:
-            join_runs_kernel[(programs - 1, across)](
+            run(
+                join_runs_kernel, (programs - 1, across),
                 keys, parts, total, N, words, D, shift, programs,
                 P=P, TAKES=P, BLOCK=block, num_warps=4,
             )  # fmt: skip

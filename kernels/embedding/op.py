@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.embedding.reference import embedding_reference
+from kernels.operation import operation, register_fake
 
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,23 +56,23 @@ class _Embedding(torch.autograd.Function):
 # A namespace of their own: what attention registers is kept through activation checkpointing.
 
 
-@torch.library.custom_op("flashtrain_embedding::gather", mutates_args=())
+@operation("flashtrain_embedding::gather")
 def _gather(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return _kernels().gather(tokens.contiguous(), weight.contiguous(), dtype)
 
 
-@_gather.register_fake
+@register_fake(_gather)
 def _(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.new_empty((tokens.shape[0], weight.shape[1]), dtype=dtype)
 
 
-@torch.library.custom_op("flashtrain_embedding::gradient", mutates_args=())
+@operation("flashtrain_embedding::gradient")
 def _gradient(tokens: Tensor, dy: Tensor, words: int, dtype: torch.dtype) -> Tensor:
     """As gradient_reference."""
     return _kernels().gradient(tokens.contiguous(), dy.contiguous(), words, dtype)
 
 
-@_gradient.register_fake
+@register_fake(_gradient)
 def _(tokens: Tensor, dy: Tensor, words: int, dtype: torch.dtype) -> Tensor:
     return dy.new_empty((words, dy.shape[1]), dtype=dtype)
 

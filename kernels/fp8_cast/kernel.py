@@ -5,17 +5,17 @@ floats are, with infinity above all numbers and NaN above infinity, so integers 
 reductions that would drop a NaN, and an integer maximum in memory does not depend on the order.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.device import on_device
 from kernels.fp8_cast import tiles
 from kernels.fp8_cast.reference import FLOOR
 from kernels.fp8_cast.tiles import Tile
+from kernels.launch import run
+from kernels.sizes import cdiv, padded
 
 LEAST = tl.constexpr(FLOOR)
 
@@ -136,10 +136,9 @@ def absolute_maximum(x: Tensor, block: int | None = None) -> Tensor:
     """As reference.absolute_maximum; x contiguous."""
     block = block or tiles.choose(x.device).maximum
     bits = torch.zeros((), dtype=torch.int32, device=x.device)
-    with _on_device(x):
-        maximum_kernel[(triton.cdiv(x.numel(), block),)](
-            x, bits, x.numel(), BLOCK=block, num_warps=8
-        )
+    with on_device(x):
+        grid = (cdiv(x.numel(), block),)
+        run(maximum_kernel, grid, x, bits, x.numel(), BLOCK=block, num_warps=8)
     return bits.view(torch.float32)
 
 
@@ -156,8 +155,9 @@ def tensorwise(
     tile = tile or tiles.choose(x.device).tensorwise
     either = q if q is not None else qt
     assert either is not None
-    with _on_device(x):
-        tensorwise_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(K, tile.columns),)](
+    with on_device(x):
+        run(
+            tensorwise_kernel, (cdiv(M, tile.rows) * cdiv(K, tile.columns),),
             x, maximum, either if q is None else q, either if qt is None else qt, scale, M, K,
             TOP=torch.finfo(either.dtype).max, ROWS=q is not None, COLUMNS=qt is not None,
             BM=tile.rows, BK=tile.columns, num_warps=tile.warps,
@@ -167,9 +167,10 @@ def tensorwise(
 def rowwise(x: Tensor, q: Tensor, scale: Tensor) -> None:
     """x [M, K] contiguous, K <= ROW_LIMIT, into q [M, K] and scale [M, 1]."""
     M, K = x.shape
-    block = triton.next_power_of_2(K)
-    with _on_device(x):
-        rowwise_kernel[(M,)](
+    block = padded(K)
+    with on_device(x):
+        run(
+            rowwise_kernel, (M,),
             x, q, scale, K,
             TOP=torch.finfo(q.dtype).max, BLOCK=block, num_warps=tiles.row_warps(block),
         )  # fmt: skip
@@ -179,13 +180,9 @@ def columnwise(x: Tensor, qt: Tensor, scale: Tensor, tile: Tile | None = None) -
     """x [M, K] contiguous into qt [K, M] and scale [K, 1]."""
     M, K = x.shape
     tile = tile or tiles.choose(x.device).columnwise
-    with _on_device(x):
-        columnwise_kernel[(triton.cdiv(K, tile.columns),)](
+    with on_device(x):
+        run(
+            columnwise_kernel, (cdiv(K, tile.columns),),
             x, qt, scale, M, K,
             TOP=torch.finfo(qt.dtype).max, BM=tile.rows, BK=tile.columns, num_warps=tile.warps,
         )  # fmt: skip
-
-
-def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

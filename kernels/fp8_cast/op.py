@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.fp8_cast import reference
 from kernels.fp8_cast.tiles import ROW_LIMIT
+from kernels.operation import operation, register_fake
 
 E4M3 = torch.float8_e4m3fn  # 4 bits of exponent, 3 of mantissa: up to 448, steps of 1/8 to 1/16
 E5M2 = torch.float8_e5m2  # up to 57344, steps of 1/4 to 1/8
@@ -121,17 +122,17 @@ def _kernels():
 # cast is to be made again.
 
 
-@torch.library.custom_op("flashtrain_fp8::absolute_maximum", mutates_args=())
+@operation("flashtrain_fp8::absolute_maximum")
 def _maximum(x: Tensor) -> Tensor:
     return _kernels().absolute_maximum(x)
 
 
-@_maximum.register_fake
+@register_fake(_maximum)
 def _(x: Tensor) -> Tensor:
     return x.new_empty((), dtype=torch.float32)
 
 
-@torch.library.custom_op("flashtrain_fp8::cast_tensorwise", mutates_args=())
+@operation("flashtrain_fp8::cast_tensorwise")
 def _tensorwise(
     x: Tensor, maximum: Tensor, dtype: torch.dtype, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,7 +142,7 @@ def _tensorwise(
     return q, qt, scale
 
 
-@_tensorwise.register_fake
+@register_fake(_tensorwise)
 def _(
     x: Tensor, maximum: Tensor, dtype: torch.dtype, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,26 +158,26 @@ def _empty_tensorwise(
     return q, qt, x.new_empty((), dtype=torch.float32)
 
 
-@torch.library.custom_op("flashtrain_fp8::cast_rowwise", mutates_args=())
+@operation("flashtrain_fp8::cast_rowwise")
 def _rowwise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     q, scale = _empty_rowwise(x, dtype)
     _kernels().rowwise(x, q, scale)
     return q, scale
 
 
-@_rowwise.register_fake
+@register_fake(_rowwise)
 def _empty_rowwise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((x.size(0), 1), dtype=torch.float32)
 
 
-@torch.library.custom_op("flashtrain_fp8::cast_columnwise", mutates_args=())
+@operation("flashtrain_fp8::cast_columnwise")
 def _columnwise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     qt, scale = _empty_columnwise(x, dtype)
     _kernels().columnwise(x, qt, scale)
     return qt, scale
 
 
-@_columnwise.register_fake
+@register_fake(_columnwise)
 def _empty_columnwise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     M, K = x.shape
     return x.new_empty((K, M), dtype=dtype), x.new_empty((K, 1), dtype=torch.float32)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 WORKSPACE = 32 << 20  # bytes; what PyTorch gives cuBLAS on Hopper
 COMPUTE_FP32 = 68
+MATMUL = (*(c_void_p,) * 14, c_size_t, c_void_p)  # what cublasLtMatmul takes
 KINDS = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
 
 
@@ -101,30 +102,36 @@ class Plan:
         if len(found) <= choice:
             raise UnsupportedError(f"cuBLASLt has no way {choice} for {epilogue.name}: {a} {b} {d}")
         self.way = found[choice]
-        self.one, self.zero = c_float(1.0), c_float(0.0)
+        # made once: a product costs the host as much as its arguments
+        self.workspace, self.algorithm = self.way.workspace, byref(self.way)
+        self.one, self.zero = byref(c_float(1.0)), byref(c_float(0.0))
+        self.address = c_void_p()
 
     def run(
         self, a: Tensor, b: Tensor, d: Tensor, *,
         c: Tensor | None = None, aux: Tensor | None = None, bias: Tensor | None = None,
     ) -> None:  # fmt: skip
         """On the current stream. c: of d's shape and dtype, added."""
-        size = self.way.workspace
-        workspace = torch.empty(size, dtype=torch.uint8, device=d.device) if size else None
-        stream = torch.cuda.current_stream(d.device).cuda_stream
+        size, workspace = self.workspace, None
+        if size:
+            workspace = torch.empty(size, dtype=torch.uint8, device=d.device)
+        stream = torch._C._cuda_getCurrentRawStream(d.get_device())
         with self.lock:
             if aux is not None:
-                self._set(_Of.aux, c_void_p(aux.data_ptr()))
+                self._point(_Of.aux, aux)
             if bias is not None:
-                self._set(_Of.bias, c_void_p(bias.data_ptr()))
+                self._point(_Of.bias, bias)
             _check(
                 "Matmul",
-                self.handle, self.description, byref(self.one), c_void_p(a.data_ptr()), self.a,
-                c_void_p(b.data_ptr()), self.b, byref(self.zero if c is None else self.one),
-                c_void_p((d if c is None else c).data_ptr()), self.d,
-                c_void_p(d.data_ptr()), self.d, byref(self.way),
-                c_void_p(0 if workspace is None else workspace.data_ptr()), c_size_t(size),
-                c_void_p(stream),
+                self.handle, self.description, self.one, a.data_ptr(), self.a, b.data_ptr(), self.b,
+                self.zero if c is None else self.one, (d if c is None else c).data_ptr(), self.d,
+                d.data_ptr(), self.d, self.algorithm,
+                None if workspace is None else workspace.data_ptr(), size, stream,
             )  # fmt: skip
+
+    def _point(self, attribute: int, tensor: Tensor) -> None:
+        self.address.value = tensor.data_ptr()
+        self._set(attribute, self.address)
 
     def _set(self, attribute: int, value: Any) -> None:
         _check(
@@ -157,7 +164,9 @@ class Plan:
 def _library() -> ctypes.CDLL:
     """The one that PyTorch has loaded, found by its name. OSError where there is none."""
     major = (torch.version.cuda or "0").partition(".")[0]
-    return ctypes.CDLL(f"libcublasLt.so.{major}")
+    library = ctypes.CDLL(f"libcublasLt.so.{major}")
+    library.cublasLtMatmul.argtypes = MATMUL  # then addresses may be plain numbers
+    return library
 
 
 def available() -> bool:

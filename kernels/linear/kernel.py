@@ -22,8 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.device import on_device, processors
+from kernels.launch import run
 from kernels.linear.tiles import Tile, cast_block, pass_tile
 from kernels.norm.kernel import add_up
+from kernels.sizes import cdiv
 
 # exp(-2 u) = 2^(z (A + B z^2)); 2 z u' = z (C + E z^2)
 ROOT = math.sqrt(2 / math.pi)
@@ -162,8 +164,9 @@ def gelu_backward(
     partial = torch.empty((ranges if sums else 0, F), dtype=torch.float32, device=d.device)
     total = d.new_empty(F if sums else 0, dtype=torch.float32)
     with on_device(d):
-        gelu_backward_kernel[(ranges, triton.cdiv(F, tile.columns))](
-            d, z, a if again else None, partial if sums else None, N, F, triton.cdiv(N, ranges),
+        run(
+            gelu_backward_kernel, (ranges, cdiv(F, tile.columns)),
+            d, z, a if again else None, partial if sums else None, N, F, cdiv(N, ranges),
             R=tile.rows, BLOCK=tile.columns, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
     if sums:
@@ -185,9 +188,10 @@ def swiglu_backward(
     partial = torch.empty((ranges if sums else 0, 2 * F), dtype=torch.float32, device=d.device)
     total = d.new_empty(2 * F if sums else 0, dtype=torch.float32)
     with on_device(d):
-        swiglu_backward_kernel[(ranges, triton.cdiv(F, tile.columns))](
+        run(
+            swiglu_backward_kernel, (ranges, cdiv(F, tile.columns)),
             d, z, dz, a if again else None, partial if sums else None, N, F,
-            triton.cdiv(N, ranges),
+            cdiv(N, ranges),
             R=tile.rows, BLOCK=tile.columns, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
     if sums:
@@ -202,8 +206,9 @@ def column_sums(x: Tensor, dtype: torch.dtype, tile: Tile | None = None) -> Tens
     partial = torch.empty((ranges, F), dtype=torch.float32, device=x.device)
     total = x.new_empty(F, dtype=dtype)
     with on_device(x):
-        column_sums_kernel[(ranges, triton.cdiv(F, tile.columns))](
-            x, partial, N, F, triton.cdiv(N, ranges),
+        run(
+            column_sums_kernel, (ranges, cdiv(F, tile.columns)),
+            x, partial, N, F, cdiv(N, ranges),
             R=tile.rows, BLOCK=tile.columns, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
     add_up(partial, total)
@@ -217,9 +222,10 @@ def cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tenso
     block = cast_block(weight.device)
     n, m = weight.numel(), bias_to.numel()
     with on_device(weight):
-        cast_kernel[(triton.cdiv(n, block) + triton.cdiv(m, block),)](
-            weight, to, bias, None if bias is None else bias_to, n, m, BLOCK=block, num_warps=4
-        )
+        run(
+            cast_kernel, (cdiv(n, block) + cdiv(m, block),),
+            weight, to, bias, None if bias is None else bias_to, n, m, BLOCK=block, num_warps=4,
+        )  # fmt: skip
     return to, bias_to
 
 
@@ -227,6 +233,6 @@ def _ranges(N: int, F: int, device: torch.device, tile: Tile | None) -> tuple[Ti
     """The tile, and how many ranges of rows make about tile.programs programs a multiprocessor:
     all of them run at once, and none is left for a second turn."""
     tile = tile or pass_tile(device)
-    across = triton.cdiv(F, tile.columns)
+    across = cdiv(F, tile.columns)
     ranges = max(tile.programs * processors(device) // across, 1)
-    return tile, min(ranges, triton.cdiv(N, tile.rows))
+    return tile, min(ranges, cdiv(N, tile.rows))

@@ -15,8 +15,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.device import on_device
 from kernels.linear import reference
-from kernels.linear.cublaslt import Epilogue, Matrix, Plan, UnsupportedError, available, row_major
+from kernels.linear.cublaslt import Epilogue, Plan, UnsupportedError, available, row_major
 from kernels.linear.tiles import rounds_gradient
+from kernels.operation import operation, register_fake
 
 log = logging.getLogger("kernels.linear")
 
@@ -35,7 +36,7 @@ def resolve(x: Tensor, backend: str) -> str:
     return backend
 
 
-@torch.library.custom_op("flashtrain_linear::add_product", mutates_args=())
+@operation("flashtrain_linear::add_product")
 def add_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor, backend: str
 ) -> Tensor:
@@ -46,20 +47,19 @@ def add_product(
         y = x.new_empty(x.shape[0], weight.shape[0])
         epilogue = Epilogue.none if bias is None else Epilogue.bias
         with on_device(x):
-            plan = _plan(row_major(weight, True), row_major(x), row_major(y), epilogue,
-                         _alignment(x, weight, y, stream, bias))  # fmt: skip
+            plan = _plan(weight, x, y, epilogue, True, stream, bias)
             if plan is not None:
                 plan.run(weight, x, y, c=stream, bias=bias)
                 return y
     return reference.add_product(x, weight, bias, stream)
 
 
-@add_product.register_fake
+@register_fake(add_product)
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor, backend: str) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("flashtrain_linear::gelu_product", mutates_args=())
+@operation("flashtrain_linear::gelu_product")
 def gelu_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -69,21 +69,20 @@ def gelu_product(
         z, a = (x.new_empty(x.shape[0], weight.shape[0]) for _ in "za")
         epilogue = Epilogue.gelu_aux if bias is None else Epilogue.gelu_aux_bias
         with on_device(x):
-            plan = _plan(row_major(weight, True), row_major(x), row_major(a), epilogue,
-                         _alignment(x, weight, z, a, bias))  # fmt: skip
+            plan = _plan(weight, x, a, epilogue, True, z, bias)
             if plan is not None:
                 plan.run(weight, x, a, aux=z, bias=bias)
                 return z, a
     return reference.gelu_product(x, weight, bias)
 
 
-@gelu_product.register_fake
+@register_fake(gelu_product)
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     shape = x.shape[0], weight.shape[0]
     return x.new_empty(shape), x.new_empty(shape)
 
 
-@torch.library.custom_op("flashtrain_linear::gelu_gradient", mutates_args=())
+@operation("flashtrain_linear::gelu_gradient")
 def gelu_gradient(
     dy: Tensor, weight: Tensor, z: Tensor, sums: bool, again: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +93,7 @@ def gelu_gradient(
     return dz, total, a
 
 
-@gelu_gradient.register_fake
+@register_fake(gelu_gradient)
 def _(
     dy: Tensor, weight: Tensor, z: Tensor, sums: bool, again: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,20 +101,20 @@ def _(
     return z.new_empty(z.shape), total, z.new_empty(z.shape if again else 0)
 
 
-@torch.library.custom_op("flashtrain_linear::swiglu_gradient", mutates_args=())
+@operation("flashtrain_linear::swiglu_gradient")
 def swiglu_gradient(d: Tensor, z: Tensor, sums: bool, again: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As reference.swiglu_gradient; then, each [0] if not wished, the sum of that over tokens [2 F]
     and swiglu(z) [N, F], which then need not be kept."""
     return _kernels().swiglu_backward(d.contiguous(), z.contiguous(), sums, again)
 
 
-@swiglu_gradient.register_fake
+@register_fake(swiglu_gradient)
 def _(d: Tensor, z: Tensor, sums: bool, again: bool) -> tuple[Tensor, Tensor, Tensor]:
     total = z.new_empty(z.shape[1] if sums else 0, dtype=torch.float32)
     return z.new_empty(z.shape), total, d.new_empty(d.shape if again else 0)
 
 
-@torch.library.custom_op("flashtrain_linear::weight_gradient", mutates_args=())
+@operation("flashtrain_linear::weight_gradient")
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """As reference.weight_gradient; where that is slow, rounded to dy's dtype on the way."""
     dy, x = dy.contiguous(), x.contiguous()
@@ -124,31 +123,30 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, backend: str) -> 
     if _takes_cublaslt(dy, backend):
         dw = dy.new_empty(dy.shape[1], x.shape[1], dtype=dtype)
         with on_device(dy):
-            plan = _plan(row_major(x), row_major(dy, True), row_major(dw), Epilogue.none,
-                         _alignment(dy, x, dw))  # fmt: skip
+            plan = _plan(x, dy, dw, Epilogue.none, False)
             if plan is not None:
                 plan.run(x, dy, dw)
                 return dw
     return reference.weight_gradient(dy, x, dtype)
 
 
-@weight_gradient.register_fake
+@register_fake(weight_gradient)
 def _(dy: Tensor, x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     return dy.new_empty(dy.shape[1], x.shape[1], dtype=dtype)
 
 
-@torch.library.custom_op("flashtrain_linear::column_sums", mutates_args=())
+@operation("flashtrain_linear::column_sums")
 def column_sums(dy: Tensor, dtype: torch.dtype) -> Tensor:
     """As reference.column_sums."""
     return _kernels().column_sums(dy.contiguous(), dtype)
 
 
-@column_sums.register_fake
+@register_fake(column_sums)
 def _(dy: Tensor, dtype: torch.dtype) -> Tensor:
     return dy.new_empty(dy.shape[1], dtype=dtype)
 
 
-@torch.library.custom_op("flashtrain_linear::cast", mutates_args=())
+@operation("flashtrain_linear::cast")
 def cast(
     weight: Tensor, bias: Tensor | None, dtype: torch.dtype, again: bool
 ) -> tuple[Tensor, Tensor]:
@@ -161,7 +159,7 @@ def cast(
     return _kernels().cast(weight.contiguous(), bias, dtype)
 
 
-@cast.register_fake
+@register_fake(cast)
 def _(
     weight: Tensor, bias: Tensor | None, dtype: torch.dtype, again: bool
 ) -> tuple[Tensor, Tensor]:
@@ -205,15 +203,23 @@ def _as_they_count(
     return x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
 
 
-def _plan(a: Matrix, b: Matrix, d: Matrix, epilogue: Epilogue, alignment: int) -> Plan | None:
+def _plan(
+    a: Tensor, b: Tensor, d: Tensor, epilogue: Epilogue, turns_a: bool, *others: Tensor | None
+) -> Plan | None:
     """Made once for each product, on the current device; None where the library has no way, and
-    PyTorch computes it."""
-    key = (a, b, d, epilogue, alignment, torch.cuda.current_device())
+    PyTorch computes it.
+
+    turns_a: A is used as its transpose, else B is. others: whose addresses the library reads, too.
+    """
+    alignment, device = _alignment(a, b, d, *others), torch.cuda.current_device()
+    # d's sizes are those of a and b
+    key = (a.shape, b.shape, a.dtype, b.dtype, d.dtype, epilogue, turns_a, alignment, device)
     if key not in _plans:
         if len(_plans) >= MOST_PLANS:
             _plans.clear()
+        matrices = row_major(a, turns_a), row_major(b, not turns_a), row_major(d)
         try:
-            _plans[key] = Plan(a, b, d, epilogue, alignment)
+            _plans[key] = Plan(*matrices, epilogue, alignment)
         except UnsupportedError as error:
             log.warning("%s: PyTorch's operations compute it", error)
             _plans[key] = None

@@ -20,8 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.device import on_device, processors
+from kernels.launch import run
 from kernels.linear_cross_entropy.problem import Terms
 from kernels.linear_cross_entropy.tiles import Tile, choose
+from kernels.sizes import cdiv
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -174,12 +176,13 @@ def measure_and_differentiate(
 def scale_into(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """As rows_torch.scale_into."""
     out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
-    grid = (triton.cdiv(x.numel(), SCALE_BLOCK),)
+    grid = (cdiv(x.numel(), SCALE_BLOCK),)
     if x.numel():
         with on_device(x):
-            scale_kernel[grid](
-                x, out, factor, x.numel(), BLOCK=SCALE_BLOCK, IN_PLACE=x.dtype == dtype
-            )
+            run(
+                scale_kernel, grid,
+                x, out, factor, x.numel(), BLOCK=SCALE_BLOCK, IN_PLACE=x.dtype == dtype,
+            )  # fmt: skip
     return out
 
 
@@ -200,7 +203,8 @@ def launch(
     if tile.programs:
         programs = min(programs, tile.programs * processors(logits.device))
     with on_device(logits):
-        cross_entropy_rows_kernel[(programs,)](
+        run(
+            cross_entropy_rows_kernel, (programs,),
             logits, labels, statistics[0], statistics[1],
             logits.size(0), logits.stride(0), logits.size(1), terms.first_word, terms.ignore_index,
             terms.softcap, terms.z_loss,

@@ -21,7 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.device import on_device, processors
+from kernels.launch import run
 from kernels.norm.tiles import Tile, backward_tile, forward_tile
+from kernels.sizes import cdiv, padded
 
 
 @triton.jit
@@ -153,9 +155,10 @@ def forward(
     rstd = torch.empty(N, dtype=torch.float32, device=x.device)
     tile = tile or forward_tile(D, x.device)
     with on_device(x):
-        norm_forward_kernel[(triton.cdiv(N, tile.rows),)](
+        run(
+            norm_forward_kernel, (cdiv(N, tile.rows),),
             x, branch, weight, bias, y, stream, mean, rstd, N, D, eps,
-            CENTERS=centers, R=tile.rows, BLOCK=triton.next_power_of_2(D), num_warps=tile.warps,
+            CENTERS=centers, R=tile.rows, BLOCK=padded(D), num_warps=tile.warps,
         )  # fmt: skip
     return y, stream, mean, rstd
 
@@ -178,17 +181,18 @@ def backward(
     """
     N, D = dy.shape
     tile = tile or backward_tile(D, dy.device, bias is not None)
-    programs = min(tile.programs * processors(dy.device), triton.cdiv(N, tile.rows))
+    programs = min(tile.programs * processors(dy.device), cdiv(N, tile.rows))
     dx = torch.empty_like(stream)
     y = torch.empty_like(stream) if again else stream.new_empty(0)
     kinds = 1 + (bias is not None) + sums
     parts = torch.empty((programs, kinds, D), dtype=torch.float32, device=dy.device)
     total = torch.empty((kinds, D), dtype=weight.dtype, device=dy.device)
     with on_device(dy):
-        norm_backward_kernel[(programs,)](
+        run(
+            norm_backward_kernel, (programs,),
             dy, ds, stream, weight, bias, mean, rstd, dx, y if again else None, parts, N, D,
             CENTERS=centers, SUMS=sums, KINDS=kinds, R=tile.rows,
-            BLOCK=triton.next_power_of_2(D), STAGES=tile.stages, num_warps=tile.warps,
+            BLOCK=padded(D), STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
     add_up(parts.view(programs, -1), total.view(-1))
     return dx, total, y
@@ -199,6 +203,7 @@ def add_up(sums: Tensor, total: Tensor) -> None:
     programs, width = sums.shape
     rows, columns = (16, 16) if sums.device.type == "cpu" else (64, 32)
     with on_device(sums):
-        add_up_kernel[(triton.cdiv(width, columns),)](
-            sums, total, programs, width, ROWS=rows, COLUMNS=columns, num_warps=4
-        )
+        run(
+            add_up_kernel, (cdiv(width, columns),),
+            sums, total, programs, width, ROWS=rows, COLUMNS=columns, num_warps=4,
+        )  # fmt: skip

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.norm.reference import add_norm_reference
 from kernels.norm.tiles import LONGEST
+from kernels.operation import operation, register_fake
 
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -93,7 +94,7 @@ class _AddNorm(torch.autograd.Function):
 # through activation checkpointing.
 
 
-@torch.library.custom_op("flashtrain_norm::forward", mutates_args=())
+@operation("flashtrain_norm::forward")
 def forward(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centers: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -102,7 +103,7 @@ def forward(
     return _kernels().forward(x.contiguous(), branch, weight.contiguous(), bias, eps, centers)
 
 
-@forward.register_fake
+@register_fake(forward)
 def _(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centers: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -112,7 +113,7 @@ def _(
     return x.new_empty(x.shape), stream, mean, x.new_empty(N, dtype=torch.float32)
 
 
-@torch.library.custom_op("flashtrain_norm::backward", mutates_args=())
+@operation("flashtrain_norm::backward")
 def backward(
     dy: Tensor, ds: Tensor | None, stream: Tensor, weight: Tensor, bias: Tensor | None,
     mean: Tensor, rstd: Tensor, centers: bool, again: bool, sums: bool,
@@ -127,7 +128,7 @@ def backward(
     )  # fmt: skip
 
 
-@backward.register_fake
+@register_fake(backward)
 def _(
     dy: Tensor, ds: Tensor | None, stream: Tensor, weight: Tensor, bias: Tensor | None,
     mean: Tensor, rstd: Tensor, centers: bool, again: bool, sums: bool,

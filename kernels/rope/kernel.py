@@ -16,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.device import on_device
+from kernels.launch import run
 from kernels.rope.tiles import Tile, tile_for
+from kernels.sizes import cdiv, padded
 
 
 @triton.jit
@@ -66,11 +68,12 @@ def rotate(
         return
     table = table.contiguous()
     tile = tile or tile_for(heads, half, x.device)
-    grid = (triton.cdiv(B * T, tile.tokens), triton.cdiv(heads, tile.heads))
+    grid = (cdiv(B * T, tile.tokens), cdiv(heads, tile.heads))
     with on_device(x):
-        rotate_kernel[grid](
+        run(
+            rotate_kernel, grid,
             x, y, table, B * T, T, heads, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
             T if table.dim() == 3 else 0, X_HEAD=x.stride(2), Y_HEAD=y.stride(2), HALF=half,
             BACK=back, TOKENS=tile.tokens, HEADS=tile.heads,
-            PAIRS=triton.next_power_of_2(half), num_warps=tile.warps,
+            PAIRS=padded(half), num_warps=tile.warps,
         )  # fmt: skip

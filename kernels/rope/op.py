@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.operation import operation, register_fake
 from kernels.rope.reference import rotate, turned_back
 
 BACKENDS = ("auto", "triton", "torch")
@@ -17,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A namespace of their own: what attention registers is kept through activation checkpointing.
 
 
-@torch.library.custom_op("flashtrain_rope::rotate_heads_", mutates_args=("x",))
+@operation("flashtrain_rope::rotate_heads_", mutates_args=("x",))
 def rotate_heads_(
     x: Tensor, table: Tensor, heads: int, back: bool = False, backend: str = "auto"
 ) -> None:
@@ -39,7 +40,7 @@ def rotate_heads_(
         x[:, :, :heads] = rotate(x[:, :, :heads], turned_back(table) if back else table)
 
 
-@torch.library.custom_op("flashtrain_rope::rotate_heads", mutates_args=())
+@operation("flashtrain_rope::rotate_heads")
 def rotate_heads(x: Tensor, table: Tensor, heads: int, backend: str = "auto") -> Tensor:
     """x with its first `heads` heads turned, contiguous. Arguments as for `rotate_heads_`."""
     check_table(table, x)
@@ -54,12 +55,12 @@ def rotate_heads(x: Tensor, table: Tensor, heads: int, backend: str = "auto") ->
     return y
 
 
-@rotate_heads_.register_fake
+@register_fake(rotate_heads_)
 def _(x: Tensor, table: Tensor, heads: int, back: bool = False, backend: str = "auto") -> None:
     return None
 
 
-@rotate_heads.register_fake
+@register_fake(rotate_heads)
 def _(x: Tensor, table: Tensor, heads: int, backend: str = "auto") -> Tensor:
     return x.new_empty(x.shape)
 

@@ -1,8 +1,11 @@
 """Tokens and heads of a program of the rotation; `scripts/bench_block.py --sweep` times others."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+
+from kernels.sizes import padded
 
 PAIRS = 2048  # of a program: 16 a thread, in two loads of 16 bytes each way
 
@@ -14,6 +17,7 @@ class Tile:
     warps: int
 
 
+@cache
 def tile_for(heads: int, half: int, device: torch.device) -> Tile:
     """heads, half: how many heads are turned, and how many pairs of dims of each."""
     if device.type == "cpu":
@@ -21,10 +25,5 @@ def tile_for(heads: int, half: int, device: torch.device) -> Tile:
     # up to 8 heads, which share a token's cos and sin; fewer where that leaves no lane idle
     shared = min(heads & -heads, 8)
     if shared < 4:
-        shared = min(_padded(heads), 8)
-    return Tile(max(PAIRS // (shared * _padded(half)), 1), shared, 4)
-
-
-def _padded(count: int) -> int:
-    """To a power of two, as the kernel does."""
-    return 1 << (count - 1).bit_length()
+        shared = min(padded(heads), 8)
+    return Tile(max(PAIRS // (shared * padded(half)), 1), shared, 4)

@@ -88,6 +88,12 @@ def check_operators() -> None:
     torch.library.opcheck(pipelined.gather_linear, gather, test_utils=checks)
     scatter = (leaf(2, 4, 6), leaf(10, 6).detach(), leaf(10, 6), axis.size, axis.name)
     torch.library.opcheck(pipelined.linear_scatter, scatter, test_utils=checks)
+    # whose gradients are ops, too
+    low, dtype = leaf(10, 6).detach(), torch.float32
+    back = (leaf(2, 8, 10).detach(), leaf(2, 4, 6).detach(), low, axis.size, axis.name, dtype)
+    torch.library.opcheck(pipelined._gather_linear_backward, back, test_utils=checks)
+    back = (leaf(2, 4, 10).detach(), leaf(2, 8, 6).detach(), low, axis.name, dtype)
+    torch.library.opcheck(pipelined._linear_scatter_backward, back, test_utils=checks)
 
 
 def test_a_weight_in_the_compute_dtype_is_kept_as_itself(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from flashtrain.config import ConfigError
-from flashtrain.model.shard import Piece, Shard, Span, boxes, shard_of
+from flashtrain.model.shard import Piece, Shard, Span, shard_of
 from flashtrain.model.word_vectors import (
     WordVectors,
     load_word_vectors,
@@ -123,7 +123,7 @@ def embedding(rows: int, *pieces: Piece) -> nn.Module:
 def started(model: nn.Module) -> Tensor:
     vectors = WordVectors(torch.from_numpy(ROWS), torch.tensor([0, 2, 4, 7]), 0.5)
     weight = model.get_parameter("embedding.weight")
-    start_from_word_vectors(weight, boxes(shard_of(weight)), vectors, init_std=0.02)
+    start_from_word_vectors(weight, shard_of(weight).boxes, vectors, init_std=0.02)
     return weight.detach()
 
 

@@ -22,7 +22,7 @@ from flashtrain.parallel.context import (
     ulysses_attention,
 )
 from flashtrain.parallel.mesh import SINGLE, Axis, build_mesh
-from flashtrain.parallel.ring import ring_attention
+from flashtrain.parallel.ring import ring_attention, ring_backward, ring_forward
 from kernels.attention import attention, document_bounds
 from kernels.attention.reference import attention_reference
 from tests.accuracy import assert_as_accurate
@@ -162,6 +162,22 @@ def check(
 
 def bounds_of(ids: Tensor | None) -> Tensor | None:
     return None if ids is None else document_bounds(ids)
+
+
+def test_operators_are_registered_right(tmp_path: Path) -> None:
+    run_ranks(check_operators, 2, tmp_path)
+
+
+def check_operators() -> None:
+    axis = build_mesh(1, context=2).context
+    q, k, v = (torch.randn(B, 4, 2, D, requires_grad=True) for _ in "qkv")
+    ring = ("reference", axis.rank, axis.size, axis.name)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ring_forward, (q, k, v, *ring), test_utils=checks)
+    with torch.no_grad():
+        out, lse = ring_forward(q, k, v, *ring)
+        given = (x.detach() for x in (out, q, k, v, out, lse))
+        torch.library.opcheck(ring_backward, (*given, *ring), test_utils=checks)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from flashtrain.build import build_engine, build_model
 from flashtrain.compose import load
 from flashtrain.config import Config
 from flashtrain.data.loader import Batch
-from flashtrain.model.shard import boxes, shard_of
+from flashtrain.model.shard import shard_of
 from flashtrain.parallel.fsdp import give_back, held_parameters, shard_model
 from flashtrain.parallel.layers import PartialRows
 from flashtrain.parallel.mesh import SINGLE, Mesh, build_mesh
@@ -55,7 +55,7 @@ def check_parts(made: Config) -> None:
     for name, part in held.items():
         counted = torch.zeros(dense[name].shape)
         assert not isinstance(part, DTensor)
-        for box in boxes(shard_of(part)):
+        for box in shard_of(part).boxes:
             place = tuple(slice(a, a + n) for a, n in zip(box.start, box.shape, strict=True))
             assert torch.equal(box.view(part.detach()), dense[name].detach()[place]), name
             counted[place] += box.owned

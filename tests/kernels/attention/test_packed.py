@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention import attention, attention_packed
+from kernels.attention.packed import _backward as packed_backward
+from kernels.attention.registration import N_TENSORS, attention_forward
 from kernels.rope import rotate
 from tests.kernels.interpreter import Platform
 
@@ -158,6 +160,16 @@ def test_compiled_it_overwrites_nothing_that_is_read_again(platform: Platform) -
         torch.testing.assert_close(mine, other, rtol=0, atol=bound * float(other.abs().max()))
     with pytest.raises(Exception, match="modified by an inplace operation"):
         both(qkv, torch.compile(kept, fullgraph=True), in_place=True)
+
+
+def test_library_checks_pass(platform: Platform) -> None:
+    qkv, _ = inputs("causal", platform.device)
+    table, q_k_v = table_for(qkv, packs=False), qkv.split([4, 2, 2], dim=2)
+    options = (*(None,) * N_TENSORS, 0.125, -1, 0, 0.0, 0.0, False, "triton")
+    out, lse = attention_forward(*q_k_v, *options)
+    for rotation in (None, table):
+        given = (torch.randn_like(out), qkv, 4, rotation, out, lse, *options)
+        torch.library.opcheck(packed_backward, given)
 
 
 def test_a_rotation_must_fit() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.embedding import embedding
+from kernels.embedding import embedding, op
 from tests.accuracy import assert_as_accurate
 from tests.kernels.interpreter import Platform
 
@@ -103,6 +103,14 @@ def test_compiled_without_a_break(device: str) -> None:
     tokens, weight = torch.randint(20, (40,), device=device), torch.randn(20, 24, device=device)
     compiled = torch.compile(lambda t, w: embedding(t, w, torch.float32), fullgraph=True)
     assert torch.equal(compiled(tokens, weight), F.embedding(tokens, weight))
+
+
+def test_library_checks_pass(platform: Platform) -> None:
+    tokens = torch.randint(20, (12,), device=platform.device)
+    weight = torch.randn(20, 8, device=platform.device)
+    torch.library.opcheck(op._gather, (tokens, weight, platform.dtype))
+    dy = torch.randn(12, 8, device=platform.device, dtype=platform.dtype)
+    torch.library.opcheck(op._gradient, (tokens, dy, 20, torch.float32))
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -19,6 +19,7 @@ from kernels.fp8_cast import (
     cast_columnwise,
     cast_rowwise,
     cast_tensorwise,
+    op,
 )
 from kernels.fp8_cast.reference import FLOOR
 from tests.kernels.interpreter import Platform
@@ -193,6 +194,16 @@ def test_the_largest_number_is_reached_not_passed() -> None:
             made = cast_tensorwise(x, absolute_maximum(x), dtype)
             assert made.rows is not None
             assert made.rows.float().item() == torch.finfo(dtype).max
+
+
+def test_library_checks_pass(platform: Platform) -> None:
+    x = numbers((16, 32), platform, E4M3)
+    torch.library.opcheck(op._maximum, (x,))
+    maximum = absolute_maximum(x, "torch")
+    for layouts in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(op._tensorwise, (x, maximum, E4M3, *layouts))
+    for cast in (op._rowwise, op._columnwise):
+        torch.library.opcheck(cast, (x, E4M3))
 
 
 REFUSED: dict[str, tuple[Any, str]] = {

@@ -262,6 +262,27 @@ def test_what_a_gpu_takes_is_traced_without_a_break(kind: str) -> None:
             assert (made.shape, made.dtype) == (plain.shape, plain.dtype)
 
 
+def test_library_checks_pass(place: Place) -> None:
+    def made(*shape: int) -> Tensor:
+        return torch.randn(shape, device=place.device, dtype=place.dtype)
+
+    x, weight, bias, dy = made(16, 8), made(24, 8), made(24), made(16, 24)
+    check = torch.library.opcheck
+    check(products.gelu_product, (x, weight, bias, place.backend))
+    for b in (bias, None):
+        check(products.add_product, (x, weight, b, dy, place.backend))
+    check(products.weight_gradient, (dy, x, torch.float32, place.backend))
+    if place.backend == "torch":  # the rest is kernels
+        return
+    check(products.column_sums, (dy, torch.float32))
+    z, other = made(16, 8), torch.bfloat16 if place.dtype == torch.float32 else torch.float32
+    for b in (bias, None):
+        check(products.cast, (weight, b, other, False))
+    for wished in ((True, True), (False, False)):
+        check(products.gelu_gradient, (dy, weight, z, *wished))
+        check(products.swiglu_gradient, (dy, made(16, 48), *wished))
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "backend": (
         {"backend": "cutlass"},

@@ -166,6 +166,19 @@ def test_gradients_do_not_vary() -> None:
             assert torch.equal(a, b)
 
 
+def test_library_checks_pass(platform: Platform) -> None:
+    for kind in ("layernorm", "rmsnorm"):
+        x, branch, weight, bias = inputs((3, 8), kind, True, torch.float32, platform)
+        assert x is not None
+        centers = bias is not None
+        torch.library.opcheck(op.forward, (x, branch, weight, bias, EPS, centers))
+        torch.library.opcheck(op.forward, (x, None, weight, None, EPS, centers))
+        _, stream, mean, rstd = op.forward(x, branch, weight, bias, EPS, centers)
+        given = (x, branch, stream, weight, bias, mean, rstd, centers)
+        torch.library.opcheck(op.backward, (*given, False, False))
+        torch.library.opcheck(op.backward, (*given, True, True))
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "backend": ({"backend": "cuda"}, "backend='cuda' is not one of"),
     "branch": ({"branch": torch.zeros(2, 7)}, r"branch is torch.float32 \[2, 7\] and x"),
