@@ -28,11 +28,11 @@ from flashtrain.layout import head_groups
 from flashtrain.parallel.chunks import cut_parts, join_parts, own_chunks
 from flashtrain.parallel.collectives import finish_all, start_gathers, start_scatters
 from kernels.attention import attention, attention_block_backward
+from kernels.operation import operation, register_fake
 
 
-@torch.library.custom_op(
+@operation(
     "flashtrain::gather_attention_forward",
-    mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes, Tensor? documents, str backend,"
     " int rank, int size, str name) -> (Tensor, Tensor)",
 )
@@ -61,9 +61,8 @@ def gather_forward(
     return out, lse
 
 
-@torch.library.custom_op(
+@operation(
     "flashtrain::gather_attention_backward",
-    mutates_args=(),
     schema="(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes, Tensor? documents,"
     " Tensor out, Tensor lse, str backend, int rank, int size, str name)"
     " -> (Tensor, Tensor, Tensor)",
@@ -206,12 +205,12 @@ def _results(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=wide)
 
 
-@gather_forward.register_fake
+@register_fake(gather_forward)
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _results(q)
 
 
-@gather_backward.register_fake
+@register_fake(gather_backward)
 def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -229,4 +228,4 @@ def _gradients(ctx: Any, d_out: Tensor, _d_lse: Tensor) -> tuple[Tensor | None, 
     return dq, dk, dv, None, None, None, None, None, None
 
 
-gather_forward.register_autograd(_gradients, setup_context=_save)
+torch.library.register_autograd(gather_forward, _gradients, setup_context=_save)
