@@ -319,8 +319,8 @@ class TrainerConfig:
     sample_tokens: int = 128
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     compile: bool | None = None  # torch.compile each block; null: on CUDA
-    # steps as CUDA graphs, which leave the host nothing to launch; auto: on one GPU and on tensor
-    # ranks, where they can be; on: with parallel.replicate, too
+    # steps as CUDA graphs, which leave the host nothing to launch; auto: on one GPU, and on
+    # tensor ranks or data ranks alone, where they can be; on: with both of them, too
     cuda_graph: CudaGraph = CudaGraph.auto
     recompute: Recompute = Recompute.none  # activation checkpointing
     # parts of its tokens that each MLP runs one after the other; its inside is recomputed part by

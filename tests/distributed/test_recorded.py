@@ -36,16 +36,17 @@ CHANGES = {
 }
 
 
-def test_auto_records_one_gpu_and_tensor_ranks() -> None:
+def test_auto_records_one_gpu_and_ranks_of_one_kind() -> None:
     gpu = torch.device("cuda", 0)
     assert uses_graphs(load(["model=gpt_tiny", "model.vocabulary=640", "data=random"]), gpu)
     assert not uses_graphs(load(CASE, 2), torch.device("cpu"))
-    for change in ([], ["parallel.overlap=off"], ["precision=fp8_tensorwise"], ["optimizer=muon"]):
+    data = ["parallel.tensor=1", "parallel.replicate=2"]
+    off, fp8, muon = "parallel.overlap=off", "precision=fp8_tensorwise", "optimizer=muon"
+    for change in ([], [off], [fp8], [muon], data):
         assert uses_graphs(load([*CASE, *change], 2), gpu), change
-    ranks = ["parallel.tensor=1", "parallel.replicate=2", "data.batch_size=8"]
-    for change in (["parallel.overlap=fused"], ranks):
-        assert not uses_graphs(load([*CASE, *change], 2), gpu), change
-        assert uses_graphs(load([*CASE, *change, "trainer.cuda_graph=on"], 2), gpu), change
+    for change, ranks in ((["parallel.overlap=fused"], 2), (["parallel.replicate=2"], 4)):
+        assert not uses_graphs(load([*CASE, *change], ranks), gpu), change
+        assert uses_graphs(load([*CASE, *change, "trainer.cuda_graph=on"], ranks), gpu), change
     assert not uses_graphs(load([*CASE, "parallel.shard=2"], 4), gpu)
     with pytest.raises(ConfigError, match="cuda_graph=on: of processes that talk"):
         uses_graphs(load([*CASE, "parallel.shard=2", "trainer.cuda_graph=on"], 4), gpu)
