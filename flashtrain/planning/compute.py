@@ -68,9 +68,7 @@ def block_work(config: Config, sizes: Sizes, gpu: Gpu) -> BlockWork:
     cast_bytes = sizes.fp8 * 6 * tokens * sum(out + into for out, into in shapes)
     attention = _attention(config, sizes, gpu)
     forward_bytes, backward_bytes = _block_bytes(config, sizes)
-    # fp32 weights are cast for the forward pass, bf16 gradients back to fp32 and added up
-    casts = 6 * sizes.block_matrices
-    grads = (6 if sizes.micro_batches == 1 else 14) * sizes.block_matrices
+    casts, grads = 6 * sizes.block_matrices, _gradient_bytes(config, sizes)
     bandwidth = STREAM * gpu.bandwidth
     both = 2 if config.precision.linear is LinearKind.fp8_tensorwise else 1  # rowwise: not dW
     forward = Work(
@@ -113,9 +111,10 @@ def ends_work(config: Config, sizes: Sizes, gpu: Gpu) -> Work:
 
 def optimizer_work(config: Config, sizes: Sizes, gpu: Gpu) -> Work:
     """Norm, clip and step over what this rank holds."""
-    # AdamW reads weight, gradient and moments and writes all but the gradient; norm 4, clip 8
+    # AdamW reads weight, gradient and moments and writes all but the gradient, which it clips on the
+    # way; their norm reads them once more
     update = 28 if config.optimizer.moments is Moments.fp32 else 20
-    traffic = (update + 4 + (8 if config.optimizer.clip_norm is not None else 0)) * sizes.held
+    traffic = (update + 4) * sizes.held
     products = 0.0
     if config.optimizer.name is OptimizerKind.muon:
         # flashtrain/optim/muon.py: 5 (4 r^2 c + 2 r^3) a matrix, shared by all its ranks
@@ -155,16 +154,30 @@ def _attention(config: Config, sizes: Sizes, gpu: Gpu) -> tuple[float, float]:
     return flops / forward, 2.5 * flops / backward
 
 
+def _gradient_bytes(config: Config, sizes: Sizes) -> float:
+    """Of one block's weights, in fp32 as their products give them; FSDP's come in bf16, with one
+    scale a row too, and are cast. Those of a further micro-batch are added up."""
+    small = sizes.shard > 1 or config.precision.linear is LinearKind.fp8_rowwise
+    return ((6 if small else 0) + (12 if sizes.micro_batches > 1 else 0)) * sizes.block_matrices
+
+
 def _block_bytes(config: Config, sizes: Sizes) -> tuple[float, float]:
     """Read and written by the kernels between products, forward and backward, compiled.
 
-    forward   norm 2 d, rotation 2 each, sum and norm 4 d, activation up + hidden, sum 3 d
-    backward  activation hidden + 2 up, norms 4 d each, rotation 2 each, q, k and v put together
+    Plain layers, whose products also add to the stream and apply GELU (kernels/linear):
+        forward   norms 2 d each, rotation 2 each, other activations up + hidden
+        backward  activation hidden + 2 up, norms 5 d each (made once more), rotation 2 each
+    Others:
+        forward   norm 2 d, rotation 2 each, sum and norm 4 d, activation up + hidden, sum 3 d
+        backward  activation hidden + 2 up, norms 4 d each, rotation 2 each
+    and where context ranks exchange them q, k and v are put together from their gradients.
     """
-    stream, touched = sizes.width / sizes.tensor, sum(rotated(config, sizes).values())
-    fused = sizes.q + 2 * sizes.kv
-    square = sizes.hidden if config.model.mlp is Mlp.relu2 else 0
-    forward = 9 * stream + 2 * touched + sizes.up + sizes.hidden + square
-    backward = 8 * stream + 2 * touched + 2 * fused + sizes.hidden + 2 * sizes.up
+    mlp, plain = config.model.mlp, is_plain(config, sizes)
+    stream, turned = sizes.width / sizes.tensor, 2 * sum(rotated(config, sizes).values())
+    fused = sizes.q + 2 * sizes.kv if sizes.context > 1 else 0
+    square = sizes.hidden if mlp is Mlp.relu2 else 0
+    active = 0 if plain and mlp is Mlp.gelu else sizes.up + sizes.hidden + square
+    forward = (4 if plain else 9) * stream + turned + active
+    backward = (10 if plain else 8) * stream + turned + 2 * fused + sizes.hidden + 2 * sizes.up
     both = sizes.tokens * sizes.itemsize
     return forward * both, backward * both

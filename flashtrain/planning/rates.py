@@ -1,7 +1,9 @@
 """How much of a GPU's stated speed the code gets: the few measured constants of the time model.
 
-Most were measured on H200s (2026-11-22, torch 2.11.0+cu130, triton 3.6.0) and are kept as shares of
-what gpus.py states, so that they carry over to other cards, where they are an extrapolation.
+Measured on H200s (2026-11-22 and 2026-11-27, torch 2.11.0+cu130, triton 3.6.0) and kept as shares
+of what gpus.py states, so that they carry over to other cards, where they are an extrapolation.
+*Fitted* ones are what the rows of tests/flashtrain/planning/measured.py that the host does not
+bound say together, by least squares of the logarithm, rounded.
 """
 
 import math
@@ -11,36 +13,36 @@ from flashtrain.planning.gpus import Gpu
 
 # Matrix products: smallest of their three sizes -> share of the peak. cuBLAS, bf16: 16384 x 2304 x
 # 768 at 625 TFLOP/s; mean of 16384 x {6144 x 2048, 2048 x 8192, 50304 x 2048} at 677, 707, 679;
-# 8192^3 at 792; of 989.4.
-PRODUCTS = {768: 0.632, 2048: 0.695, 8192: 0.800}
+# of 989.4. For 4096 fitted: a product of 8192^3 alone reaches 792, but not one in a step.
+PRODUCTS = {768: 0.632, 2048: 0.695, 4096: 0.70}
 
-# fp8 products run so many times as fast: 16384 x {6144 x 2048, 2048 x 8192} at 1,313 to 1,341
-# TFLOP/s beside 677 and 707 in bf16
-FP8 = 1.92
+# fp8 products run so many times as fast, fitted with their casts. 16384 x {6144 x 2048, 2048 x
+# 8192} alone are at 1,313 to 1,341 TFLOP/s beside 677 and 707 in bf16, 1.92 times that
+FP8 = 1.72
 
 # Attention, TFLOP/s forward and backward by head size and length, causal:
-# kernels/attention/README.md, second table (hopper, triton, and FA2, which `torch` runs); used as
+# kernels/attention/README.md, "Measured" (hopper, triton, and FA2, which `torch` runs); used as
 # shares of 989.4.
 ATTENTION = {
     "hopper": {
-        64: {1024: (311, 306), 4096: (443, 448), 16384: (504, 500)},
-        128: {1024: (437, 340), 4096: (600, 472), 16384: (637, 535)},
+        64: {1024: (354, 313), 4096: (458, 464), 16384: (501, 537)},
+        128: {1024: (471, 353), 4096: (583, 514), 16384: (634, 584)},
     },
     "triton": {
-        64: {1024: (297, 249), 4096: (398, 339), 16384: (436, 363)},
-        128: {1024: (321, 275), 4096: (478, 377), 16384: (555, 427)},
+        64: {1024: (299, 225), 4096: (396, 325), 16384: (434, 361)},
+        128: {1024: (321, 277), 4096: (469, 375), 16384: (550, 434)},
     },
     "torch": {
-        64: {1024: (215, 184), 4096: (276, 247), 16384: (296, 275)},
-        128: {1024: (248, 208), 4096: (299, 274), 16384: (320, 307)},
+        64: {1024: (215, 185), 4096: (277, 247), 16384: (296, 274)},
+        128: {1024: (246, 205), 4096: (300, 274), 16384: (315, 316)},
     },
 }
 MEASURED_PEAK = 989.4  # TFLOP/s of the card of the two tables above
 
-# Memory-bound kernels: share of the stated bandwidth. A copy reaches 4,267 of 4,800 GB/s; compiled
-# norms, rotations, activations and the optimizer less, so that the three one-GPU rows of README.md
-# (gpt2_124m, gpt2_350m, gpt_1.3b) come out.
-STREAM = 0.73
+# Memory-bound kernels: share of the stated bandwidth. A copy reaches 4,267 of 4,800 GB/s; norms,
+# rotations, activations and casts of gpt_1.3b 3,717 together, the optimizer 4,087
+# (scripts/profile_step.py, 2026-11-27).
+STREAM = 0.77
 # the row kernel of linear_cross_entropy: 2,578 of 4,800 GB/s (its README)
 ROWS = 0.54
 
@@ -56,21 +58,23 @@ HOP = 3.4e-6
 HOST_HOP = 14e-6
 
 # Communication beside computation slows it by this share of its own time: NCCL's kernels take
-# multiprocessors and memory bandwidth. From gpt_1.3b on two H200, parallel=data (README.md): its
-# step is 29 ms longer than one GPU's, of which 8 ms attention=triton, and its sums take 19 ms.
-INTERFERENCE = 0.5
+# multiprocessors and memory bandwidth. Fitted, mostly to llama_8b with FSDP.
+INTERFERENCE = 0.8
 
-# A gather or scatter beside its own product, part by part: of its time this share is hidden. Mean
-# of four shapes with PyTorch's symmetric-memory operators on two H200: 60, 47, 19 and 83 %.
-HIDDEN = 0.5
+# A gather or scatter beside its own product, part by part: of its time this share is hidden.
+# Fitted; PyTorch's symmetric-memory operators alone hid 60, 47, 19 and 83 % of four shapes.
+HIDDEN = 0.4
 
-# Seconds of the host for one block and micro-batch of tensor ranks, forward and backward: their
-# steps are launched kernel by kernel, and at small widths the GPU waits for that. gpt_1.3b on H200
-# (2026-11-27): 149.9 ms a step of 24 blocks on 4 ranks without overlap; with it 175.2 on 2, since
-# every transfer is cut into pieces, one a rank. From 2 to 4 ranks it was 2.9 ms a block more when
-# the host took longer for all of it. Other hosts are faster or slower.
-LAUNCH = 6.2e-3
-LAUNCH_OVERLAP, LAUNCH_PIECE = 4.5e-3, 1.4e-3  # and this for each rank
+# Seconds of the host for one block and micro-batch, forward and backward, of a step that is not a
+# CUDA graph: what launching its kernels takes; where that is longer than running them the GPU
+# waits. On the hosts of H200s of 2026-11-27, others are faster or slower: gpt_1.3b on 4 tensor
+# ranks 103 ms a step of 24 blocks, gpt2_124m on one GPU 58 ms of 12.
+LAUNCH = 4.4e-3
+# And more of it: FSDP's hooks (fsdp x tensor 2 212 ms; with fp8 and no tensor ranks fsdp takes 217,
+# which leaves nothing for fp8), DDP's (gpt2_124m 72 ms), fp8 layers of tensor ranks (177 ms on 2
+# and on 4), and for each rank that transfers are cut into pieces to run beside products (from 2 to
+# 4 ranks 2.9 ms a block, when blocks still ran as two parts)
+LAUNCH_FSDP, LAUNCH_DDP, LAUNCH_FP8, LAUNCH_PIECE = 4.4e-3, 1.4e-3, 3.0e-3, 1.4e-3
 
 
 def product_share(*sizes: int) -> float:

@@ -12,7 +12,7 @@ A step is a sum of what runs on the GPU and of the communication that nothing hi
     replicate  sums of gradients beside the last backward; in the open: the embedding's, which is
                ready last, and what is longer than that backward
     pipeline   (p - 1) / (m + p - 1) of the steps of a pipeline with m micro-batches are waits
-    host       of tensor ranks: what launching all that takes longer than running it
+    host       where a step is no CUDA graph: what launching all that takes longer than running it
 
 What is hidden still costs INTERFERENCE of its time (rates.py).
 """
@@ -20,7 +20,7 @@ What is hidden still costs INTERFERENCE of its time (rates.py).
 import dataclasses
 from dataclasses import dataclass
 
-from flashtrain.config import Config, ContextKind, PipelineSchedule, Recompute
+from flashtrain.config import Config, ContextKind, LinearKind, PipelineSchedule, Recompute
 from flashtrain.layout import head_groups, records
 from flashtrain.planning.collectives import Group
 from flashtrain.planning.compute import BlockWork, block_work, ends_work, optimizer_work
@@ -29,7 +29,9 @@ from flashtrain.planning.rates import (
     HIDDEN,
     INTERFERENCE,
     LAUNCH,
-    LAUNCH_OVERLAP,
+    LAUNCH_DDP,
+    LAUNCH_FP8,
+    LAUNCH_FSDP,
     LAUNCH_PIECE,
 )
 from flashtrain.planning.sizes import Sizes, sizes_of
@@ -93,8 +95,8 @@ def predict_step(config: Config, cluster: Cluster) -> Step:
     replicate = _replicate(config, sizes, axes.replicate, passes)
     optimizer = optimizer_work(config, sizes, cluster.gpu).total
     optimizer += _small_sums(axes)
-    pipeline = _pipeline(config, sizes, axes.pipeline, passes)
-    busy = m * passes + shard + replicate + optimizer
+    host = max(0.0, _launches(config, sizes) - (m * passes + shard + replicate + optimizer))
+    pipeline = _pipeline(config, sizes, axes.pipeline, passes + host / m)
     return Step(
         products=m * work.products,
         attention=m * work.attention,
@@ -106,7 +108,7 @@ def predict_step(config: Config, cluster: Cluster) -> Step:
         shard=shard,
         replicate=replicate,
         pipeline=pipeline,
-        host=max(0.0, _launches(config, sizes) - busy),
+        host=host,
     )
 
 
@@ -231,10 +233,18 @@ def _pipeline(config: Config, sizes: Sizes, group: Group, passes: float) -> floa
 
 
 def _launches(config: Config, sizes: Sizes) -> float:
-    """Of a whole step; without tensor ranks steps are recorded or compiled into few launches."""
-    if sizes.tensor == 1 or records(config):
+    """Of a whole step, launched kernel by kernel."""
+    if records(config):
         return 0.0
-    block = LAUNCH_OVERLAP + LAUNCH_PIECE * sizes.tensor if sizes.overlap else LAUNCH
+    block = LAUNCH
+    if sizes.shard > 1:
+        block += LAUNCH_FSDP
+    elif sizes.replicate > 1:
+        block += LAUNCH_DDP
+    if sizes.tensor > 1 and config.precision.linear is not LinearKind.compute:
+        block += LAUNCH_FP8
+    if sizes.overlap:
+        block += LAUNCH_PIECE * sizes.tensor
     return sizes.micro_batches * sizes.layers * block
 
 

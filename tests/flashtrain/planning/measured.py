@@ -1,69 +1,85 @@
-"""What was measured on H200s (README.md, "Measured"): cases of scripts/bench_train.py."""
+"""What was measured on H200s: cases of scripts/bench_train.py and scripts/bench_scaling.py.
+
+2026-11-27, one host of four, driver 580.159, torch 2.11.0+cu130, triton 3.6.0, random tokens. auto
+records steps as CUDA graphs that ran kernel by kernel then: those say trainer.cuda_graph=off.
+"""
 
 from flashtrain.compose import load
 from flashtrain.config import Config
 
-# case, GPUs, tokens/s of all of them, peak GB
-ONE_GPU = [
-    ("experiment=gpt2_124m data.sequence_length=1024 data.batch_size=32 "
-     "data.micro_batch_size=32", 1, 593_217, 11.06),
-    ("experiment=gpt2_350m data.sequence_length=1024 data.batch_size=16 "
-     "data.micro_batch_size=16", 1, 212_481, 16.92),
-    ("experiment=gpt_1.3b data.sequence_length=2048 data.batch_size=8 "
-     "data.micro_batch_size=8", 1, 65_369, 41.9),
-]  # fmt: skip
-# before the loss was fused, transfers were hidden and attention ran on hopper
-TWO_GPUS = [
-    ("experiment=gpt_1.3b data.sequence_length=2048 data.batch_size=8 data.micro_batch_size=8 "
-     "parallel=tensor2 parallel.overlap=off attention=triton loss.fused=false", 2, 93_782, 26.4),
-    ("experiment=gpt_1.3b data.sequence_length=2048 data.batch_size=16 data.micro_batch_size=8 "
-     "parallel=data attention=triton loss.fused=false", 2, 111_167, 60.0),
-]  # fmt: skip
-# Four H200 of one host, while norms were kept for backward (scripts/scaling/README.md). rates.py is
-# fitted to gpt_1.3b on tensor 4 without overlap, and on tensor 2 with it and without graphs. Left
-# out are gpt_1.3b on fsdp x tensor 2, which the time model misses by +36 %, fp8 on several GPUs, by
-# +13 to +30 %, and small widths with overlap and without graphs, which the host is faster at now.
+OFF = "trainer.cuda_graph=off"
+FP8 = "precision=fp8_tensorwise"
+SMALL = "experiment=gpt2_124m data.sequence_length=1024 data.micro_batch_size=32"
+MEDIUM = "experiment=gpt2_350m data.sequence_length=1024 data.micro_batch_size=16"
+GPT = "experiment=gpt_1.3b data.sequence_length=2048 data.micro_batch_size=8"
+SWIGLU = f"{GPT} model.norm=rmsnorm model.mlp=swiglu model.d_ff=5632 model.tied_head=false"
 WIDE = (
     "experiment=gpt_1.3b model.norm=rmsnorm model.mlp=swiglu model.d_ff=11008 "
     "model.tied_head=false model.n_layers=8 model.d_model=4096 model.n_heads=32 "
     "data.sequence_length=8192 data.batch_size=2 data.micro_batch_size=2"
 )
-GPT = "experiment=gpt_1.3b data.sequence_length=2048 data.micro_batch_size=8"
-SWIGLU = "model.norm=rmsnorm model.mlp=swiglu model.d_ff=5632 model.tied_head=false"
 LLAMA = "experiment=llama_8b data.sequence_length=8192"
-FOUR_GPUS = [
-    (f"{WIDE} parallel=tensor2 parallel.overlap=on", 2, 81_965, 23.64),
-    (f"{WIDE} parallel=tensor4 parallel.overlap=on", 4, 140_033, 12.01),
-    (f"{GPT} data.batch_size=8 parallel=tensor2 parallel.overlap=off", 2, 103_392, 24.27),
-    (f"{GPT} data.batch_size=8 parallel=tensor4 parallel.overlap=off", 4, 109_289, 13.85),
-    (f"{GPT} data.batch_size=32 parallel=fsdp", 4, 239_312, 30.83),
-    (f"{GPT} data.batch_size=64 parallel=data parallel.pipeline=2 parallel.tensor=2 "
-     "parallel.overlap=on", 4, 157_428, 21.67),
-    (f"{LLAMA} data.batch_size=4 data.micro_batch_size=1 parallel=fsdp", 4, 37_140, 65.05),
-    (f"{LLAMA} data.batch_size=4 data.micro_batch_size=1 parallel=fsdp "
-     "trainer.recompute=selective", 4, 36_025, 51.09),
-    (f"{LLAMA} data.batch_size=2 data.micro_batch_size=2 parallel=tensor4", 4, 35_109, 47.19),
-    (f"{LLAMA} data.batch_size=2 data.micro_batch_size=1 parallel=fsdp parallel.tensor=2", 4,
-     34_190, 44.65),
-    (f"{LLAMA} data.batch_size=8 data.micro_batch_size=1 parallel=data parallel.pipeline=2 "
-     "parallel.tensor=2", 4, 34_680, 61.11),
+LAYERS8 = f"{LLAMA} model.n_layers=8 data.micro_batch_size=2 data.batch_size=2"
+LIGHT = f"{LLAMA} data.batch_size=4 data.micro_batch_size=2 parallel=fsdp trainer.recompute=light"
+
+# case, GPUs, tokens/s of all of them, peak GB (None: not noted); medians of 8 to 20 steps
+MEASURED: list[tuple[str, int, int, float | None]] = [
+    # the race of one GPU (README.md)
+    (f"{SMALL} data.batch_size=32", 1, 605_440, 11.06),
+    (f"{MEDIUM} data.batch_size=16", 1, 215_949, 16.92),
+    (f"{GPT} data.batch_size=8", 1, 66_719, 41.9),
+    (f"{GPT} data.batch_size=8 {FP8}", 1, 81_185, 41.06),
+    (f"{GPT} data.batch_size=8 {FP8} precision.fast_backward=true", 1, 83_665, None),
+    (f"{GPT} data.batch_size=8 precision=fp8_rowwise", 1, 73_967, 45.09),
+    # and its first step by step: 58 ms, which the host took
+    (f"{SMALL} data.batch_size=32 {OFF}", 1, 564_966, None),
+    # GPT-3 XL's shape
+    (f"{GPT} data.batch_size=8 parallel=tensor2", 2, 120_843, 22.69),
+    (f"{GPT} data.batch_size=8 parallel=tensor4", 4, 163_225, 11.47),
+    (f"{GPT} data.batch_size=8 parallel=tensor4 parallel.overlap=off {OFF}", 4, 158_588, 13.92),
+    (f"{GPT} data.batch_size=8 parallel=tensor2 {FP8} {OFF}", 2, 92_546, 21.52),
+    (f"{GPT} data.batch_size=8 parallel=tensor4 {FP8} {OFF}", 4, 92_606, 11.75),
+    (f"{GPT} data.batch_size=16 parallel=fsdp", 2, 124_931, 31.54),
+    (f"{GPT} data.batch_size=32 parallel=fsdp", 4, 252_288, 27.68),
+    (f"{GPT} data.batch_size=32 parallel=fsdp {FP8}", 4, 302_455, 26.88),
+    (f"{GPT} data.batch_size=16 parallel=fsdp parallel.tensor=2", 4, 154_398, 19.2),
+    (f"{GPT} data.batch_size=64 parallel=data parallel.pipeline=2 parallel.tensor=2", 4, 192_896,
+     23.43),
+    # a Llama as wide and deep
+    (f"{SWIGLU} data.batch_size=8", 1, 64_626, 43.85),
+    (f"{SWIGLU} data.batch_size=8 parallel=tensor2", 2, 116_128, 23.75),
+    (f"{SWIGLU} data.batch_size=16 parallel=fsdp", 2, 119_177, 32.76),
+    (f"{SWIGLU} data.batch_size=16 parallel=zero1", 2, 122_039, 35.38),
+    (f"{SWIGLU} data.batch_size=16 parallel=fsdp parallel.zero=2", 2, 122_164, 35.38),
+    # layers twice as wide
+    (f"{WIDE} parallel=data", 1, 46_205, 44.71),
+    (f"{WIDE} parallel=tensor2", 2, 86_266, 23.71),
+    (f"{WIDE} parallel=tensor4", 4, 158_735, 12.08),
+    # Llama 3.1 8B: eight of its layers, and all
+    (f"{LAYERS8} parallel=data", 1, 37_795, 57.35),
+    (f"{LAYERS8} parallel=tensor2", 2, 71_926, 30.0),
+    (f"{LAYERS8} parallel=tensor4", 4, 128_488, 15.23),
+    (f"{LAYERS8} parallel=tensor4 parallel.overlap=off {OFF}", 4, 121_302, 16.84),
+    (f"{LLAMA} data.batch_size=4 parallel=fsdp", 4, 39_553, 60.82),
+    (f"{LLAMA} data.batch_size=4 parallel=fsdp {FP8}", 4, 51_146, 60.29),
+    (f"{LLAMA} data.batch_size=4 parallel=fsdp trainer.recompute=selective", 4, 38_255, 51.16),
+    (f"{LLAMA} data.batch_size=4 parallel=fsdp trainer.recompute=full", 4, 33_015, 36.94),
+    (f"{LIGHT}", 2, 21_077, 102.71),
+    (f"{LIGHT} {FP8}", 2, 28_664, 116.22),
+    (f"{LIGHT} {FP8} precision.fast_backward=true", 2, 29_153, 116.15),
+    (f"{LLAMA} data.batch_size=2 data.micro_batch_size=2 parallel=tensor4", 4, 37_731, 47.26),
+    (f"{LLAMA} data.batch_size=2 data.micro_batch_size=2 parallel=tensor4 {FP8} {OFF}", 4, 44_595,
+     48.06),
+    (f"{LLAMA} data.batch_size=2 parallel=fsdp parallel.tensor=2", 4, 35_413, 46.86),
+    (f"{LLAMA} data.batch_size=8 parallel=data parallel.pipeline=2 parallel.tensor=2", 4, 35_341,
+     63.51),
+    # GPT-2
+    (f"{SMALL} data.batch_size=64 parallel=data", 2, 907_802, 12.1),
+    # earlier that day: weight gradients came out of their products in bf16, the embedding of tensor
+    # ranks had no kernel of its own
+    (f"{MEDIUM} data.batch_size=16 parallel=tensor2", 2, 294_264, 9.42),
+    (f"{SMALL} data.batch_size=32 parallel=tensor2", 2, 815_950, 6.31),
 ]  # fmt: skip
-# two H200, norm, product and stream one operation, steps of tensor ranks CUDA graphs
-SMALL = "data.sequence_length=1024 parallel=tensor2"
-LATEST = [
-    (f"{GPT} {SWIGLU} data.batch_size=16 parallel=fsdp", 2, 115_965, 32.83),
-    (f"{GPT} data.batch_size=8 parallel=tensor2", 2, 116_854, 22.73),
-    (f"{GPT} data.batch_size=8 parallel=tensor2 parallel.overlap=on trainer.cuda_graph=off", 2,
-     93_498, 22.73),
-    (f"{GPT} {SWIGLU} data.batch_size=8 parallel=tensor2", 2, 111_123, 23.71),
-    (f"{WIDE} parallel=tensor2", 2, 85_038, 23.71),
-    (f"experiment=gpt2_350m data.batch_size=16 data.micro_batch_size=16 {SMALL}", 2, 294_264,
-     9.42),
-    (f"experiment=gpt2_124m data.batch_size=32 data.micro_batch_size=32 {SMALL}", 2, 815_950,
-     6.31),
-]  # fmt: skip
-LATEST += ONE_GPU
-MEASURED = LATEST + FOUR_GPUS + TWO_GPUS
 
 
 def config_of(case: str, gpus: int = 1) -> Config:

@@ -15,7 +15,7 @@ from flashtrain.planning.activations import everything, kept
 from flashtrain.planning.memory import Memory, predict_memory
 from flashtrain.planning.sizes import sizes_of
 from kernels.linear import mlp, op, tiles
-from tests.flashtrain.planning.measured import LATEST, MEASURED, config_of
+from tests.flashtrain.planning.measured import MEASURED, config_of
 from tests.kernels.interpreter import interpreted
 
 LLAMA = "experiment=llama_8b data.batch_size=64 data.micro_batch_size=1"
@@ -26,13 +26,13 @@ TINY = (
 PARTITIONED = "aot_eager_decomp_partition"  # what torch.compile keeps, without generating code
 
 
-# the last case was measured before attention took one tensor of all heads
-@pytest.mark.parametrize(("case", "gpus", "_speed", "gigabytes"), MEASURED[:-1])
-def test_within_a_tenth_of_the_measured_peak(
-    case: str, gpus: int, _speed: int, gigabytes: float
-) -> None:
-    plain = None if (case, gpus, _speed, gigabytes) in LATEST else False
-    memory = predict_memory(config_of(case, gpus), plain=plain)
+@pytest.mark.parametrize(
+    ("case", "gpus", "gigabytes"),
+    [(case, gpus, peak) for case, gpus, _, peak in MEASURED if peak is not None],
+)
+def test_within_a_tenth_of_the_measured_peak(case: str, gpus: int, gigabytes: float) -> None:
+    """The farthest: FSDP with recompute=selective +7.8 %, tensor ranks of a pipeline -6.7 %."""
+    memory = predict_memory(config_of(case, gpus))
     assert memory.allocated / 1e9 == pytest.approx(gigabytes, rel=0.1)
 
 

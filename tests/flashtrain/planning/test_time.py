@@ -17,8 +17,10 @@ def step(overrides: str, gpus: int, cluster: Cluster = H100) -> Step:
 
 @pytest.mark.parametrize(("case", "gpus", "speed", "_gigabytes"), MEASURED)
 def test_within_15_percent_of_the_measured_speed(
-    case: str, gpus: int, speed: int, _gigabytes: float
+    case: str, gpus: int, speed: int, _gigabytes: float | None
 ) -> None:
+    """Most of them rates.py was fitted to; the farthest are gpt_1.3b on tensor 2, -8.9 %, and on
+    tensor 4, +6.2 %, and GPT-2 on one GPU step by step, +6.3 %."""
     config = config_of(case, gpus)
     assert tokens_per_second(config, predict_step(config, H200)) == pytest.approx(speed, rel=0.15)
 
@@ -73,22 +75,36 @@ def test_overlap_hides_transfers_of_tensor_ranks() -> None:
     assert on.products == off.products
 
 
-def test_small_layers_of_tensor_ranks_wait_for_the_host() -> None:
-    one_by_one = "parallel=tensor8 model.n_layers=4 trainer.cuda_graph=off"
-    small, large = (step(f"{one_by_one} data.sequence_length={T}", 8) for T in (512, 65536))
-    assert small.host > 0
-    assert step("parallel=tensor8 model.n_layers=4 data.sequence_length=512", 8).host == 0
-    assert small.bound == "host"
-    assert large.host == 0
-    assert step("parallel=fsdp", 8).host == 0
+def test_small_layers_that_are_not_recorded_wait_for_the_host() -> None:
+    """The more ways a block is shared in, the longer."""
+
+    def small(overrides: str, gpus: int, length: int = 512) -> Step:
+        sizes = f"data.sequence_length={length} data.batch_size=8 trainer.cuda_graph=off"
+        case = f"experiment=gpt2_124m {sizes} data.micro_batch_size={8 if gpus == 1 else 1}"
+        return predict_step(config_of(f"{case} {overrides}", gpus), H100)
+
+    one, many = small("parallel=data", 1), small("parallel=data", 8)
+    fsdp, tensor = small("parallel=fsdp", 8), small("parallel=tensor2 data.micro_batch_size=8", 2)
+    assert 0 < one.host < one.total < many.total < fsdp.total
+    assert one.bound == many.bound == fsdp.bound == tensor.bound == "host"
+    fp8 = small("parallel=tensor2 data.micro_batch_size=8 precision=fp8_tensorwise", 2)
+    assert tensor.total < fp8.total
+    assert small("parallel=fsdp", 8, length=65536).host == 0
+    assert small("parallel=data trainer.cuda_graph=auto", 1).host == 0
 
 
-def test_tensor_ranks_of_two_hosts_neither_hide_transfers_nor_are_recorded() -> None:
+def test_stages_of_a_pipeline_wait_for_a_slow_host_as_for_a_slow_gpu() -> None:
+    one = step("parallel=data parallel.pipeline=4 data.batch_size=16 data.sequence_length=512", 4)
+    assert one.host > 0
+    busy = one.total - one.pipeline
+    assert one.pipeline / (busy + one.pipeline) == pytest.approx(3 / (16 + 3), rel=0.05)
+
+
+def test_tensor_ranks_of_two_hosts_do_not_hide_transfers() -> None:
     case = "parallel=tensor8 model.n_layers=4 data.sequence_length=512"
     one, two = step(case, 8), step(case, 8, build_cluster("h100", node=4))
     plain = step(f"{case} parallel.overlap=off", 8, build_cluster("h100", node=4))
-    assert one.host == 0
-    assert two.host > 0
+    assert one.tensor < two.tensor
     assert two == plain
 
 
