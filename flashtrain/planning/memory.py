@@ -53,14 +53,14 @@ class Memory:
         )  # fmt: skip
 
 
-def predict_memory(config: Config, *, compiled: bool = True, plain: bool | None = None) -> Memory:
-    """Of the fullest rank; `config` is resolved. compiled, plain: as in activations.py. ValueError
-    for what is not predicted."""
+def predict_memory(config: Config, *, compiled: bool = True) -> Memory:
+    """Of the fullest rank; `config` is resolved. compiled: as in activations.py. ValueError for what
+    is not predicted."""
     sizes = sizes_of(config)
     weights, optimizer = 4 * sizes.held, moment_bytes(config, sizes)
     gradients = 4 * sizes.held
     lasting = _lasting_gradients(config, sizes)
-    block = kept(config, sizes, compiled=compiled, plain=plain)
+    block = kept(config, sizes, compiled=compiled)
     stream = _stream(sizes)
     # and the last norm's
     activations = in_flight(config, sizes) * sizes.layers * block + stream
