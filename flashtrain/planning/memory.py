@@ -54,8 +54,8 @@ class Memory:
 
 
 def predict_memory(config: Config, *, compiled: bool = True) -> Memory:
-    """Of the fullest rank; `config` is resolved. compiled: as in activations.py. ValueError for what
-    is not predicted."""
+    """Of the fullest rank; `config` is resolved. compiled: as in activations.py. ValueError for
+    what is not predicted."""
     sizes = sizes_of(config)
     weights, optimizer = 4 * sizes.held, moment_bytes(config, sizes)
     gradients = 4 * sizes.held
