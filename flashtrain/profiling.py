@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from flashtrain.config import Config, ConfigError, Moments, OptimizerKind, Recompute
+from flashtrain.config import (
+    Config,
+    ConfigError,
+    EngineKind,
+    Moments,
+    OptimizerKind,
+    Recompute,
+)
 from flashtrain.metrics import GIB
 from flashtrain.planning.memory import predict_memory
 from flashtrain.run import Run
@@ -23,6 +30,7 @@ log = logging.getLogger("flashtrain.profiling")
 
 ENTRIES = 200_000  # allocations that the history keeps, the newest
 ROWS = 25  # operations in the table
+CHUNKS = 8  # that a run out of memory is told to cut its MLPs into
 SNAPSHOT = "memory-rank{}.pickle"  # opens at https://docs.pytorch.org/memory_viz
 
 
@@ -151,6 +159,17 @@ def smaller(config: Config) -> list[tuple[str, Config]]:
             continue
         again = dataclasses.replace(trainer, recompute=kind)
         found.append((f"trainer.recompute={kind.name}", dataclasses.replace(config, trainer=again)))
+    if config.engine.name is EngineKind.native and parallel.pipeline == 1:
+        if trainer.mlp_chunks == 1 and trainer.recompute is not Recompute.selective:
+            parts = dataclasses.replace(trainer, mlp_chunks=CHUNKS)
+            found.append(
+                (f"trainer.mlp_chunks={CHUNKS}", dataclasses.replace(config, trainer=parts))
+            )
+        if trainer.recompute is Recompute.full and not trainer.offload_activations:
+            away = dataclasses.replace(trainer, offload_activations=True)
+            found.append(
+                ("trainer.offload_activations=true", dataclasses.replace(config, trainer=away))
+            )
     if parallel.shard == 1 and replicate > 1:
         cut = dataclasses.replace(parallel, shard=replicate, replicate=1)
         found.append(("parallel=fsdp", dataclasses.replace(config, parallel=cut)))

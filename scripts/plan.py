@@ -4,16 +4,21 @@
     python scripts/plan.py experiment=gpt_1.3b gpus=2 gpu=h200 parallel.tensor=2 --top 3
     python scripts/plan.py gpu=h100 --scaling scaling.png     # llama_8b and llama_70b to 4,096 GPUs
     python scripts/plan.py --measured bench_train.json        # predictions beside measured rows
+    python scripts/plan.py model=llama_8b gpus=2 gpu=h200 host=256 data.batch_size=1 \\
+        parallel.context=2 optimizer=adamw_bf16 trainer.recompute=full trainer.mlp_chunks=16 \\
+        trainer.offload_activations=true --longest            # the longest sequence that fits
 
 key=value is the configuration, as everywhere; what of `parallel`, data.micro_batch_size and
 trainer.recompute is named stays as it is, the rest is searched. model=NAME alone takes the batch,
 length and positions of configs/experiment/NAME.yaml. More keys: gpus=N (default 8), gpu=NAME
-(default h100), links=NAME or GB/s per GPU between hosts, node=N GPUs of a host (default 8).
+(default h100), links=NAME or GB/s per GPU between hosts, node=N GPUs of a host (default 8), host=GB
+of a host's memory, which bounds trainer.offload_activations (default: enough).
 
 "bound by" names what costs most beside the products and attention that the model itself asks for:
 hbm (norms, activations, casts and other kernels bound by memory bandwidth), recomputation,
-optimizer, host (launching kernels), or the communication and the waits of an axis: tensor, context,
-shard, replicate, pipeline. Figures are predictions; what they rest on: flashtrain/planning/rates.py
+optimizer, offload (to the host's memory), host (launching kernels), or the communication and the
+waits of an axis: tensor, context, shard, replicate, pipeline. Figures are predictions; what they
+rest on: flashtrain/planning/rates.py
 """
 
 import argparse
@@ -29,13 +34,20 @@ from flashtrain.compose import CONFIGS, load, read
 from flashtrain.config import Config, ConfigError, Recompute
 from flashtrain.model.gpt import n_parameters
 from flashtrain.planning.gpus import GPUS, NETWORKS, Cluster, build_cluster, one_host
-from flashtrain.planning.layouts import Degrees, Plan, layout_overrides, predict, search
-from flashtrain.planning.memory import USABLE, predict_memory
+from flashtrain.planning.layouts import (
+    Degrees,
+    Plan,
+    layout_overrides,
+    longest,
+    predict,
+    search,
+)
+from flashtrain.planning.memory import USABLE, host_bytes, predict_memory
 from flashtrain.planning.scaling import Curve, scaling
 
 GB = 1e9
 PRESETS = ("llama_8b", "llama_70b")
-OWN_KEYS = {"gpus": "8", "gpu": "h100", "links": "", "node": "8"}
+OWN_KEYS = {"gpus": "8", "gpu": "h100", "links": "", "node": "8", "host": "inf"}
 
 
 def split_keys(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -50,7 +62,15 @@ def split_keys(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     for key in ("gpus", "node"):
         if not own[key].isdigit() or int(own[key]) < 1:
             raise ConfigError(f"{key}={own[key]} must be a whole number, 1 or more")
+    if own["host"] != "inf" and not own["host"].isdigit():
+        raise ConfigError(f"host={own['host']} must be a whole number of GB")
     return own, overrides
+
+
+def cluster_of(own: dict[str, str]) -> Cluster:
+    return build_cluster(
+        own["gpu"], own["links"] or None, int(own["node"]), GB * float(own["host"])
+    )
 
 
 def complete(overrides: list[str]) -> list[str]:
@@ -119,8 +139,14 @@ def print_parts(plan: Plan) -> None:
     kinds = []
     for kind in Recompute:
         trainer = dataclasses.replace(plan.config.trainer, recompute=kind)
+        if kind is not Recompute.full:  # which alone may be offloaded
+            trainer.offload_activations = False
+        if kind is Recompute.selective:  # which takes MLPs as a whole
+            trainer.mlp_chunks = 1
         other = predict_memory(dataclasses.replace(plan.config, trainer=trainer))
         kinds.append(f"{kind.name} {other.activations / GB:.1f}")
+    if pinned := host_bytes(plan.config):
+        print(f"       on the host, pinned, of each rank: {pinned / GB:.1f}")
     print(f"       activations by trainer.recompute: {', '.join(kinds)}")
     print(f"  ms   {step}")
 
@@ -131,13 +157,14 @@ def as_row(plan: Plan) -> dict[str, Any]:
         "gpus": plan.gpus,
         "tokens/s": round(plan.tokens_per_second),
         "memory": {name: round(part) for name, part in vars(plan.memory).items()},
+        "host memory": round(host_bytes(plan.config)),
         "seconds": vars(plan.step),
         "bound": plan.step.bound,
     }
 
 
 def plan_layouts(own: dict[str, str], overrides: list[str], options: argparse.Namespace) -> int:
-    cluster = build_cluster(own["gpu"], own["links"] or None, int(own["node"]))
+    cluster = cluster_of(own)
     gpus = int(own["gpus"])
     config = read(complete(overrides))
     plans, smallest = search(config, gpus, cluster, named_degrees(config, overrides))
@@ -161,11 +188,25 @@ def plan_layouts(own: dict[str, str], overrides: list[str], options: argparse.Na
     return 0
 
 
+def plan_longest(own: dict[str, str], overrides: list[str]) -> int:
+    cluster, gpus = cluster_of(own), int(own["gpus"])
+    config = read(complete(overrides))
+    plan = longest(config, gpus, cluster, named_degrees(config, overrides))
+    if plan is None:
+        print("plan: not even a short sequence fits", file=sys.stderr)
+        return 1
+    print(describe(plan.config, gpus, cluster))
+    print(f"the longest sequence that fits has {plan.config.data.sequence_length:,} tokens")
+    print_plans([plan], 1)
+    print_parts(plan)
+    return 0
+
+
 def plan_scaling(own: dict[str, str], overrides: list[str], options: argparse.Namespace) -> int:
     from scripts.parts.scaling_plot import draw_curves, pyplot
 
     pyplot()  # refused now and not after the search
-    cluster = build_cluster(own["gpu"], own["links"] or None, int(own["node"]))
+    cluster = cluster_of(own)
     chosen = any(word.startswith(("model=", "experiment=")) for word in overrides)
     names = [[]] if chosen else [[f"experiment={name}"] for name in PRESETS]
     curves: list[Curve] = []
@@ -220,8 +261,11 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"gpu: {', '.join(GPUS)}; links: {', '.join(NETWORKS)} or GB/s per GPU",
     )
-    parser.add_argument("overrides", nargs="*", help="key=value; gpus=, gpu=, links=, node= too")
+    parser.add_argument(
+        "overrides", nargs="*", help="key=value; gpus=, gpu=, links=, node=, host= too"
+    )
     parser.add_argument("--top", type=int, default=10, help="layouts to print (default 10)")
+    parser.add_argument("--longest", action="store_true", help="the longest sequence that fits")
     parser.add_argument("--json", type=Path, help="write the printed layouts here")
     parser.add_argument("--scaling", type=Path, help="draw weak and strong scaling here (PNG)")
     parser.add_argument("--measured", type=Path, help="JSON of scripts/bench_train.py to compare")
@@ -232,6 +276,8 @@ def main() -> int:
             return beside_measured(own, options)
         if options.scaling:
             return plan_scaling(own, overrides, options)
+        if options.longest:
+            return plan_longest(own, overrides)
         return plan_layouts(own, overrides, options)
     except (ValueError, OSError) as error:
         print(f"plan: {error}", file=sys.stderr)

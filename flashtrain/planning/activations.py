@@ -17,6 +17,10 @@ parallelism q, k, v, attention and MLP are 1/n wide and x has 1/n of the tokens;
 where transfers run beside products (`parallel.overlap`), else the compiler keeps them *gathered*,
 whole. fp8 products with one scale a tensor keep their inputs in one byte: those of norms and
 activation instead of two, that of attention besides.
+
+An MLP in chunks (`trainer.mlp_chunks`) keeps its input alone: what is inside is made again, a part
+at a time, and its casts with it. With `trainer.offload_activations` the inputs of the blocks are
+kept on the host (memory.py).
 """
 
 from flashtrain.config import (
@@ -46,11 +50,15 @@ def kept(
         columns = sizes.q + 2 * sizes.kv + sizes.up + sizes.q
         return stream + sizes.tokens * (columns * sizes.itemsize + _lse(config, sizes))
     plain = is_plain(config, sizes) if plain is None else plain
-    whole = everything(config, sizes, compiled=compiled, views=views, plain=plain)
+    chunked = config.trainer.mlp_chunks > 1
+    whole = attention_half(config, sizes, compiled=compiled, views=views, plain=plain)
+    whole += stream if chunked else mlp_half(config, sizes, compiled=compiled, plain=plain)
     if recompute is Recompute.light and plain:
-        whole -= _cast_weights(sizes)
-        if config.model.mlp is not Mlp.relu2:
-            whole -= sizes.tokens * sizes.hidden * sizes.itemsize
+        whole -= _casts(sizes, _attention_matrices(sizes))
+        if not chunked:
+            whole -= _casts(sizes, mlp_matrices(sizes))
+            if config.model.mlp is not Mlp.relu2:
+                whole -= sizes.tokens * sizes.hidden * sizes.itemsize
     return whole
 
 
@@ -64,35 +72,60 @@ def everything(
     config: Config, sizes: Sizes, *, compiled: bool = True, views: bool = True,
     plain: bool | None = None,
 ) -> float:  # fmt: skip
-    """What `trainer.recompute=none` keeps, and what a recomputed block holds while its backward
-    runs.
+    """What `trainer.recompute=none` keeps of a block whose MLP runs as a whole.
 
     views: attention reads q, k and v where the fused projection left them; PyTorch's kernel for
     CPUs copies each.
     """
     plain = is_plain(config, sizes) if plain is None else plain
-    n, width, item = sizes.tensor, sizes.width, sizes.itemsize
-    model = config.model
-    stream = width / n  # numbers a token
+    half = attention_half(config, sizes, compiled=compiled, views=views, plain=plain)
+    return half + mlp_half(config, sizes, compiled=compiled, plain=plain)
+
+
+def attention_half(
+    config: Config, sizes: Sizes, *, compiled: bool, views: bool, plain: bool
+) -> float:
+    """From the block's input to the stream that the MLP gets."""
     numbers = float(_heads(config, sizes, views)) + _mixed(config, sizes)
-    numbers += sizes.up  # into the activation
-    gathered = compiled and not sizes.overlap
-    normed = 2 * (width if gathered else stream)
-    inputs = normed + sizes.hidden  # of products, but for attention's
-    numbers += inputs - (normed if plain else 0)
     if config.precision.linear is LinearKind.fp8_tensorwise:
-        numbers += sizes.fp8 * (sizes.q - inputs) / item
-    exact = norms_per_block(model) / n * 4.0 + _lse(config, sizes)  # fp32 bytes a token
-    if compiled or plain or item == 4:
-        numbers += 2 * stream  # x before each norm
+        numbers += sizes.fp8 * sizes.q / sizes.itemsize
+    more, exact = _normed(config, sizes, compiled, plain)
+    bytes_ = sizes.tokens * ((numbers + more) * sizes.itemsize + exact + _lse(config, sizes))
+    return bytes_ + _casts(sizes, _attention_matrices(sizes))
+
+
+def mlp_half(
+    config: Config, sizes: Sizes, *, compiled: bool, plain: bool, chunks: int = 1
+) -> float:
+    """The rest; chunks: of one of so many parts of the tokens."""
+    numbers = sizes.up + _input(config, sizes, sizes.hidden)
+    if not compiled and config.model.mlp is Mlp.swiglu and not plain:
+        numbers += sizes.hidden  # silu(gate)
+    more, exact = _normed(config, sizes, compiled, plain)
+    bytes_ = sizes.tokens / chunks * ((numbers + more) * sizes.itemsize + exact)
+    return bytes_ + _casts(sizes, mlp_matrices(sizes))
+
+
+def _normed(config: Config, sizes: Sizes, compiled: bool, plain: bool) -> tuple[float, float]:
+    """Of a norm and its input: numbers in the compute dtype, and bytes of what is fp32."""
+    stream = sizes.width / sizes.tensor  # numbers a token
+    gathered = compiled and not sizes.overlap
+    exact = norms_per_block(config.model) / 2 / sizes.tensor * 4.0
+    numbers = 0.0 if plain else _input(config, sizes, sizes.width if gathered else stream)
+    if compiled or plain or sizes.itemsize == 4:
+        numbers += stream  # before the norm
     else:
-        exact += 2 * stream * 4  # the norms' fp32 copies of it
-    if not compiled:
-        if model.norm is Norm.rmsnorm and not plain:
-            exact += 2 * stream * 4  # and normalised
-        if model.mlp is Mlp.swiglu and not plain:
-            numbers += sizes.hidden  # silu(gate)
-    return sizes.tokens * (numbers * item + exact) + _cast_weights(sizes)
+        exact += stream * 4  # its fp32 copy
+    if not compiled and config.model.norm is Norm.rmsnorm and not plain:
+        exact += stream * 4  # and normalised
+    return numbers, exact
+
+
+def _input(config: Config, sizes: Sizes, columns: float) -> float:
+    """Of a product, in numbers of the compute dtype."""
+    if config.precision.linear is not LinearKind.fp8_tensorwise:
+        return columns
+    return columns * (1 - sizes.fp8 / sizes.itemsize)
 
 
 def _heads(config: Config, sizes: Sizes, views: bool) -> int:
@@ -120,6 +153,14 @@ def _lse(config: Config, sizes: Sizes) -> float:
     return 4.0 * sizes.q / config.model.head_size
 
 
-def _cast_weights(sizes: Sizes) -> float:
+def _casts(sizes: Sizes, matrices: int) -> float:
     """Weights in bf16 that the products of the backward pass read. FSDP's are counted there."""
-    return 2.0 * sizes.block_matrices if sizes.itemsize == 2 and sizes.shard == 1 else 0.0
+    return 2.0 * matrices if sizes.itemsize == 2 and sizes.shard == 1 else 0.0
+
+
+def _attention_matrices(sizes: Sizes) -> int:
+    return sizes.block_matrices - mlp_matrices(sizes)
+
+
+def mlp_matrices(sizes: Sizes) -> int:
+    return sizes.width * (sizes.up + sizes.hidden)

@@ -12,7 +12,7 @@ from flashtrain.config import (
     OptimizerKind,
     Recompute,
 )
-from flashtrain.planning.activations import is_plain
+from flashtrain.planning.activations import is_plain, mlp_matrices
 from flashtrain.planning.gpus import Gpu
 from flashtrain.planning.rates import FP8, ROWS, STREAM, attention_rates, product_share
 from flashtrain.planning.sizes import Sizes, rotated
@@ -62,12 +62,15 @@ def block_work(config: Config, sizes: Sizes, gpu: Gpu) -> BlockWork:
     qkv, out = (sizes.q + 2 * sizes.kv, width), (width, sizes.q)
     up, down = (sizes.up, width), (width, sizes.hidden)
     shapes = (qkv, out, up, down)
-    products = _products(tokens, shapes, gpu)
+    chunks = config.trainer.mlp_chunks
+    products = _products(tokens, (qkv, out), gpu)
+    products += _products(tokens, (up, down), gpu, rows=tokens // chunks)
     saved = sizes.fp8 * products * (1 - 1 / FP8)  # by fp8, of each of the three kinds of products
     # casts read activations twice, for the scale and for themselves, and write them both ways
     cast_bytes = sizes.fp8 * 6 * tokens * sum(out + into for out, into in shapes)
     attention = _attention(config, sizes, gpu)
     forward_bytes, backward_bytes = _block_bytes(config, sizes)
+    # of fp32 weights for the forward pass
     casts, grads = 6 * sizes.block_matrices, _gradient_bytes(config, sizes)
     bandwidth = STREAM * gpu.bandwidth
     both = 2 if config.precision.linear is LinearKind.fp8_tensorwise else 1  # rowwise: not dW
@@ -79,16 +82,40 @@ def block_work(config: Config, sizes: Sizes, gpu: Gpu) -> BlockWork:
         attention[1],
         (backward_bytes + grads + cast_bytes / 2) / bandwidth,
     )
-    again = Work()
-    if config.trainer.recompute is Recompute.full:
-        again = forward
-    elif config.trainer.recompute is Recompute.light and is_plain(config, sizes):
-        made = 0 if config.model.mlp is Mlp.relu2 else tokens * sizes.hidden * sizes.itemsize
-        again = Work(0.0, 0.0, (casts + made) / bandwidth)
-    elif config.trainer.recompute is Recompute.selective:
-        # attention and every second product are kept: that after attention is made again
-        again = Work(_products(tokens, (out,), gpu), 0.0, forward.hbm)
+    again = _again(config, sizes, gpu, forward)
     return BlockWork(forward, backward, again, _products(tokens, (qkv, up), gpu))
+
+
+def _again(config: Config, sizes: Sizes, gpu: Gpu, forward: Work) -> Work:
+    """What recomputation repeats of one block and micro-batch.
+
+    Not the MLP's second product, whose result no gradient needs: a compiler leaves it out. MLPs in
+    chunks repeat their half, unless all of the block is repeated anyhow, and cast its weights for
+    each part.
+    """
+    width, tokens, chunks = sizes.width, sizes.tokens, config.trainer.mlp_chunks
+    bandwidth = STREAM * gpu.bandwidth
+    recompute = config.trainer.recompute
+    casts = 6 * mlp_matrices(sizes) if sizes.shard == 1 else 0
+    if recompute is Recompute.full:
+        down = _products(tokens, ((width, sizes.hidden),), gpu)
+        down -= sizes.fp8 * down * (1 - 1 / FP8)
+        more = (chunks - 1) * casts
+        return Work(forward.products - down, forward.attention, forward.hbm + more / bandwidth)
+    if recompute is Recompute.selective:
+        # attention and every second product are kept: that after attention is made again
+        return Work(_products(tokens, ((width, sizes.q),), gpu), 0.0, forward.hbm)
+    light = recompute is Recompute.light and is_plain(config, sizes)
+    traffic = 6.0 * sizes.block_matrices if light else 0.0
+    products = 0.0
+    if chunks > 1:
+        products = _products(tokens, ((sizes.up, width),), gpu, rows=tokens // chunks)
+        products -= sizes.fp8 * products * (1 - 1 / FP8)
+        inside = 2 * width / sizes.tensor + sizes.up + sizes.hidden
+        traffic += tokens * inside * sizes.itemsize + (chunks - 1 if light else chunks) * casts
+    elif light and config.model.mlp is not Mlp.relu2:
+        traffic += tokens * sizes.hidden * sizes.itemsize
+    return Work(products, 0.0, traffic / bandwidth)
 
 
 def ends_work(config: Config, sizes: Sizes, gpu: Gpu) -> Work:
@@ -111,8 +138,8 @@ def ends_work(config: Config, sizes: Sizes, gpu: Gpu) -> Work:
 
 def optimizer_work(config: Config, sizes: Sizes, gpu: Gpu) -> Work:
     """Norm, clip and step over what this rank holds."""
-    # AdamW reads weight, gradient and moments and writes all but the gradient, which it clips on the
-    # way; their norm reads them once more
+    # AdamW reads weight, gradient and moments and writes all but the gradient, which it clips on
+    # the way; the norm reads gradients once more
     update = 28 if config.optimizer.moments is Moments.fp32 else 20
     traffic = (update + 4) * sizes.held
     products = 0.0
@@ -156,9 +183,12 @@ def _attention(config: Config, sizes: Sizes, gpu: Gpu) -> tuple[float, float]:
 
 def _gradient_bytes(config: Config, sizes: Sizes) -> float:
     """Of one block's weights, in fp32 as their products give them; FSDP's come in bf16, with one
-    scale a row too, and are cast. Those of a further micro-batch are added up."""
+    scale a row too, and are cast. Those of a further micro-batch, or part of an MLP's tokens, are
+    added up."""
     small = sizes.shard > 1 or config.precision.linear is LinearKind.fp8_rowwise
-    return ((6 if small else 0) + (12 if sizes.micro_batches > 1 else 0)) * sizes.block_matrices
+    each = (6 if small else 0) + (12 if sizes.micro_batches > 1 else 0)
+    parts = (6 if small else 12) * (config.trainer.mlp_chunks - 1)
+    return float(each * sizes.block_matrices + parts * mlp_matrices(sizes))
 
 
 def _block_bytes(config: Config, sizes: Sizes) -> tuple[float, float]:

@@ -13,12 +13,13 @@ from typing import Any
 from flashtrain.compose import resolve
 from flashtrain.config import Config, ConfigError, Recompute, TrainerConfig
 from flashtrain.planning.gpus import Cluster
-from flashtrain.planning.memory import USABLE, Memory, predict_memory
+from flashtrain.planning.memory import USABLE, Memory, host_bytes, predict_memory
 from flashtrain.planning.time import Step, predict_step, tokens_per_second
 
 LONG = 32768  # tokens of a sequence from which on it is worth cutting over context ranks
 DEEPEST = 16  # pipeline ranks that are tried
 LARGEST = 64  # sequences of a micro-batch that are tried
+STEP = 8192  # tokens by which `longest` grows a sequence
 LEAST = 4096  # tokens of a sequence that a context rank holds at least
 
 
@@ -84,6 +85,30 @@ def best(config: Config, gpus: int, cluster: Cluster, named: Degrees | None = No
     return next((plan for plan in fitting if _refusal(plan.config, gpus) is None), None)
 
 
+def longest(
+    config: Config, gpus: int, cluster: Cluster, named: Degrees | None = None
+) -> Plan | None:
+    """The longest sequence of which a layout fits, in steps of STEP tokens, in its fastest one.
+
+    None: not even one step fits.
+    """
+
+    def at(steps: int) -> Plan | None:
+        data = dataclasses.replace(config.data, sequence_length=steps * STEP)
+        return best(dataclasses.replace(config, data=data), gpus, cluster, named)
+
+    low, high, found = 0, 1, None
+    while (plan := at(high)) is not None:
+        low, high, found = high, 2 * high, plan
+    while high - low > 1:
+        middle = (low + high) // 2
+        if (plan := at(middle)) is None:
+            high = middle
+        else:
+            low, found = middle, plan
+    return found
+
+
 def _all(
     config: Config, gpus: int, cluster: Cluster, named: Degrees
 ) -> tuple[list[Plan], list[Config]]:
@@ -97,7 +122,8 @@ def _all(
     others: list[tuple[float, Config]] = []
     for candidate in _candidates(config, gpus, cluster, named):
         memory = predict_memory(candidate)
-        if memory.total <= USABLE * cluster.gpu.memory:
+        host = min(gpus, cluster.node) * host_bytes(candidate)
+        if memory.total <= USABLE * cluster.gpu.memory and host <= USABLE * cluster.ram:
             fitting.append(Plan(candidate, gpus, memory, predict_step(candidate, cluster)))
         else:
             others.append((memory.total, candidate))

@@ -1,27 +1,31 @@
 """Memory of one GPU, part by part, at the fullest moment of a step.
 
-Weights are fp32 masters with fp32 gradients and two fp32 moments. Three moments may be the fullest,
-and the largest is what `torch.cuda.max_memory_allocated` shows:
+Weights are fp32 masters with fp32 gradients and two fp32 moments. One of four points of a step is
+the fullest, and that is what `torch.cuda.max_memory_allocated` shows:
 
-    loss       all blocks' activations, one chunk of logits, the gradients of head and hidden
-    backward   the same activations, one block's temporaries, the head's gradient
-    step       no activations, all gradients
+    loss    all blocks' activations, one chunk of logits, the gradients of head and hidden
+    last    the last block's backward: the same activations, its temporaries, the head's gradient
+    first   the first block's: its activations and temporaries, all gradients
+    step    no activations, all gradients
 
 Gradients stand from the start only where they outlive a micro-batch: with several of them, or as
 DDP's buckets.
 """
 
+import math
 from dataclasses import dataclass
 
 from flashtrain.config import Config, ContextKind, PipelineSchedule, Recompute
-from flashtrain.planning.activations import everything, kept
+from flashtrain.engine.offload import NEWEST
+from flashtrain.planning.activations import attention_half, is_plain, kept, mlp_half, mlp_matrices
 from flashtrain.planning.sizes import Sizes, moment_bytes, sizes_of
 from kernels.linear_cross_entropy.tiles import chunk_tokens
 
 # CUDA's context, its libraries' workspaces and NCCL's buffers, none of which PyTorch's allocator
 # counts: an assumption, not a measurement
 FRAMEWORK = 1.5e9
-USABLE = 0.95  # share of the GPU that a plan may fill; what is left is for fragmentation. Likewise
+# share of a GPU, or of a host, that a plan may fill; what is left is for fragmentation. Likewise
+USABLE = 0.95
 
 
 @dataclass(frozen=True)
@@ -49,25 +53,48 @@ class Memory:
         )  # fmt: skip
 
 
-def predict_memory(config: Config, *, compiled: bool = True, plain: bool | None = None) -> Memory:
-    """Of the fullest rank; `config` is resolved. compiled, plain: as in activations.py. ValueError
-    for what is not predicted."""
+def predict_memory(config: Config, *, compiled: bool = True) -> Memory:
+    """Of the fullest rank; `config` is resolved. compiled: as in activations.py. ValueError for
+    what is not predicted."""
     sizes = sizes_of(config)
     weights, optimizer = 4 * sizes.held, moment_bytes(config, sizes)
     gradients = 4 * sizes.held
     lasting = _lasting_gradients(config, sizes)
-    block = kept(config, sizes, compiled=compiled, plain=plain)
-    activations = in_flight(config, sizes) * sizes.layers * block
-    activations += sizes.tokens / sizes.tensor * sizes.width * sizes.itemsize  # the last norm's
+    block = kept(config, sizes, compiled=compiled)
+    stream = _stream(sizes)
+    # and the last norm's
+    activations = in_flight(config, sizes) * sizes.layers * block + stream
+    if config.trainer.offload_activations:
+        activations = (min(NEWEST, sizes.layers) + 1) * stream
     loss, after = _loss(config, sizes)
     gathered, gathering = _sharded(config, sizes)
-    temporary = _backward(config, sizes, compiled) + gathering
-    moments = (
+    temporary = gathering + max(
+        _mlp_backward(config, sizes, compiled), _attention_backward(config, sizes, compiled)
+    )
+    all_gradients = max(gradients, lasting)
+    points = (
         Memory(weights, lasting, optimizer, activations, loss, gathered),
         Memory(weights, lasting, optimizer, activations, after, gathered + temporary),
-        Memory(weights, max(gradients, lasting), optimizer, 0.0, 0.0, 0.0),
+        Memory(weights, all_gradients, optimizer, block, 0.0, gathered + temporary),
+        Memory(weights, all_gradients, optimizer, 0.0, 0.0, 0.0),
     )
-    return max(moments, key=lambda memory: memory.total)
+    return max(points, key=lambda memory: memory.total)
+
+
+def host_bytes(config: Config) -> float:
+    """Pinned memory of the host that one rank's offloaded activations take: every block's input in
+    a piece of its own, which PyTorch's allocator rounds up to a power of two
+    (aten/src/ATen/core/CachingHostAllocator.h). The last norm's stays on the GPU, where its kernel
+    keeps it as [tokens, width]."""
+    if not config.trainer.offload_activations:
+        return 0.0
+    sizes = sizes_of(config)
+    return float(sizes.layers * 2 ** math.ceil(math.log2(_stream(sizes))))
+
+
+def _stream(sizes: Sizes) -> float:
+    """A block's input."""
+    return sizes.tokens / sizes.tensor * sizes.width * sizes.itemsize
 
 
 def in_flight(config: Config, sizes: Sizes) -> float:
@@ -127,17 +154,41 @@ def _sharded(config: Config, sizes: Sizes) -> tuple[float, float]:
     return stays, 2.0 * block * (item + item) + block * (item + 2 * 4.0)
 
 
-def _backward(config: Config, sizes: Sizes, compiled: bool) -> float:
-    """Temporaries of the block whose backward runs: gradients of the stream, of both sides of the
-    activation, and of its largest weight; what recomputation makes again. Or, later in the block,
-    keys and values of all context ranks and their gradients instead of the activation's."""
-    item = sizes.itemsize
-    wide = sizes.hidden + sizes.up
-    if sizes.context > 1 and config.parallel.context_kind is ContextKind.gather:
-        wide = max(wide, 4 * sizes.kv * sizes.context)
-    numbers = sizes.tokens * (2 * sizes.width + wide)
+def _mlp_backward(config: Config, sizes: Sizes, compiled: bool) -> float:
+    """Temporaries of the MLP whose backward runs: gradients of the stream, of both sides of the
+    activation, and of its largest weight; what recomputation makes again. In chunks all of it but
+    the stream is of one part, and the sums of the parts' weight gradients stand beside."""
+    item, chunks = sizes.itemsize, config.trainer.mlp_chunks
+    plain = is_plain(config, sizes)
+    numbers = sizes.tokens * (2 * sizes.width + (sizes.hidden + sizes.up) / chunks)
     weight = sizes.width * sizes.up * (item + 4.0) if sizes.shard == 1 else 0.0
+    again = attention_half(config, sizes, compiled=compiled, views=True, plain=plain)
+    again += mlp_half(config, sizes, compiled=compiled, plain=plain, chunks=chunks)
+    if chunks > 1:
+        again += _stream(sizes)
+        numbers += sizes.tokens * sizes.width  # parts of the stream's gradient, put together
+        weight += (4.0 if sizes.shard == 1 else item) * mlp_matrices(sizes)
+    return numbers * item + weight + again - kept(config, sizes, compiled=compiled)
+
+
+def _attention_backward(config: Config, sizes: Sizes, compiled: bool) -> float:
+    """And later, of its attention: gradients of the stream, of attention's result and of q, k and
+    v, with dq in fp32 on the way; what context ranks hold of each other beside; what recomputation
+    made again of this half. Within 3 % of the peaks that scripts/bench_context.py saw of attention
+    alone: 262,144 tokens, 16 heads of 128, one and two H200 (2026-11-27)."""
+    item, q, kv = sizes.itemsize, sizes.q, sizes.kv
+    bytes_ = (2.0 * sizes.width + 2 * q + 2 * kv) * item + 4 * q
+    if sizes.context > 1:
+        match config.parallel.context_kind:
+            case ContextKind.gather:  # half of the heads at a time
+                bytes_ += 4 * kv * sizes.context * item - 2 * q
+            case ContextKind.ring:  # the sum of dq, keys and values of two ranks, and fp32 sums
+                bytes_ += 4 * q + 4 * kv * item + 4 * kv * 4
+            case ContextKind.ulysses:  # the gradient of attention's result, sent over
+                bytes_ += q * item
     again = 0.0
-    if config.trainer.recompute is not Recompute.none:
-        again = everything(config, sizes, compiled=compiled) - kept(config, sizes)
-    return numbers * item + weight + again
+    if config.trainer.recompute in (Recompute.selective, Recompute.full):
+        plain = is_plain(config, sizes)
+        again = attention_half(config, sizes, compiled=compiled, views=True, plain=plain)
+        again = max(0.0, again - kept(config, sizes, compiled=compiled))
+    return sizes.tokens * bytes_ + again

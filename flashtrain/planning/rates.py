@@ -52,6 +52,9 @@ START = 67e-6  # seconds of any collective, with what a size of some ten MB lose
 LINK = 0.84  # share of NVLink's bandwidth
 # 46 to 48 of 50 GB/s per NDR adapter: NCCL's maintainers, github.com/NVIDIA/nccl-tests/issues/290
 NETWORK = 0.93
+# Of a PCIe link's bandwidth, from and to pinned memory, all GPUs of a host at once: an assumption,
+# not a measurement
+HOST = 0.8
 # a further rank in a ring, and a further host: NCCL's own model of itself, protocol Simple, rings
 # (github.com/NVIDIA/nccl, src/graph/tuning.cc, hwLat); trees have the same 14 us a level
 HOP = 3.4e-6

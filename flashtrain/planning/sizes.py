@@ -80,11 +80,6 @@ def sizes_of(config: Config) -> Sizes:
             f"parallel.pipeline_schedule={parallel.pipeline_schedule.name} is not predicted: plan "
             "with 1f1b or interleaved"
         )
-    if config.trainer.mlp_chunks > 1 or config.trainer.offload_activations:
-        raise ValueError(
-            f"trainer.mlp_chunks={config.trainer.mlp_chunks} and trainer.offload_activations="
-            f"{config.trainer.offload_activations} are not predicted: plan with 1 and false"
-        )
     n, pipeline = parallel.tensor, parallel.pipeline
     cut = parallel.context if parallel.shard_context else 1
     width, size = model.d_model, model.head_size

@@ -12,6 +12,8 @@ A step is a sum of what runs on the GPU and of the communication that nothing hi
     replicate  sums of gradients beside the last backward; in the open: the embedding's, which is
                ready last, and what is longer than that backward
     pipeline   (p - 1) / (m + p - 1) of the steps of a pipeline with m micro-batches are waits
+    offload    blocks' inputs to the host beside a block's forward pass and back beside its backward
+               pass; in the open what is longer
     host       where a step is no CUDA graph: what launching all that takes longer than running it
 
 What is hidden still costs INTERFERENCE of its time (rates.py).
@@ -24,9 +26,10 @@ from flashtrain.config import Config, ContextKind, LinearKind, PipelineSchedule,
 from flashtrain.layout import head_groups, records
 from flashtrain.planning.collectives import Group
 from flashtrain.planning.compute import BlockWork, block_work, ends_work, optimizer_work
-from flashtrain.planning.gpus import Cluster
+from flashtrain.planning.gpus import Cluster, Gpu
 from flashtrain.planning.rates import (
     HIDDEN,
+    HOST,
     INTERFERENCE,
     LAUNCH,
     LAUNCH_DDP,
@@ -51,6 +54,7 @@ class Step:
     shard: float
     replicate: float
     pipeline: float
+    offload: float
     host: float
 
     @property
@@ -90,7 +94,8 @@ def predict_step(config: Config, cluster: Cluster) -> Step:
     m, layers = sizes.micro_batches, sizes.layers
     work = (block.forward + block.backward) * layers + ends
     again = block.again.total * layers
-    passes = work.total + again + tensor + context
+    offload = layers * _offload(config, sizes, cluster.gpu, block)
+    passes = work.total + again + tensor + context + offload
     shard = _shard(config, sizes, axes.shard, block, passes)
     replicate = _replicate(config, sizes, axes.replicate, passes)
     optimizer = optimizer_work(config, sizes, cluster.gpu).total
@@ -108,6 +113,7 @@ def predict_step(config: Config, cluster: Cluster) -> Step:
         shard=shard,
         replicate=replicate,
         pipeline=pipeline,
+        offload=m * offload,
         host=host,
     )
 
@@ -180,6 +186,15 @@ def _context(config: Config, sizes: Sizes, group: Group, block: BlockWork) -> fl
             # fp32 sums of their gradients travel along
             backward = _hide(group.send(kv * (item + 4)), block.backward.attention * part)
             return steps * (passes * forward + backward)
+
+
+def _offload(config: Config, sizes: Sizes, gpu: Gpu, block: BlockWork) -> float:
+    """Of one block and micro-batch, in the open; copy engines take nothing from the rest."""
+    if not config.trainer.offload_activations:
+        return 0.0
+    copy = sizes.tokens / sizes.tensor * sizes.width * sizes.itemsize / (HOST * gpu.host)
+    back = block.again.total + block.backward.total
+    return max(0.0, copy - block.forward.total) + max(0.0, copy - back)
 
 
 def _first_group(config: Config, sizes: Sizes) -> float:

@@ -104,7 +104,7 @@ def test_the_parts_add_up_and_every_way_out_is_planned_as_it_would_run() -> None
     ways = re.findall(r"(\S+) \(([\d.]+) GiB\)", said)
     assert [way.partition("=")[0] for way, _ in ways] == [
         "data.micro_batch_size", "trainer.recompute", "trainer.recompute", "trainer.recompute",
-        "parallel", "optimizer.moments",
+        "trainer.mlp_chunks", "parallel", "optimizer.moments",
     ]  # fmt: skip
     for way, planned in ways:
         there = predict_memory(load([*CASE, way], 4)).total / GIB
@@ -117,6 +117,9 @@ def test_ways_out_that_are_taken_already_are_not_named_again() -> None:
         *CASE, "data.micro_batch_size=1", "trainer.recompute=full", "parallel=fsdp",
         "optimizer.moments=bf16",
     ]  # fmt: skip
+    ways = re.findall(r"(\S+) \([\d.]+ GiB\)", advice(load(least, 4), 0))
+    assert ways == ["trainer.mlp_chunks=8", "trainer.offload_activations=true"]
+    least += ["trainer.mlp_chunks=8", "trainer.offload_activations=true"]
     assert advice(load(least, 4), 0).endswith("Try more GPUs")
     assert "recompute=selective" not in advice(load([*CASE, "trainer.mlp_chunks=2"], 4), 0)
     assert "parallel.shard" in advice(load([*CASE, "engine=deepspeed"], 4), 0)  # not predicted

@@ -5,8 +5,8 @@ import pytest
 from flashtrain.compose import load, read
 from flashtrain.config import Config, Recompute
 from flashtrain.planning.gpus import build_cluster
-from flashtrain.planning.layouts import Degrees, best, layout_overrides, search
-from flashtrain.planning.memory import USABLE
+from flashtrain.planning.layouts import Degrees, best, layout_overrides, longest, search
+from flashtrain.planning.memory import USABLE, host_bytes
 from flashtrain.planning.scaling import scaling
 
 CLUSTER = build_cluster("h100")
@@ -80,3 +80,24 @@ def test_weak_scaling_keeps_what_strong_scaling_loses() -> None:
     # more GPUs never lose time
     times = [plan.step.total for plan in strong.plans]
     assert times == sorted(times, reverse=True)
+
+
+def test_the_longest_sequence_is_bounded_by_the_gpu_or_by_the_host() -> None:
+    words = ("experiment=llama_8b data=random data.batch_size=1 optimizer=adamw_bf16 "
+             "trainer.recompute=full trainer.mlp_chunks=16")  # fmt: skip
+    alone = Degrees(tensor=1, context=1, recompute=Recompute.full)
+
+    def of(more: str, ram: float) -> int:
+        cluster = build_cluster("h200", ram=ram)
+        plan = longest(read([*words.split(), *more.split()]), 1, cluster, alone)
+        assert plan is not None
+        assert plan.memory.total <= USABLE * cluster.gpu.memory
+        assert host_bytes(plan.config) <= USABLE * ram
+        return plan.config.data.sequence_length
+
+    offload = "trainer.offload_activations=true"
+    assert of(offload, 64e9) < of("", 1e9) < of(offload, 1e12)
+    assert of("", 1e9) == of("", 1e12)
+    # nothing fits where a single step does not
+    small = build_cluster("rtx4090")
+    assert longest(read(words.split()), 1, small, alone) is None

@@ -1,5 +1,7 @@
 """The time model against what was measured, and what must make a step slower or faster."""
 
+import dataclasses
+
 import pytest
 
 from flashtrain.planning.collectives import Group
@@ -67,6 +69,34 @@ def test_recomputation_costs_a_forward_pass_or_a_part_of_it() -> None:
     assert none.recomputation == 0
     assert 0 < selective.recomputation < 0.4 * full.recomputation
     assert full.recomputation < (full.products + full.attention + full.hbm) / 3
+
+
+def test_chunks_repeat_their_part_of_the_forward_pass() -> None:
+    none, chunks, full, both = (
+        step(f"parallel=fsdp data.sequence_length=65536 trainer.recompute={kind}", 8)
+        for kind in (
+            "none",
+            "none trainer.mlp_chunks=8",
+            "full",
+            "full trainer.mlp_chunks=8",
+        )
+    )
+    assert none.recomputation == 0
+    assert 0 < chunks.recomputation < 0.2 * none.products
+    assert both.recomputation == full.recomputation  # no weight is cast again: FSDP has cast it
+    assert both.hbm > full.hbm  # weights' gradients are summed over the parts
+    small = step("parallel=fsdp data.sequence_length=8192 trainer.mlp_chunks=16", 8)
+    assert small.products > step("parallel=fsdp data.sequence_length=8192", 8).products
+
+
+def test_inputs_travel_to_the_host_beside_blocks_that_take_longer() -> None:
+    case = "parallel=data trainer.recompute=full trainer.offload_activations=true"
+    assert step(case, 1).offload == 0
+    slow = Cluster(dataclasses.replace(H100.gpu, host=1e9), H100.network)
+    passes = 64 * 32  # micro-batches, blocks
+    copy = 8192 * 4096 * 2 / (0.8 * 1e9)
+    late = step(case, 1, slow).offload
+    assert 0.5 * 2 * passes * copy < late < 2 * passes * copy
 
 
 def test_overlap_hides_transfers_of_tensor_ranks() -> None:
