@@ -12,6 +12,7 @@ may run ahead.
 """
 
 import functools
+import weakref
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from flashtrain.model.gpt import GPT
 
-NEWEST = 2  # inputs that stay: the last block's, and what the final norm keeps
+NEWEST = 2  # inputs that stay: the last blocks', which backward needs at once
 
 
 def offload_inputs(model: GPT, device: torch.device) -> "Offload":
@@ -27,6 +28,20 @@ def offload_inputs(model: GPT, device: torch.device) -> "Offload":
     offload = Offload(model.config.d_model, model.embedding.dtype, device)
     model.forward = functools.partial(offload.run, model.forward)  # type: ignore[method-assign]
     return offload
+
+
+def pin(room: Tensor, device: torch.device) -> None:
+    """Lock host memory in its place for as long as the tensor lives, so that copies from and to the
+    device run by themselves. PyTorch's own pinned memory is rounded up to a power of two: of a host
+    of 256 GB that could leave half."""
+    error = torch.cuda.cudart().cudaHostRegister(room.data_ptr(), room.nbytes, 0)
+    torch.cuda.check_error(error)
+    weakref.finalize(room, _unpin, room.data_ptr(), device).atexit = False
+
+
+def _unpin(address: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a copy may still be on its way
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 class Entry:
@@ -106,8 +121,10 @@ class Offload:
         for index, room in enumerate(self.rooms):
             if room.shape == tensor.shape:
                 return self.rooms.pop(index)
-        pinned = self.device.type == "cuda"
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        room = torch.empty(tensor.shape, dtype=tensor.dtype)
+        if self.device.type == "cuda":
+            pin(room, self.device)
+        return room
 
     def copy(
         self, stream: torch.cuda.Stream | None, into: Tensor, source: Tensor

@@ -12,7 +12,6 @@ Gradients stand from the start only where they outlive a micro-batch: with sever
 DDP's buckets.
 """
 
-import math
 from dataclasses import dataclass
 
 from flashtrain.config import Config, ContextKind, PipelineSchedule, Recompute
@@ -82,14 +81,12 @@ def predict_memory(config: Config, *, compiled: bool = True) -> Memory:
 
 
 def host_bytes(config: Config) -> float:
-    """Pinned memory of the host that one rank's offloaded activations take: every block's input in
-    a piece of its own, which PyTorch's allocator rounds up to a power of two
-    (aten/src/ATen/core/CachingHostAllocator.h). The last norm's stays on the GPU, where its kernel
-    keeps it as [tokens, width]."""
+    """Pinned memory of the host that one rank's offloaded activations take: every block's input.
+    The last norm's stays on the GPU, where its kernel keeps it as [tokens, width]."""
     if not config.trainer.offload_activations:
         return 0.0
     sizes = sizes_of(config)
-    return float(sizes.layers * 2 ** math.ceil(math.log2(_stream(sizes))))
+    return sizes.layers * _stream(sizes)
 
 
 def _stream(sizes: Sizes) -> float:

@@ -9,7 +9,7 @@ from flashtrain.compose import load
 from flashtrain.data.loader import Batch
 from flashtrain.engine import native
 from flashtrain.engine.native import NativeEngine
-from flashtrain.engine.offload import NEWEST, Entry, Offload, offload_inputs
+from flashtrain.engine.offload import NEWEST, Entry, Offload, offload_inputs, pin
 from flashtrain.model.gpt import GPT
 from flashtrain.parallel.mesh import ALONE, SINGLE
 
@@ -85,6 +85,28 @@ def test_what_stays_on_the_device_does_not_grow_with_depth(monkeypatch: pytest.M
     assert LAYERS > NEWEST + 1
     assert most == {"forward": NEWEST + 1, "backward": NEWEST}  # one in use, one on its way
     assert not on_device
+
+
+def test_pinned_memory_is_let_go_with_its_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    did: list[tuple[object, ...]] = []
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            did.append(("lock", address, size, flags))
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> None:
+            did.append(("unlock", address))
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda error: did.append(("error", error)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: did.append(("wait", device)))
+    room = torch.empty(3, 1000)
+    address, device = room.data_ptr(), torch.device("cuda", 1)
+    pin(room, device)
+    assert did == [("lock", address, 12000, 0), ("error", 0)]
+    del room
+    assert did[2:] == [("wait", device), ("unlock", address)]
 
 
 @pytest.mark.gpu
