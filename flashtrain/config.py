@@ -326,8 +326,10 @@ class TrainerConfig:
     # parts of its tokens that each MLP runs one after the other; its inside is recomputed part by
     # part, so that it never exists whole
     mlp_chunks: int = 1
-    # recompute=full: what it keeps, the blocks' inputs, waits for backward in host memory
+    # recompute=full: what it keeps, the blocks' inputs, waits for backward in host memory; of the
+    # last offload_keep blocks it stays on the GPU
     offload_activations: bool = False
+    offload_keep: int = 1
     # [first, last]: rank 0 traces these steps into profile/ of the run folder
     profile: list[int] = field(default_factory=list)
     nvtx: bool = False  # NVTX ranges around every operation, for `nsys profile`

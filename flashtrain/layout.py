@@ -212,6 +212,12 @@ def check_savings(config: Config) -> None:
         f"trainer.offload_activations=true keeps blocks' inputs on the host, and {recompute} keeps "
         "more than those: use trainer.recompute=full",
     )
+    keep = f"trainer.offload_keep={trainer.offload_keep}"
+    need(trainer.offload_keep >= 1, f"{keep} must be at least 1: backward needs the last at once")
+    need(
+        trainer.offload_keep == 1 or trainer.offload_activations,
+        f"{keep} is for trainer.offload_activations=true",
+    )
     need(
         (config.engine.name is EngineKind.native and config.parallel.pipeline == 1)
         or not (trainer.mlp_chunks > 1 or trainer.offload_activations),

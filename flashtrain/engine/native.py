@@ -98,7 +98,7 @@ class NativeEngine:
             compile_blocks(model)
             self.loss.compile_head()
         if config.trainer.offload_activations:
-            offload_inputs(model, device)
+            offload_inputs(model, device, config.trainer.offload_keep)
         records = uses_graphs(config, device)
         warmup = WARMUP
         self.forward: nn.Module = self.loss

@@ -4,7 +4,8 @@ With `trainer.recompute=full` a block's input is all that stays of it, [B, T, D]
 goes to pinned host memory while later blocks run, and comes back while the backward of the block
 above runs, as ZeRO-Infinity does with activation checkpoints (Rajbhandari et al. 2021,
 arXiv:2104.07857). What remains on the GPU does not grow with depth: the newest inputs, which
-backward needs first, and the next one on its way back.
+backward needs first and which never leave, the one that is leaving or on its way back, and one more
+while a block runs.
 
 Everything is ordered by the compute stream: it waits for a copy before it lets the memory go, and a
 copy back starts where the compute stream stands. So memory is reused without asking the host, which
@@ -20,12 +21,13 @@ from torch import Tensor, nn
 
 from flashtrain.model.gpt import GPT
 
-NEWEST = 2  # inputs that stay: the last blocks', which backward needs at once
 
+def offload_inputs(model: GPT, device: torch.device, newest: int = 1) -> "Offload":
+    """From now on keep the inputs of the model's blocks on the host, in place. After `compile`.
 
-def offload_inputs(model: GPT, device: torch.device) -> "Offload":
-    """From now on keep the inputs of the model's blocks on the host, in place. After `compile`."""
-    offload = Offload(model.config.d_model, model.embedding.dtype, device)
+    newest: so many stay on the device, at least 1.
+    """
+    offload = Offload(model.config.d_model, model.embedding.dtype, device, newest)
     model.forward = functools.partial(offload.run, model.forward)  # type: ignore[method-assign]
     return offload
 
@@ -45,15 +47,20 @@ def _unpin(address: int, device: torch.device) -> None:
 
 
 class Entry:
-    """One saved tensor: on the device, on the host, or on its way."""
+    """One saved tensor: on the device, leaving it, on the host, or on its way back."""
 
     def __init__(self, offload: "Offload", tensor: Tensor, before: "Entry | None") -> None:
         self.offload, self.before = offload, before
-        self.shape = tensor.shape
         self.device: Tensor | None = tensor
-        self.host = offload.room(tensor)
-        self.left = offload.copy(offload.leaving, self.host, tensor)
+        self.host: Tensor | None = None
+        self.left: torch.cuda.Event | None = None
         self.came: torch.cuda.Event | None = None
+
+    def start(self) -> None:
+        """Begin to copy it to the host."""
+        assert self.device is not None
+        self.host = self.offload.room(self.device)
+        self.left = self.offload.copy(self.offload.leaving, self.host, self.device)
 
     def leave(self) -> None:
         """Let go of the device's memory."""
@@ -63,6 +70,7 @@ class Entry:
     def fetch(self) -> None:
         """Start to bring it back, if it is not there."""
         if self.device is None:
+            assert self.host is not None
             self.device = self.host.new_empty(self.host.shape, device=self.offload.device)
             self.came = self.offload.copy(self.offload.returning, self.device, self.host)
 
@@ -78,14 +86,15 @@ class Entry:
     def __del__(self) -> None:
         for moved in (self.left, self.came):  # whoever gets the memory next may write at once
             self.offload.wait(moved)
-        self.offload.rooms.append(self.host)
+        if self.host is not None:
+            self.offload.rooms.append(self.host)
 
 
 class Offload:
     """Hooks on what autograd saves, and the host memory that is used again in every pass."""
 
-    def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.width, self.dtype, self.device = width, dtype, device
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device, stay: int) -> None:
+        self.width, self.dtype, self.device, self.stay = width, dtype, device, stay
         cuda = device.type == "cuda"
         self.leaving = torch.cuda.Stream(device) if cuda else None
         self.returning = torch.cuda.Stream(device) if cuda else None
@@ -107,10 +116,12 @@ class Offload:
             return tensor
         self.newest = entry = Entry(self, tensor, self.newest)
         older: Entry | None = entry
-        for _ in range(NEWEST):
+        for _ in range(self.stay):
             older = older.before if older is not None else None
         if older is not None:
-            older.leave()
+            older.start()
+            if older.before is not None:
+                older.before.leave()
         return entry
 
     def unpack(self, saved: "Tensor | Entry") -> Tensor:

@@ -15,7 +15,6 @@ DDP's buckets.
 from dataclasses import dataclass
 
 from flashtrain.config import Config, ContextKind, PipelineSchedule, Recompute
-from flashtrain.engine.offload import NEWEST
 from flashtrain.planning.activations import attention_half, is_plain, kept, mlp_half, mlp_matrices
 from flashtrain.planning.sizes import Sizes, moment_bytes, sizes_of
 from kernels.linear_cross_entropy.tiles import chunk_tokens
@@ -64,7 +63,7 @@ def predict_memory(config: Config, *, compiled: bool = True) -> Memory:
     # and the last norm's
     activations = in_flight(config, sizes) * sizes.layers * block + stream
     if config.trainer.offload_activations:
-        activations = (min(NEWEST, sizes.layers) + 1) * stream
+        activations = (min(config.trainer.offload_keep + 1, sizes.layers) + 1) * stream
     loss, after = _loss(config, sizes)
     gathered, gathering = _sharded(config, sizes)
     temporary = gathering + max(
@@ -81,12 +80,13 @@ def predict_memory(config: Config, *, compiled: bool = True) -> Memory:
 
 
 def host_bytes(config: Config) -> float:
-    """Pinned memory of the host that one rank's offloaded activations take: every block's input.
-    The last norm's stays on the GPU, where its kernel keeps it as [tokens, width]."""
+    """Pinned memory of the host that one rank's offloaded activations take: inputs of all blocks
+    but the last ones. The last norm's stays on the GPU, where its kernel keeps it as [tokens,
+    width]."""
     if not config.trainer.offload_activations:
         return 0.0
     sizes = sizes_of(config)
-    return sizes.layers * _stream(sizes)
+    return max(sizes.layers - config.trainer.offload_keep, 0) * _stream(sizes)
 
 
 def _stream(sizes: Sizes) -> float:

@@ -71,13 +71,13 @@ HIDDEN = 0.4
 # Seconds of the host for one block and micro-batch, forward and backward, of a step that is not a
 # CUDA graph: what launching its kernels takes; where that is longer than running them the GPU
 # waits. On the hosts of H200s of 2026-11-27, others are faster or slower: gpt_1.3b on 4 tensor
-# ranks 103 ms a step of 24 blocks, gpt2_124m on one GPU 58 ms of 12.
+# ranks 103 ms a step of 24 blocks, gpt2_124m with 2 sequences on one GPU 58 ms of 12.
 LAUNCH = 4.4e-3
 # And more of it: FSDP's hooks (fsdp x tensor 2 212 ms; with fp8 and no tensor ranks fsdp takes 217,
-# which leaves nothing for fp8), DDP's (gpt2_124m 72 ms), fp8 layers of tensor ranks (177 ms on 2
-# and on 4), and for each rank that transfers are cut into pieces to run beside products (from 2 to
-# 4 ranks 2.9 ms a block, when blocks still ran as two parts)
-LAUNCH_FSDP, LAUNCH_DDP, LAUNCH_FP8, LAUNCH_PIECE = 4.4e-3, 1.4e-3, 3.0e-3, 1.4e-3
+# which leaves nothing for fp8), DDP's (gpt2_124m 61 ms of 12 blocks, or less), fp8 layers of tensor
+# ranks (177 ms on 2 and on 4), and for each rank that transfers are cut into pieces to run beside
+# products (from 2 to 4 ranks 2.9 ms a block, when blocks still ran as two parts)
+LAUNCH_FSDP, LAUNCH_DDP, LAUNCH_FP8, LAUNCH_PIECE = 4.4e-3, 0.6e-3, 3.0e-3, 1.4e-3
 
 
 def product_share(*sizes: int) -> float:

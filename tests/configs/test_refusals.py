@@ -123,6 +123,11 @@ REFUSED = [
         "trainer.offload_activations=true trainer.recompute=full engine=deepspeed",
         "trainer.offload_activations=True engine=native engine=deepspeed",
     ),
+    (
+        "trainer.offload_keep=0 trainer.offload_activations=true trainer.recompute=full",
+        "trainer.offload_keep=0 1",
+    ),
+    ("trainer.offload_keep=4", "trainer.offload_keep=4 trainer.offload_activations=true"),
     ("parallel.overlap=maybe", "parallel.overlap 'maybe' auto on off"),
 ]
 

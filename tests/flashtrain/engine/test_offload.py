@@ -9,7 +9,7 @@ from flashtrain.compose import load
 from flashtrain.data.loader import Batch
 from flashtrain.engine import native
 from flashtrain.engine.native import NativeEngine
-from flashtrain.engine.offload import NEWEST, Entry, Offload, offload_inputs, pin
+from flashtrain.engine.offload import Entry, Offload, offload_inputs, pin
 from flashtrain.model.gpt import GPT
 from flashtrain.parallel.mesh import ALONE, SINGLE
 
@@ -39,18 +39,18 @@ def offloads(monkeypatch: pytest.MonkeyPatch) -> list[Offload]:
     """Those that engines make from now on."""
     made: list[Offload] = []
 
-    def make(model: GPT, device: torch.device) -> None:
-        made.append(offload_inputs(model, device))
+    def make(model: GPT, device: torch.device, newest: int) -> None:
+        made.append(offload_inputs(model, device, newest))
 
     monkeypatch.setattr(native, "offload_inputs", make)
     return made
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_gradients_are_the_same(compiled: bool, offloads: list[Offload]) -> None:
+@pytest.mark.parametrize(("compiled", "stay"), [(False, 1), (True, 1), (False, 3), (False, 9)])
+def test_gradients_are_the_same(compiled: bool, stay: int, offloads: list[Offload]) -> None:
     plain, other = (
-        engine("trainer.compile=false", f"trainer.offload_activations={on}")
-        for on in ("false", "true")
+        engine("trainer.compile=false", *offloaded)
+        for offloaded in ([], ["trainer.offload_activations=true", f"trainer.offload_keep={stay}"])
     )
     if compiled:
         for block in other.model.blocks:
@@ -58,10 +58,13 @@ def test_gradients_are_the_same(compiled: bool, offloads: list[Offload]) -> None
     for ours, theirs in zip(gradients(other), gradients(plain), strict=True):
         assert torch.equal(ours, theirs)
     # every block's input and the final norm's, of the micro-batch alone: memory is used again
-    assert len(offloads[0].rooms) == LAYERS + 1
+    assert len(offloads[0].rooms) == max(LAYERS + 1 - stay, 0)
 
 
-def test_what_stays_on_the_device_does_not_grow_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stay", [1, 2])
+def test_what_stays_on_the_device_does_not_grow_with_depth(
+    stay: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     on_device: set[Entry] = set()
     most = {"forward": 0, "backward": 0}
     backward = False
@@ -80,10 +83,12 @@ def test_what_stays_on_the_device_does_not_grow_with_depth(monkeypatch: pytest.M
             return super().take()
 
     monkeypatch.setattr("flashtrain.engine.offload.Entry", Watched)
-    one = engine("trainer.compile=false", "trainer.offload_activations=true")
+    offloaded = ["trainer.offload_activations=true", f"trainer.offload_keep={stay}"]
+    one = engine("trainer.compile=false", *offloaded)
     one.forward_backward([batch(0)])
-    assert LAYERS > NEWEST + 1
-    assert most == {"forward": NEWEST + 1, "backward": NEWEST}  # one in use, one on its way
+    assert stay + 2 < LAYERS
+    # one leaving and the newest one; one in use, or on its way
+    assert most == {"forward": stay + 2, "backward": 2}
     assert not on_device
 
 
@@ -135,4 +140,4 @@ def test_the_gpu_keeps_less_and_computes_the_same() -> None:
         error = torch.linalg.vector_norm(ours - theirs)
         assert error <= 1e-2 * torch.linalg.vector_norm(theirs)  # atomics of bf16 backward
     one_input = 4 * 2048 * 1024 * 2
-    assert peaks[0] - peaks[1] >= (24 - NEWEST - 3) * one_input
+    assert peaks[0] - peaks[1] >= (24 - 5) * one_input
