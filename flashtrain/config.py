@@ -307,8 +307,8 @@ class TrainerConfig:
     # every so many steps, do forward and backward twice and compare to the last bit, which finds
     # GPUs that miscalculate; the kernels must be deterministic. null: never
     check_determinism: int | None = None
-    # minutes without a finished step, evaluation or save after which a run counts as hung: every
-    # rank writes where it stands to hangs/ of the run folder and ends; more than a save takes
+    # minutes without a finished step or evaluation after which a run counts as hung: every rank
+    # writes where it stands to hangs/ of the run folder and ends; a save may take longer
     hang_timeout: float = 10.0
     # seconds without a sign of life of a node and without a step after which it counts as lost
     node_timeout: float = 5.0

@@ -56,11 +56,12 @@ class Run:
         self.saver = checkpoint.Saver(
             self.folder / "checkpoints",
             device,
-            checkpoint.own_peers(mesh.world_size) if saving.asynchronous else self.peers,
+            checkpoint.own_peers(mesh.world_size),
             asynchronous=saving.asynchronous,
             writes=mesh.replicate.rank == 0,
             keep=checkpoint.Retention(saving.keep, saving.keep_every, saving.keep_best),
         )
+        self.saving = self.saver.is_awaited
         self.before: job.Stamps = {}  # what it must not go on from, see job.py
         self.skipped: list[list[int]] = []  # global batches left out, see rollback.py
         self.evaluated: tuple[int, float] | None = None  # the latest one: its step, its loss

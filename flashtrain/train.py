@@ -44,7 +44,7 @@ def train(config: Config, device: torch.device, store: Store | None = None) -> N
     )
     interruption = Interruption(config.trainer.time_limit)
     run = Run(config, engine, mesh, device)
-    watch = Watch(run.folder / HANGS, mesh.rank, config.trainer, interruption, store)
+    watch = Watch(run.folder / HANGS, mesh.rank, config.trainer, interruption, store, run.saving)
     with closing(engine), interruption, loader, run, watch:
         first = run.resume()
         between = Between(watch, interruption.agreed)

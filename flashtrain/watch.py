@@ -8,7 +8,9 @@ start the run again, when
 - a process of the same node is gone, and with it all collectives, and nothing has moved since;
 - another node has fallen silent (pulse.py);
 - the run was told to stop and does not come to the end of a step that could be saved;
-- nothing has moved for `trainer.hang_timeout` minutes.
+- nothing has moved for `trainer.hang_timeout` minutes, other than a checkpoint that is waited for:
+  a slow disk is no hang, and how long ranks wait for one another there has a limit of its own
+  (checkpoint/background.py).
 
 Then the stacks of all threads and PyTorch's record of collectives, its flight recorder, are in
 hangs/ of the run folder, and one line names the step, the collective and the ranks. The lowest rank
@@ -19,6 +21,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -50,13 +53,16 @@ class Watch:
         config: TrainerConfig,
         stop: Interruption,
         store: Store | None = None,
+        saving: Callable[[], bool] = lambda: False,
     ) -> None:
-        """folder: where reports go. store: of this start, where there are several processes."""
+        """folder: where reports go. store: of this start, where there are several processes.
+        saving: whether the thread that trains waits for a checkpoint to be on disk."""
         self.folder, self.rank, self.stop = folder, rank, stop
         self.limit = 60 * config.hang_timeout
         self.pulse = Pulse.of_this_process(store, rank, config.node_timeout)
         self.what = "the start"
         self.moved = self.began = time.monotonic()
+        self.saving, self.saved = saving, self.moved  # saved: when that was last so
         self.stepping = True  # what is saved comes before or after this
         self.last = False  # the last step is done, so neighbours may be gone before this process
         self.longest = 0.0  # s, of the steps so far
@@ -90,7 +96,9 @@ class Watch:
         waited = min(idle, now - self.stop.asked_at)
         if self.stop.asked_at and self.stepping and waited > max(STOPPING_S, 5 * self.longest):
             return "told to stop, and the step does not end"
-        if idle > self.limit:
+        if self.saving():
+            self.saved = now
+        if min(idle, now - self.saved) > self.limit:
             return f"nothing has moved for {self.limit / 60:g} min (trainer.hang_timeout)"
         return None
 

@@ -9,7 +9,7 @@ function itself behind PyTorch's dispatcher, 3 us (one core of a server, torch 2
   `torch.library.opcheck` looks, and the tests call it for each op.
 - Without a formula for its gradient an op refuses arguments that want one where autograd records;
   custom_op would say so in backward. `torch.library.register_autograd` brings a formula, and with
-  it 4 us a call.
+  it 4 us a call. Under torch.func, which hides from the op that one is wanted, PyTorch only warns.
 - Results are made by the function alone: keyword-only arguments and lists of tensors are not meant.
 """
 
@@ -76,10 +76,7 @@ def _loud(function: Function, name: str) -> Function:
             )
         return function(*arguments)
 
-    # where a compiler gave up on a caller it would try the function, kernels and all
-    skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
-    set_code_exec_strategy(kernel.__code__, skip)
-    return kernel
+    return _uncompiled(kernel)
 
 
 def _counting(op: OpOverload, mutated: list[int]) -> Function:
@@ -90,4 +87,11 @@ def _counting(op: OpOverload, mutated: list[int]) -> Function:
             torch.autograd.graph.increment_version(arguments[place])
         return op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *arguments)
 
+    return _uncompiled(kernel)
+
+
+def _uncompiled(kernel: Function) -> Function:
+    """Where a compiler gave up on a caller it would try this, and kernels and all below."""
+    skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+    set_code_exec_strategy(kernel.__code__, skip)
     return kernel

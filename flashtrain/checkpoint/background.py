@@ -14,7 +14,8 @@ disk slows training down and never fills memory.
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -69,7 +70,7 @@ class Saver:
         writes: bool = True,
         keep: Retention = NEWEST,
     ) -> None:
-        """peers: where asynchronous, of `own_peers`; nothing else may use them.
+        """peers: of `own_peers`, who have the patience; nothing else may use them.
 
         writes, keep: as for `store.save`.
         """
@@ -79,6 +80,7 @@ class Saver:
         self._preparing: threading.Thread | None = None
         self._writing: threading.Thread | None = None
         self._done: list[Saved] = []
+        self._awaited = False
 
     def path(self, step: int) -> Path:
         return checkpoint_path(self.folder, step)
@@ -99,12 +101,14 @@ class Saver:
         What became of it, a failure too, is said by `results`: at once where not asynchronous.
         """
         if not self.asynchronous:
-            self._write(step, state, meta, rng_state())
+            with self._awaiting():
+                self._write(step, state, meta, rng_state())
             return
         began = time.perf_counter()
         waited = 0.0
         if self._writing is not None:
-            self._writing.join()
+            with self._awaiting():
+                self._writing.join()
             waited = time.perf_counter() - began
         if waited > NOTICED_S and self.peers.rank == 0:
             log.warning(
@@ -126,6 +130,10 @@ class Saver:
         threads = (self._preparing, self._writing)
         return any(thread is not None and thread.is_alive() for thread in threads)
 
+    def is_awaited(self) -> bool:
+        """Whether the loop stands still until a checkpoint is on disk."""
+        return self._awaited
+
     def results(self) -> list[Saved]:
         """What has ended since the last call, in order; waits for nothing."""
         done = self._done[:]
@@ -139,7 +147,8 @@ class Saver:
         """
         for thread in (self._preparing, self._writing):
             if thread is not None:
-                thread.join(timeout)
+                with self._awaiting():
+                    thread.join(timeout)
                 if thread.is_alive():
                     return False
         self._preparing = self._writing = None
@@ -150,6 +159,14 @@ class Saver:
         if self.finish(timeout) and self.memory is not None:
             self.memory.release()
             self.memory = None
+
+    @contextmanager
+    def _awaiting(self) -> Iterator[None]:
+        self._awaited = True
+        try:
+            yield
+        finally:
+            self._awaited = False
 
     def _make_memory(self, state: State) -> HostMemory:
         if self.memory is not None:

@@ -19,7 +19,8 @@ from flashtrain.model.gpt import GPT
 from flashtrain.model.linear import Linear
 from kernels.linear import parameter_gradients
 
-Work = list[tuple[nn.Parameter, nn.Parameter | None, Tensor, Tensor]]  # weight, bias, x, dy
+# weight and bias, None where there is none to train; x, dy
+Work = list[tuple[nn.Parameter | None, nn.Parameter | None, Tensor, Tensor]]
 
 
 class DeferredGradients:
@@ -51,25 +52,28 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, work: Work) -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:3]) else None)
         # the parameters themselves: recomputation gives back saved ones as other tensors
         ctx.parameters, ctx.work = (weight, bias), work
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         weight, bias = ctx.parameters
         (x,) = ctx.saved_tensors
-        ctx.work.append((weight, bias, x, grad))
-        return grad @ weight.to(grad.dtype), None, None, None
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        if x is not None:
+            trained = weight if needs_weight else None, bias if needs_bias else None
+            ctx.work.append((*trained, x, grad))
+        return grad @ weight.to(grad.dtype) if needs_x else None, None, None, None
 
 
 @torch.no_grad()
 def _finish(work: Work) -> None:
     while work:
         weight, bias, x, grad = work.pop()
-        of_bias = None if bias is None else bias.dtype
-        terms = parameter_gradients(grad.flatten(0, -2), x.flatten(0, -2), weight.dtype, of_bias)
+        of_weight, of_bias = (None if p is None else p.dtype for p in (weight, bias))
+        terms = parameter_gradients(grad.flatten(0, -2), x.flatten(0, -2), of_weight, of_bias)
         for parameter, term in zip((weight, bias), terms, strict=True):
             if parameter is None or term is None:
                 continue

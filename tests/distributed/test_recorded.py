@@ -33,6 +33,8 @@ CHANGES = {
     "uncompiled": ["parallel.overlap=on", "trainer.compile=false"],
     "muon": ["parallel.overlap=on", "optimizer=muon"],
     "data": ["parallel=data", "data.batch_size=8"],  # two micro-batches on each of two ranks
+    "data, fp8": ["parallel=data", "data.batch_size=8", "precision=fp8_tensorwise"],
+    "data, muon": ["parallel=data", "data.batch_size=8", "optimizer=muon"],
 }
 
 

@@ -55,6 +55,20 @@ def test_the_limit_is_in_minutes_and_counts_from_the_last_move(
     assert why is not None and "2 min (trainer.hang_timeout)" in why
 
 
+def test_a_save_may_take_longer_than_the_limit(tmp_path: Path, clock: Clock) -> None:
+    saving = True
+    config = TrainerConfig(hang_timeout=2)
+    guard = Watch(tmp_path, 0, config, Interruption(), saving=lambda: saving)
+    train(guard, clock, 3, 100)
+    for _ in range(300):
+        clock.now += 1
+        assert guard.verdict(clock.now) is None
+    saving = False  # what follows has all of its time
+    assert guard.verdict(clock.now + 119) is None
+    why = guard.verdict(clock.now + 121)
+    assert why is not None and "2 min (trainer.hang_timeout)" in why
+
+
 @pytest.mark.parametrize("seconds", [1, 30])
 def test_told_to_stop_a_step_has_time_to_end(tmp_path: Path, clock: Clock, seconds: float) -> None:
     guard, stop = made(tmp_path)

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from kernels import launch
+from kernels.device import on_device
 from kernels.launch import run
 
 Launches = list[tuple[Any, ...]]
@@ -146,6 +147,19 @@ def test_sequences_of_many_lengths_do_not_fill_the_memory(
         arguments[2] = n
         run(some_kernel, (3,), *arguments, **constants)
         assert len(launch._known) <= 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs")
+def test_each_gpu_has_its_own() -> None:
+    """Whichever is the current one."""
+    for current, index in [(0, 0), (0, 1), (1, 0), (1, 1), (0, 0)]:
+        with torch.cuda.device(current):
+            x = torch.randn(64, device=f"cuda:{index}")
+            y = torch.zeros_like(x)
+            with on_device(x):
+                run(some_kernel, (2,), x, y, 64, 3, 0.5, ON=True, BLOCK=32, num_warps=4)
+            assert torch.equal(y, (x + 3) * 0.5)
 
 
 @pytest.mark.gpu

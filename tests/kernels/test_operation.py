@@ -1,6 +1,7 @@
 """An op defined by `operation` is one that autograd and torch.compile know all about."""
 
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import pytest
@@ -127,9 +128,17 @@ def test_without_autograd_nothing_counts() -> None:
         assert double(x).tolist() == [4.0] * 3
 
 
-def test_no_compiler_looks_into_an_op() -> None:
+@pytest.mark.parametrize("op", [double, double_, known])
+def test_no_compiler_looks_into_an_op(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even where it gave up on the caller, and so tries what the caller calls."""
-    seen = []
+    seen, tried = [], []
+    compile_frame = torch._dynamo.convert_frame._compile
+
+    def noting(code: CodeType, *arguments: Any, **options: Any) -> Any:
+        tried.append(code.co_name)
+        return compile_frame(code, *arguments, **options)
+
+    monkeypatch.setattr(torch._dynamo.convert_frame, "_compile", noting)
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
         seen.append(str(graph.code))
@@ -138,7 +147,8 @@ def test_no_compiler_looks_into_an_op() -> None:
     def function(x: Tensor) -> Tensor:
         try:
             torch._dynamo.graph_break()
-            return plain(double(x))
+            y = op(x)
+            return plain(x if y is None else y)
         finally:
             pass
 
@@ -147,4 +157,5 @@ def test_no_compiler_looks_into_an_op() -> None:
 
     torch._dynamo.reset()
     assert torch.compile(function, backend=backend)(torch.ones(3)).tolist() == [14.0] * 3
+    assert tried == ["function", "plain"]
     assert len(seen) == 1 and "* 7" in seen[0]

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flashtrain import checkpoint
+from flashtrain import checkpoint, watch
 from flashtrain.checkpoint import (
     Peers,
     Saver,
@@ -29,6 +29,9 @@ from flashtrain.checkpoint import (
 )
 from flashtrain.checkpoint.integrity import FileRecord
 from flashtrain.checkpoint.snapshot import HostMemory
+from flashtrain.config import TrainerConfig
+from flashtrain.interruption import Interruption
+from flashtrain.watch import Watch
 from tests.flashtrain.checkpoint.emulate import Tiny, on_threads, shard, train_step, trained
 from tests.harness import run_ranks
 
@@ -177,6 +180,45 @@ def test_the_second_save_waits_for_the_first_and_uses_its_memory(
     assert {name: room.data_ptr() for name, room in beside.memory.rooms.items()} == places
     (record,) = [record for record in caplog.records if "waited" in record.getMessage()]
     assert record.getMessage().startswith("step 2 waited")
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_save_that_is_waited_for_is_no_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    """However long it takes: `Watch` asks for it."""
+    gate, state = Gate(monkeypatch), collect(Tiny())
+    beside = saver(tmp_path / "saved", asynchronous=asynchronous)
+    verdicts: list[str] = []
+    config = TrainerConfig(hang_timeout=0.01)  # 0.6 s
+    guard = Watch(tmp_path, 0, config, Interruption(), saving=beside.is_awaited)
+    monkeypatch.setattr(watch, "LOOK_S", 0.05)
+    monkeypatch.setattr(guard, "_end", verdicts.append)
+
+    def opened_late() -> None:
+        for _ in range(10):
+            guard.at("what follows step 1", stepping=False)  # as long as training goes on
+            time.sleep(0.05)
+        awaited.append(beside.is_awaited())
+        time.sleep(1.5)
+        awaited.append(beside.is_awaited())
+        gate.opened.set()
+
+    awaited: list[bool] = []
+    late = threading.Thread(target=opened_late)
+    with guard:
+        late.start()
+        beside.start(1, state, {})
+        if asynchronous:
+            late.join(0.3)
+            assert not beside.is_awaited()
+        beside.finish()
+        late.join()
+        assert awaited == [True, True] and not beside.is_awaited()
+        assert verdicts == []
+        time.sleep(1)
+        assert any("hang_timeout" in why for why in verdicts)
+    assert [saved.failure for saved in beside.results()] == [None]
 
 
 def test_memory_is_made_before_the_first_save_and_anew_for_another_layout(tmp_path: Path) -> None:

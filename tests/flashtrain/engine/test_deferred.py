@@ -60,6 +60,23 @@ def test_recomputation_leaves_them_once() -> None:
         assert_close(other.grad, one.grad)
 
 
+@pytest.mark.parametrize("frozen", [("weight",), ("bias",), ("weight", "bias")])
+def test_frozen_parameters_get_none(frozen: tuple[str, ...]) -> None:
+    plain, split = model("precision=fp32"), model("precision=fp32")
+    deferred = DeferredGradients(split)
+    for one in (plain, split):
+        for name, parameter in one.blocks[1].named_parameters():
+            parameter.requires_grad_(not name.endswith(frozen))
+        backward(one, 0)
+    kept = len(deferred.work)
+    deferred.take()()
+    for (name, whole), half in zip(plain.named_parameters(), split.parameters(), strict=True):
+        assert (half.grad is None) == (whole.grad is None), name
+        if whole.grad is not None:
+            assert_close(half.grad, whole.grad)
+    assert kept == (4 if len(frozen) == 2 else 8)  # 4 products of a block: x and dy of no other
+
+
 def test_without_gradients_nothing_waits() -> None:
     split = model()
     deferred = DeferredGradients(split)
