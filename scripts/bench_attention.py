@@ -145,9 +145,10 @@ class Check:
         return {**named, "error_over_eager": ratio}
 
 
-def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every backend at every shape; prints a row each."""
-    rows, refused = [], set()
+def compare(args: argparse.Namespace, rows: list[dict[str, Any]], keep: Callable[[], None]) -> None:
+    """Every backend at every shape into `rows`; prints a row each, and keeps them shape by shape: a
+    run takes minutes, and one that is ended early has measured what it has."""
+    refused = set()
     print(f"{'shape':24} {'backend':8} {'fwd':>6} {'bwd':>6} TFLOP/s  {'fwd ms':>7} {'bwd ms':>7}"
           f"  {'out err':>8} {'grad err':>8} {'x eager':>7}")  # fmt: skip
     for shape in shapes(args):
@@ -176,7 +177,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
             rows.append({**asdict(shape), "backend": name, **found})
         del check
         torch.cuda.empty_cache()
-    return rows
+        keep()
 
 
 def shapes(args: argparse.Namespace) -> list[Shape]:
@@ -277,12 +278,18 @@ def main() -> None:
         time.perf_counter(),
     )
     print(", ".join(f"{k} {v}" for k, v in about.items()))
-    result = {"environment": about, "graph": args.graph, "rows": compare(args)}
+    rows: list[dict[str, Any]] = []
+    result = {"environment": about, "graph": args.graph, "rows": rows}
+
+    def keep() -> None:
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    compare(args, rows, keep)
     if DECODE in args.masks:
         result["decoding"] = decoding(args)
+        keep()
     print(f"{time.perf_counter() - began:.0f} s")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
     if args.plot:
         plot(result, args.plot)
 
