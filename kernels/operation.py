@@ -8,8 +8,8 @@ function itself behind PyTorch's dispatcher, 3 us (one core of a server, torch 2
 - Nobody looks whether a result shares memory with an argument, which it must not.
   `torch.library.opcheck` looks, and the tests call it for each op.
 - Without a formula for its gradient an op refuses arguments that want one where autograd records;
-  custom_op would say so in backward. `torch.library.register_autograd` brings a formula, and with
-  it 4 us a call. Under torch.func, which hides from the op that one is wanted, PyTorch only warns.
+  custom_op would say so in backward. `register_autograd` brings a formula, and with it 4 us a call.
+  Under torch.func, which hides from the op that one is wanted, PyTorch only warns.
 - Results are made by the function alone: keyword-only arguments and lists of tensors are not meant.
 """
 
@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 from torch.library import Library
 
 Function = Callable[..., Any]
-_libraries: dict[str, Library] = {}  # an op lasts as long as the library that defined it
+_libraries: dict[str, Library] = {}  # of each op, which lasts as long as the library it is in
 
 
 def operation(
@@ -36,11 +36,12 @@ def operation(
         schema: "(..) -> .."; default: what the function's annotations say.
     """
     namespace, _, short = name.partition("::")
-    if namespace not in _libraries:
-        _libraries[namespace] = Library(namespace, "FRAGMENT")
-    library, mutated = _libraries[namespace], tuple(mutates_args)
+    mutated = tuple(mutates_args)
 
     def define(function: Function) -> OpOverload:
+        if name in _libraries:  # its module is loaded again, as notebooks do: the new one counts
+            _libraries.pop(name)._destroy()
+        library = _libraries[name] = Library(namespace, "FRAGMENT")
         signature = schema or torch.library.infer_schema(function, mutates_args=mutated)
         library.define(short + signature, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(short, _loud(function, name), "CompositeExplicitAutograd")
@@ -59,10 +60,15 @@ def register_fake(op: OpOverload) -> Callable[[Function], Function]:
 
     def register(function: Function) -> Function:
         fake = _loud(function, op.name())
-        torch.library.register_fake(op, fake, lib=_libraries[op.namespace])
+        torch.library.register_fake(op, fake, lib=_libraries[op.name()])
         return function
 
     return register
+
+
+def register_autograd(op: OpOverload, gradients: Function, **options: Any) -> None:
+    """torch.library's, of the same name, in the library of the op."""
+    torch.library.register_autograd(op, gradients, lib=_libraries[op.name()], **options)
 
 
 def _loud(function: Function, name: str) -> Function:

@@ -28,7 +28,7 @@ from flashtrain.layout import head_groups
 from flashtrain.parallel.chunks import cut_parts, join_parts, own_chunks
 from flashtrain.parallel.collectives import finish_all, start_gathers, start_scatters
 from kernels.attention import attention, attention_block_backward
-from kernels.operation import operation, register_fake
+from kernels.operation import operation, register_autograd, register_fake
 
 
 @operation(
@@ -228,4 +228,4 @@ def _gradients(ctx: Any, d_out: Tensor, _d_lse: Tensor) -> tuple[Tensor | None, 
     return dq, dk, dv, None, None, None, None, None, None
 
 
-torch.library.register_autograd(gather_forward, _gradients, setup_context=_save)
+register_autograd(gather_forward, _gradients, setup_context=_save)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flashtrain.parallel.transport import Gathering, Transport, others, transport_of
 from kernels.linear import parameter_gradients
-from kernels.operation import operation, register_fake
+from kernels.operation import operation, register_autograd, register_fake
 
 # pieces in which a part travels: the first is on its way sooner, products get smaller
 CHUNKS = 2
@@ -182,5 +182,5 @@ def _scatter_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, dw, None, None
 
 
-torch.library.register_autograd(gather_linear, _gather_gradients, setup_context=_keep)
-torch.library.register_autograd(linear_scatter, _scatter_gradients, setup_context=_keep)
+register_autograd(gather_linear, _gather_gradients, setup_context=_keep)
+register_autograd(linear_scatter, _scatter_gradients, setup_context=_keep)

@@ -26,7 +26,7 @@ from torch import Tensor
 from flashtrain.parallel.collectives import finish_shift, start_shift
 from flashtrain.parallel.mesh import Axis
 from kernels.attention import attention, attention_block_backward
-from kernels.operation import operation, register_fake
+from kernels.operation import operation, register_autograd, register_fake
 
 
 def ring_attention(
@@ -148,4 +148,4 @@ def _gradients(ctx: Any, d_out: Tensor, _d_lse: Tensor) -> tuple[Tensor | None, 
     return dq, dk, dv, None, None, None, None
 
 
-torch.library.register_autograd(ring_forward, _gradients, setup_context=_save)
+register_autograd(ring_forward, _gradients, setup_context=_save)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.attention import select
 from kernels.attention.problem import Problem
-from kernels.operation import operation, register_fake
+from kernels.operation import operation, register_autograd, register_fake
 
 
 class Options(NamedTuple):
@@ -187,7 +187,7 @@ def backward_op(*arguments: Any) -> Gradients:
     return result
 
 
-torch.library.register_autograd(attention_forward, _backward, setup_context=save)
+register_autograd(attention_forward, _backward, setup_context=save)
 
 
 def problem_of(q: Tensor, k: Tensor, v: Tensor, given: Options) -> Problem:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.operation import operation, register_fake
+from kernels.operation import operation, register_autograd, register_fake
 
 COMPILERS = pytest.mark.parametrize("backend", [None, "aot_eager"])
 
@@ -43,7 +43,7 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-torch.library.register_autograd(known, lambda _, dy: double(dy))
+register_autograd(known, lambda _, dy: double(dy))
 
 
 class _Double(torch.autograd.Function):
@@ -159,3 +159,19 @@ def test_no_compiler_looks_into_an_op(op: Any, monkeypatch: pytest.MonkeyPatch) 
     assert torch.compile(function, backend=backend)(torch.ones(3)).tolist() == [14.0] * 3
     assert tried == ["function", "plain"]
     assert len(seen) == 1 and "* 7" in seen[0]
+
+
+def test_a_name_defined_again_means_the_new_function() -> None:
+    """As a notebook does that loads a module again."""
+    x, results = torch.ones(3, requires_grad=True), []
+    for factor in (2, 3):
+        times = operation("flashtrain_test::times", schema="(Tensor x) -> Tensor")(
+            lambda x, factor=factor: x * factor
+        )
+        register_fake(times)(lambda x: x.new_empty(x.shape))
+        register_autograd(times, lambda _, dy, factor=factor: dy * factor)
+        compiled = torch.compile(times, backend="aot_eager", fullgraph=True)
+        for run in (times, compiled):
+            y = run(x)
+            results += [y[0].item(), torch.autograd.grad(y.sum(), x)[0][0].item()]
+    assert results == [2, 2, 2, 2, 3, 3, 3, 3]
