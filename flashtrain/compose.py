@@ -201,8 +201,8 @@ def resolve(config: Config, world_size: int) -> Config:
     need(config.run_dir != "", "run_dir is empty: name a folder or leave it null")
     need(0 <= config.seed < 2**63, f"seed={config.seed} must lie between 0 and 2^63 - 1")
     parallel = resolve_parallel(config.parallel, config.engine.name, world_size)
-    passes = data_ranks(parallel) * parallel.pipeline  # each pipeline rank needs a micro-batch
-    micro_batch = data.micro_batch_size or max(1, data.batch_size // passes)
+    each = data.batch_size // data_ranks(parallel)
+    micro_batch = data.micro_batch_size or _largest_part(each, each // parallel.pipeline)
     config = dataclasses.replace(
         config,
         model=resolve_model(model),
@@ -285,12 +285,18 @@ def check_retention(config: Config) -> None:
     )
 
 
+def _largest_part(number: int, most: int) -> int:
+    """The largest divisor of `number` that is not above `most`; 1 where there is none."""
+    return next((size for size in range(most, 1, -1) if number % size == 0), 1)
+
+
 def check_data(data: DataConfig) -> None:
     """Refuse keys of `data` that contradict each other."""
     if data.source is Source.shards:
         need(
             data.path is not None or bool(data.sources),
-            "data.path must name a folder of token shards; make one with "
+            "data.path must name a folder of token shards, or data.sources several "
+            "(configs/data/mixture.yaml); make one with "
             "`python scripts/prepare_data.py INPUT... --output FOLDER`",
         )
     need(

@@ -151,7 +151,7 @@ class DataConfig:
     batch_size: int = MISSING  # sequences per optimizer step, over all GPUs
     ramp: list[RampStage] = field(default_factory=list)  # smaller and shorter at the start
     # sequences per forward pass on one data-parallel rank; null: its whole share of the batch, and
-    # with parallel.pipeline that share over the pipeline's ranks
+    # with parallel.pipeline at most that share over the pipeline's ranks, so that it divides it
     micro_batch_size: int | None = None
 
 

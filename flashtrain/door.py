@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashtrain.benchmark import check_benchmark
+from flashtrain.checkpoint import CheckpointError, refuse_other_model
 from flashtrain.config import (
     Config,
     ConfigError,
@@ -27,7 +28,7 @@ from flashtrain.config import (
 from flashtrain.data.source import open_tokenizer, prepare_source
 from flashtrain.job import goes_on
 from flashtrain.model.dtypes import DTYPES
-from flashtrain.model.gpt import n_parameters
+from flashtrain.model.gpt import GPT, n_parameters
 from flashtrain.precision import is_fp8
 from flashtrain.secrets_check import refuse_secrets
 from flashtrain.tracking.tensorboard import check_tensorboard
@@ -51,6 +52,7 @@ def admit(config: Config, world_size: int, local_processes: int) -> Config:
     _check_files(config)
     _check_fp8(config)
     config = prepare_source(config, world_size)
+    _check_model(config)
     _check_benchmark(config)
     _check_memory(config, local_processes)
     _check_copy(config, local_processes)
@@ -124,14 +126,36 @@ def _check_files(config: Config) -> None:
             f"model.weights={weights} is not a folder: name a run folder (scripts/import_hf.py "
             "makes one of a Hugging Face model) or a checkpoint inside one"
         )
-    assert config.run_dir is not None
-    # of a later start of a job, its own checkpoints may have pushed out the one it began with
-    named = resume not in ("auto", "never") and not goes_on(Path(config.run_dir))
-    if named and not (Path(resume) / "manifest.json").is_file():
+    if _begins_at_a_path(config) and not (Path(resume) / "manifest.json").is_file():
         raise ConfigError(
             f"checkpoint.resume={resume} is not a checkpoint (it has no manifest.json): name a "
             "folder like runs/NAME/checkpoints/step-00000100, or auto, or never"
         )
+
+
+def _begins_at_a_path(config: Config) -> bool:
+    """Whether `checkpoint.resume` names the checkpoint that this start goes on from."""
+    assert config.run_dir is not None
+    # of a later start of a job, its own checkpoints may have pushed out the one it began with
+    named = config.checkpoint.resume not in ("auto", "never")
+    return named and not goes_on(Path(config.run_dir))
+
+
+def _check_model(config: Config) -> None:
+    """Refuse weights of another model, which ranks would find only when they load them."""
+    folders = {"model.weights": config.model.weights}
+    if _begins_at_a_path(config):
+        folders["checkpoint.resume"] = config.checkpoint.resume
+    for key, folder in folders.items():
+        if folder is None:
+            continue
+        with torch.device("meta"):
+            model = GPT(config.model, config.position, max_length=config.data.sequence_length)
+        shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        try:
+            refuse_other_model(Path(folder), shapes)
+        except CheckpointError as error:
+            raise ConfigError(f"{key}: {error}") from error
 
 
 def _check_benchmark(config: Config) -> None:

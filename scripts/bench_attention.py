@@ -33,6 +33,7 @@ from torch import Tensor
 
 from kernels.attention.reference import attention_reference
 from scripts.parts.attention_peers import BACKENDS, MASKS, Call, Shape
+from scripts.parts.scaling_plot import pyplot
 from scripts.parts.where import where
 
 GRAPH_CALLS = 10  # in one CUDA graph
@@ -205,13 +206,7 @@ def decoding(args: argparse.Namespace) -> dict[str, Any]:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """TFLOP/s over sequence length: a row of panels per pass, a panel per head size and mask."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     rows = [row for row in result["rows"] if row["mask"] in ("causal", "full")]
     panels = sorted({(row["head_size"], row["mask"]) for row in rows})
     figure, axes = plt.subplots(2, len(panels), figsize=(3.6 * len(panels), 6), squeeze=False)
@@ -266,6 +261,11 @@ def main() -> None:
     add("--plot", type=Path, help="draw the rows there (needs matplotlib)")
     add("--from", type=Path, dest="source", help="draw this JSON instead of measuring")
     args = parser.parse_args()
+    if args.plot:
+        try:
+            pyplot()  # refused now and not after the runs
+        except ValueError as error:
+            parser.error(str(error))
     if args.source is not None:
         if args.plot is None:
             parser.error("--from FILE is drawn: give --plot PATH too")

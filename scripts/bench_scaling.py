@@ -255,7 +255,7 @@ def main() -> int:
     parser.add_argument("--again", type=Path, help="JSON of a run: only predict and print anew")
     options = parser.parse_args()
     if not options.again and not (options.cases and options.gpus):
-        parser.error("--config and --gpus, or --again")
+        parser.error("give --config and --gpus, or --again FILE")
     try:
         if options.plot:
             from scripts.parts.scaling_plot import draw_bars, pyplot

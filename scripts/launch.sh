@@ -23,12 +23,21 @@ if [ -z "$head" ]; then
   [ "$nodes" = 1 ] || { echo "launch: NODES=$nodes need HEAD, the name of one of them" >&2; exit 2; }
   head=localhost
 fi
+venv=${FLASHTRAIN_VENV:-$root/.venv}
+[ -x "$venv/bin/torchrun" ] ||
+  { echo "launch: there is no virtual environment in $venv: scripts/setup_venv.sh makes it" >&2; exit 2; }
+gpus=${GPUS:-$("$venv/bin/python" -c 'import torch; print(torch.cuda.device_count())')}
+[ "$gpus" != 0 ] ||
+  { echo "launch: PyTorch sees no GPU here: say in GPUS how many processes are to run on the CPU" >&2; exit 2; }
+[[ $gpus =~ ^[1-9][0-9]*$ ]] || { echo "launch: GPUS=$gpus must be a whole number, 1 or more" >&2; exit 2; }
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}  # seconds to save in
 # torchrun 2.13 tells a machine that comes later nothing of the store it shares with the workers, and
 # both wait until they give up; without sharing it does
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-exec "${FLASHTRAIN_VENV:-$root/.venv}/bin/torchrun" \
+# what cannot run is said once, here: torchrun would start it again and again
+"$venv/bin/python" -m flashtrain.launch --show --nproc "$((${nodes%%:*} * gpus))" "$@" >/dev/null || exit
+exec "$venv/bin/torchrun" \
   --nnodes "$nodes" --nproc-per-node "${GPUS:-gpu}" --max-restarts "${RESTARTS:-3}" \
   --rdzv-backend c10d --rdzv-endpoint "$head:${PORT:-29500}" --rdzv-id "${RUN_ID:-flashtrain}" \
   --rdzv-conf keep_alive_interval=1,keep_alive_max_attempt=5,last_call_timeout=5 \

@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from flashtrain.launch import ENDED
 from flashtrain.tracking.compare import read_rows
+from scripts.parts.scaling_plot import pyplot
 from scripts.parts.where import where
 
 LAST_SHARE = 0.1  # of the steps, over which the final training loss is meant
@@ -206,13 +207,7 @@ def smoothed(values: list[float], window: int) -> list[float]:
 
 def plot(result: dict[str, Any], path: Path, window: int) -> None:
     """Training loss, mean of `window` logged ones, left; validation loss right."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for axis, key, width in zip(axes, ("loss", "validation"), (window, 1), strict=True):
         ends = []
@@ -257,6 +252,11 @@ def main() -> int:
     args = parser.parse_args()
     if (args.source is None) == (not args.run):
         parser.error("name configurations with --run NAME OVERRIDES, or a file with --from")
+    if args.plot:
+        try:
+            pyplot()  # refused now and not after the runs
+        except ValueError as error:
+            parser.error(str(error))
     result = run_all(args) if args.source is None else json.loads(args.source.read_text())
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -229,8 +229,14 @@ def plan_scaling(own: dict[str, str], overrides: list[str], options: argparse.Na
 
 def beside_measured(own: dict[str, str], options: argparse.Namespace) -> int:
     """Rows of scripts/bench_train.py --json with what the formulas say of them."""
-    report = json.loads(options.measured.read_text())
-    gpu = report["environment"]["gpu"]
+    try:
+        report = json.loads(options.measured.read_text())
+        gpu = report["environment"]["gpu"]
+        known = all("error" in row or {"case", "world"} <= row.keys() for row in report["rows"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(f"{options.measured} is not what scripts/bench_train.py --json writes")
     print(f"{gpu}: measured, predicted, error")
     for row in report["rows"]:
         if "error" in row:

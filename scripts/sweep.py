@@ -129,9 +129,14 @@ def main() -> int:
         processes = arguments.nproc or _processes()
         sweep = plan(arguments.overrides, processes)
         if arguments.dry_run:
+            slurm = sweep.launcher.kind is LauncherKind.slurm
+            count = sweep.launcher.processes or arguments.nproc
+            start = ["sbatch", "scripts/slurm.sbatch"] if slurm else ["scripts/train.sh"]
+            if count and not slurm:
+                start += ["--nproc", str(count)]
             for job in sweep.jobs:
                 print(f"{job.folder}{'  (finished)' if job.finished else ''}")
-                print(f"    scripts/train.sh {shlex.join(job.overrides)}")
+                print(f"    {shlex.join([*start, *job.overrides])}")
             return 0
         return run(sweep, processes)
     except (ConfigError, OSError) as error:

@@ -10,7 +10,7 @@ from flashtrain.checkpoint.background import Saved, Saver, own_peers
 from flashtrain.checkpoint.integrity import CheckpointError, read_manifest
 from flashtrain.checkpoint.peers import Peers
 from flashtrain.checkpoint.retention import EVALUATION, Retention
-from flashtrain.checkpoint.shelf import find_latest, locate, verify
+from flashtrain.checkpoint.shelf import find_latest, locate, refuse_other_model, verify
 from flashtrain.checkpoint.state import (
     State,
     adam_state,
@@ -42,6 +42,7 @@ __all__ = [
     "read_meta",
     "read_rng",
     "refuse_buffers",
+    "refuse_other_model",
     "restore",
     "rng_state",
     "save",

@@ -112,6 +112,35 @@ def locate(folder: Path, peers: Peers = ALONE) -> Path:
     return found
 
 
+def refuse_other_model(folder: Path, shapes: dict[str, list[int]]) -> None:
+    """Raise CheckpointError unless the weights that `locate` would find there have these shapes.
+
+    shapes: of the whole model's parameters. Reads manifests alone, so that a command can be refused
+    before it starts; a manifest that is damaged is left to `locate`.
+    """
+    for path in [folder] if (folder / MANIFEST).is_file() else checkpoints(folder / "checkpoints"):
+        try:
+            tensors = read_manifest(path).tensors
+        except CheckpointError:
+            continue
+        there = {
+            name.removeprefix("model/"): list(record.shape)
+            for name, record in tensors.items()
+            if name.startswith("model/")
+        }
+        names = {**there, **shapes}  # in the model's order where both have them
+        other = [name for name in names if there.get(name) != shapes.get(name)]
+        if other:
+            first = other[0]
+            more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
+            raise CheckpointError(
+                f"{path} holds another model: {first} is {there.get(first, 'absent')} there and "
+                f"{shapes.get(first, 'absent')} here{more}; set model.* and position.* as in its "
+                "state.json"
+            )
+        return
+
+
 def verify(path: Path, peers: Peers = ALONE) -> None:
     """Read every byte of one checkpoint; raise CheckpointError on all ranks if any is wrong."""
     fault = _first_fault(path, peers)

@@ -213,14 +213,17 @@ def _write(
 
 def _check_splits(manifest: Manifest, documents: int, share: float) -> None:
     if documents == 0:
+        bad = manifest.bad_documents.items()
+        left_out = ", ".join(f"{count:,} documents, {reason}" for reason, count in bad)
         raise DataError(
-            f"{manifest.source} holds no usable document; left out: {manifest.bad_documents}"
+            f"{manifest.source} holds no usable document; left out: {left_out or 'none'}"
         )
     empty = [name for name, split in manifest.splits.items() if not split.tokens]
     if TRAIN in empty or (VALIDATION in empty and share > 0):
         raise DataError(
-            f"all of the {documents} documents fell on one side, so the {empty[0]} split is empty; "
-            "give more text or change the validation share (0 holds nothing out)"
+            f"all {documents} documents fell on one side, so the {empty[0]} split is empty: the "
+            "split is by whole documents, and a .txt or .md file is one of them; give more or "
+            "change --validation-share (0 holds nothing out)"
         )
 
 

@@ -12,8 +12,10 @@ from typing import Any
 
 from flashtrain.compose import resolve
 from flashtrain.config import Config, ConfigError, Recompute, TrainerConfig
+from flashtrain.planning.activations import is_plain
 from flashtrain.planning.gpus import Cluster
 from flashtrain.planning.memory import USABLE, Memory, host_bytes, predict_memory
+from flashtrain.planning.sizes import sizes_of
 from flashtrain.planning.time import Step, predict_step, tokens_per_second
 
 LONG = 32768  # tokens of a sequence from which on it is worth cutting over context ranks
@@ -182,9 +184,13 @@ def _passes(config: Config, ranks: int, named: Degrees) -> Iterator[Config]:
         return
     for recompute in _choices(named.recompute, tuple(Recompute)):
         trainer = dataclasses.replace(config.trainer, recompute=recompute)
+        laid_out = dataclasses.replace(config, trainer=trainer)
+        saves = recompute is not Recompute.light or is_plain(laid_out, sizes_of(laid_out))
+        if named.recompute is None and not saves:
+            continue  # the same as none
         for size in _choices(named.micro_batch_size, _divisors(each, LARGEST)):
             data = dataclasses.replace(config.data, micro_batch_size=size)
-            yield dataclasses.replace(config, trainer=trainer, data=data)
+            yield dataclasses.replace(laid_out, data=data)
 
 
 def _choices(named: Any, free: Any) -> Any:

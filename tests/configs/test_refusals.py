@@ -66,6 +66,7 @@ REFUSED = [
     ("model.n_kv_heads=0", "model.n_kv_heads 0"),
     ("data.batch_size=-32", "data.batch_size -32"),
     ("model.head_size=512", "512 256"),
+    ("data=mixture", "data.path data.sources configs/data/mixture.yaml prepare_data"),
     # numbers that do not fit each other
     ("model.d_model=130 model.n_heads=4", "model.d_model=130 model.n_heads=4"),
     ("model.n_heads=4 model.n_kv_heads=3", "model.n_heads=4 model.n_kv_heads=3"),

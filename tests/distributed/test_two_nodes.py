@@ -78,6 +78,9 @@ def test_one_process_on_each_of_two_nodes_trains_one_run(nodes: Path) -> None:
     torchrun = venv / "torchrun"
     torchrun.write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
     torchrun.chmod(0o755)
+    python = venv / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
     words = " ".join(
         [
             "model=gpt_tiny data=random model.vocabulary=128 data.sequence_length=32",

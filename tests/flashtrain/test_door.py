@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from flashtrain.checkpoint import collect, save
 from flashtrain.compose import load
 from flashtrain.config import Config, ConfigError
 from flashtrain.data.prepare import Recipe, prepare
 from flashtrain.data.shards import DataError
 from flashtrain.door import admit, bytes_per_parameter, describe_attention
+from flashtrain.model.gpt import GPT
 from kernels.attention.select import resolve
 
 SMALL = [
@@ -194,6 +196,25 @@ def test_offloaded_optimizer_state_weighs_nothing_on_the_gpu() -> None:
     line = ["experiment=null", "data=random", "model.vocabulary=64", "engine=deepspeed"]
     line += ["+engine.deepspeed.zero_optimization.offload_optimizer.device=cpu"]
     assert bytes_per_parameter(load(line, 1)) == 2 + 4
+
+
+@pytest.mark.parametrize("key", ["model.weights", "checkpoint.resume"])
+def test_weights_of_another_model_are_refused(shards: Path, tmp_path: Path, key: str) -> None:
+    config = admitted(shards)
+    model = GPT(config.model, config.position, max_length=config.data.sequence_length)
+    path = save(tmp_path / "run" / "checkpoints", 4, collect(model), {})
+    folder = path if key == "checkpoint.resume" else tmp_path / "run"
+    line = [f"{key}={folder}", f"run_dir={tmp_path}/new"]
+    admitted(shards, *line)
+    for other, told in (
+        ("model.d_model=64", rf"{key}: {path} holds .* is \[384, 128\] there and \[384, 64\] here"),
+        ("position=gpt2", "position.weight is absent there and .* here; set model"),
+        ("model.n_layers=3", "is .* there and absent here"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            admitted(shards, *line, other)
+    (path / "manifest.json").write_text("{}")  # damage is for those that load it to find
+    admitted(shards, *line, "model.d_model=64")
 
 
 def test_an_engine_that_is_not_installed_is_refused(

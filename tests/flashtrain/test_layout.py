@@ -157,6 +157,9 @@ def test_pipeline_ranks_are_no_data_ranks_and_get_a_micro_batch_each() -> None:
     config = load([*SMALL, "parallel=pipeline2"], 8)
     assert (config.parallel.replicate, config.parallel.shard) == (4, 1)
     assert config.data.micro_batch_size == 32 // 4 // 2
+    # three stages share 16 sequences: no five, which does not divide them, but four
+    line = ["parallel=pipeline2", "parallel.pipeline=3", "data.batch_size=16"]
+    assert load([*SMALL, *line], 3).data.micro_batch_size == 4
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -23,9 +24,12 @@ def stand_in(folder: Path, name: str, body: str) -> Path:
     return path
 
 
-def launch(folder: Path, *words: str, **environment: str) -> tuple[int, str, str]:
+def launch(
+    folder: Path, *words: str, python: str = "echo 8", **environment: str
+) -> tuple[int, str, str]:
     """(exit status, what it said, how torchrun was called)."""
     stand_in(folder, "torchrun", "")
+    stand_in(folder, "python", python)
     run = subprocess.run(
         [SCRIPTS / "launch.sh", *words],
         env={"PATH": os.environ["PATH"], "FLASHTRAIN_VENV": str(folder), **environment},
@@ -52,6 +56,30 @@ def test_every_machine_starts_torchrun_and_meets_at_the_head(tmp_path: Path) -> 
     assert "SIGUSR1" in call
     assert call.endswith("-m flashtrain.train parallel=fsdp name=a b\n")
     assert "--local-addr" not in call
+
+
+def test_a_machine_without_gpus_or_an_environment_says_so(tmp_path: Path) -> None:
+    status, said, call = launch(tmp_path, python="echo 0")
+    assert (status, said.count("\n")) == (2, 1) and "say in GPUS how many" in said
+    assert "torchrun" not in call
+    status, _, call = launch(tmp_path, python="echo 0", GPUS="2")
+    assert status == 0 and "--nproc-per-node 2" in call
+    run = subprocess.run(
+        [SCRIPTS / "launch.sh"], env={"PATH": os.environ["PATH"], "FLASHTRAIN_VENV": "/nowhere"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "/nowhere: scripts/setup_venv.sh makes it" in run.stderr
+
+
+def test_what_cannot_run_is_said_once_before_torchrun(tmp_path: Path) -> None:
+    refuses = f'exec {sys.executable} "$@"'
+    words = {"NODES": "2", "HEAD": "node-a", "GPUS": "3"}
+    status, said, call = launch(tmp_path, "parallel.tensor=4", python=refuses, **words)
+    assert (status, said.count("\n")) == (2, 1) and "the 6 processes of this run" in said
+    assert "torchrun" not in call
+    status, said, _ = launch(tmp_path, GPUS="two")
+    assert (status, said) == (2, "launch: GPUS=two must be a whole number, 1 or more\n")
 
 
 def test_one_machine_needs_no_head_and_an_address_is_passed_on(tmp_path: Path) -> None:

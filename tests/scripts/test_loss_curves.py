@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 import threading
 import time
 from pathlib import Path
@@ -143,3 +144,17 @@ def test_jobs_share_the_gpus(
 
 def test_moving_means_start_short(script: ModuleType) -> None:
     assert script.smoothed([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_runs(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(script, "run_all", lambda args: pytest.fail("it ran"))
+    line = ["loss_curves", "--run", "a", "", "--plot", str(tmp_path / "a.svg")]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2
+    assert "needs matplotlib: pip install matplotlib" in capsys.readouterr().err

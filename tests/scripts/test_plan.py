@@ -76,6 +76,10 @@ def test_measured_rows_stand_beside_their_prediction(
     speed = next(line.split() for line in lines if "tokens/s" in line)
     assert speed[1] == "62,511.0"
     assert abs(float(speed[3].rstrip("%"))) < 15
+    for other in ("{", '{"runs": []}', '{"environment": {"gpu": "NVIDIA H200"}, "rows": [{}]}'):
+        path.write_text(other)
+        assert call(plan, monkeypatch, "--measured", str(path)) == 2
+        assert f"{path} is not what scripts/bench_train.py --json writes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

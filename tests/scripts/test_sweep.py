@@ -98,12 +98,16 @@ def test_slurm_gets_one_sbatch_a_job_and_none_for_those_that_wait(slurm: Path) -
 
 def test_the_jobs_can_be_listed_without_being_started(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
-    listed = subprocess.run(
-        [sys.executable, root / "scripts/sweep.py", "--dry-run", "--nproc", "1", *LINE],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert listed.stdout.count("scripts/train.sh") == 3
+    for more, start in (
+        (["--nproc", "1"], "    scripts/train.sh --nproc 1 "),
+        (["launcher=slurm", "launcher.nodes=1"], "    sbatch scripts/slurm.sbatch "),
+    ):
+        listed = subprocess.run(
+            [sys.executable, root / "scripts/sweep.py", "--dry-run", *LINE, *more],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert listed.stdout.count(start) == 3
     assert not list(tmp_path.iterdir())

@@ -228,7 +228,7 @@ REFUSED = {
     "no Parquet": ("no.parquet", BYTES, "no.parquet is no readable Parquet file"),
     "no such column": ("a.parquet", Recipe("bytes", field="b"), "no column 'b' .it has: text, n"),
     "column of numbers": ("a.parquet", Recipe("bytes", field="n"), "column 'n' .* is int64, not"),
-    "no documents": ("bad.jsonl", BYTES, "bad.jsonl holds no usable document.*invalid JSON"),
+    "no documents": ("bad.jsonl", BYTES, "bad.jsonl holds no usable.*: 2 documents, invalid JSON"),
     "nothing held out": ("one.txt", BYTES, "1 documents fell on one side, so the .* is empty"),
     "share of all": ("one.txt", Recipe("bytes", validation_share=1.0), "share 1.0 must be at"),
     "small BPE": ("one.txt", Recipe(vocabulary=10), "vocabulary of 10 is below 257"),

@@ -47,6 +47,18 @@ def test_what_is_named_stays() -> None:
     assert {plan.config.parallel.shard for plan in plans} == {1, 2, 4}
 
 
+def test_light_recomputation_is_no_layout_of_its_own_where_it_saves_nothing() -> None:
+    """Linear layers of tensor ranks keep what it would make again."""
+    light = {
+        plan.config.parallel.tensor
+        for plan in search(base(), 8, CLUSTER)[0]
+        if plan.config.trainer.recompute is Recompute.light
+    }
+    assert light == {1}
+    named, _ = search(base(), 8, CLUSTER, Degrees(tensor=2, recompute=Recompute.light))
+    assert named  # by name it stays
+
+
 def test_where_nothing_fits_the_smallest_is_shown() -> None:
     plans, smallest = search(read(["experiment=llama_70b", "data=random"]), 8, CLUSTER)
     assert not plans
