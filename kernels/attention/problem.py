@@ -174,7 +174,8 @@ def _check_documents(q: Tensor, k: Tensor, documents: Tensor) -> None:
     if k.shape[1] != T:
         raise ValueError(f"documents need as many queries as keys, got {T} and {k.shape[1]}")
     packed = documents.dim() == 1 and documents.shape[0] >= 2  # cu_seqlens
-    known = packed or documents.shape in ((B, T), (B, 2, T))
+    # not `in`, which torch.compile gets wrong where some of the numbers are symbols
+    known = packed or documents.shape == (B, T) or documents.shape == (B, 2, T)
     if not known or documents.device != q.device:
         raise ValueError(
             f"documents must be ids [{B}, {T}] or cu_seqlens [documents + 1] or bounds"

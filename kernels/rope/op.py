@@ -69,7 +69,9 @@ def check_table(table: Tensor, x: Tensor) -> None:
     """Raises ValueError where a rotation does not fit x [B, T, H, D]."""
     B, T, _, D = x.shape
     R = table.shape[-1]
-    fits = tuple(table.shape[:-1]) in ((T,), (B, T)) and R <= D and R % 2 == 0
+    rows = tuple(table.shape[:-1])
+    # not `in`, which torch.compile gets wrong where some of the numbers are symbols
+    fits = (rows == (T,) or rows == (B, T)) and R <= D and R % 2 == 0
     if not fits or table.dtype != torch.float32:
         raise ValueError(
             f"a rotation of {table.dtype} {list(table.shape)} is not for heads {list(x.shape)}: it "

@@ -160,6 +160,18 @@ def test_compiled_lengths_may_change() -> None:
         torch.testing.assert_close(mine, other)
 
 
+def test_a_compiler_may_take_some_sizes_of_packed_sequences_for_symbols() -> None:
+    torch._dynamo.reset()
+
+    def call(q: Tensor, ids: Tensor) -> Tensor:
+        return attention(q, q, q, causal=True, documents=ids) * 1.0
+
+    q, ids = torch.randn(4, 16, 2, 16), torch.zeros(4, 16, dtype=torch.int32)
+    torch._dynamo.maybe_mark_dynamic(q, [0, 1])
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, ids), call(q, ids))
+
+
 def _compiler(platform: Platform) -> str:
     return "inductor" if platform.on_gpu else "aot_eager"
 

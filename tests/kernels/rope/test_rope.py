@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.rope import rotate, rotate_heads, rotate_heads_
+from kernels.rope.op import check_table
 from tests.accuracy import assert_as_accurate
 from tests.kernels.interpreter import Platform
 
@@ -137,3 +138,15 @@ def test_refusals_say_what_and_why(name: str) -> None:
     for turn in (rotate_heads, rotate_heads_):
         with pytest.raises(ValueError, match=sentence):
             turn(**given)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_compiler_may_take_some_sizes_for_symbols(packs: bool) -> None:
+    def checked(x: Tensor, table: Tensor) -> Tensor:
+        check_table(table, x)
+        return x
+
+    x, table = torch.randn(4, 16, 12, 8), torch.randn(*([4] if packs else []), 16, 8)
+    torch._dynamo.maybe_mark_dynamic(x, [0, 1])
+    run = torch.compile(checked, backend="aot_eager", fullgraph=True)
+    assert run(x, table).shape == x.shape
