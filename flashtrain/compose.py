@@ -33,7 +33,7 @@ from flashtrain.config import (
     Target,
     to_dict,
 )
-from flashtrain.layout import check_layout, data_ranks, need, resolve_parallel
+from flashtrain.layout import check_layout, need, resolve_parallel, whole_micro_batch
 from flashtrain.pipelining import check_pipeline
 from flashtrain.precision import check_moments, check_precision
 
@@ -201,8 +201,7 @@ def resolve(config: Config, world_size: int) -> Config:
     need(config.run_dir != "", "run_dir is empty: name a folder or leave it null")
     need(0 <= config.seed < 2**63, f"seed={config.seed} must lie between 0 and 2^63 - 1")
     parallel = resolve_parallel(config.parallel, config.engine.name, world_size)
-    each = data.batch_size // data_ranks(parallel)
-    micro_batch = data.micro_batch_size or _largest_part(each, each // parallel.pipeline)
+    micro_batch = data.micro_batch_size or whole_micro_batch(data.batch_size, parallel)
     config = dataclasses.replace(
         config,
         model=resolve_model(model),
@@ -283,11 +282,6 @@ def check_retention(config: Config) -> None:
         f"checkpoint.every={saving.every} is not a multiple of trainer.evaluate_every="
         f"{evaluate_every}",
     )
-
-
-def _largest_part(number: int, most: int) -> int:
-    """The largest divisor of `number` that is not above `most`; 1 where there is none."""
-    return next((size for size in range(most, 1, -1) if number % size == 0), 1)
 
 
 def check_data(data: DataConfig) -> None:

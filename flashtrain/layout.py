@@ -53,14 +53,27 @@ def records(config: Config) -> bool:
 
     auto: on one GPU, and on tensor ranks or data ranks alone. Two H200 (2026-11-27), recorded and
     step by step, in tokens/s per GPU: data ranks of gpt2_124m 563k and 538k; tensor ranks of
-    gpt_1.3b in fp8 62.0k and 45.8k, without overlap as fast either way. Not both kinds of ranks
-    together, nor PyTorch's fused products, which no GPU has recorded yet.
+    gpt_1.3b in fp8 62.0k and 45.8k, without overlap as fast either way. Not what no GPU has
+    recorded yet: both kinds of ranks together, fp8 or Muon of data ranks, PyTorch's fused products.
     """
     wanted, parallel = config.trainer.cuda_graph, config.parallel
     if wanted is CudaGraph.off or no_graphs(config) is not None:
         return False
-    alone = 1 in (parallel.replicate, parallel.tensor)
-    return wanted is CudaGraph.on or (alone and parallel.overlap is not Overlap.fused)
+    tried = parallel.replicate == 1 or (
+        parallel.tensor == 1
+        and config.optimizer.name is OptimizerKind.adamw
+        and config.precision.linear is LinearKind.compute
+    )
+    return wanted is CudaGraph.on or (tried and parallel.overlap is not Overlap.fused)
+
+
+def whole_micro_batch(batch: int, parallel: ParallelConfig) -> int:
+    """Sequences of a micro-batch where none is asked for: a data rank's share of the batch, or its
+    largest part of which every pipeline rank has one; 1 where there is none. `parallel` is
+    resolved."""
+    each = batch // data_ranks(parallel)
+    most = each // parallel.pipeline
+    return next((size for size in range(most, 1, -1) if each % size == 0), 1)
 
 
 def resolve_parallel(

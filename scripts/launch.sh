@@ -7,7 +7,8 @@
 #   NODES     machines (default 1), or 2:4: as many as there are, at least two; one that is lost is
 #             left out or replaced, one that comes is taken in
 #   HEAD      name or address of one of them, which must last: the machines find each other there
-#   GPUS      processes of this machine (default: its GPUs; a number where there are none)
+#   GPUS      processes of this machine (default: its GPUs; a number where there are none), and, as
+#             is taken when the configuration is checked, of each of the others
 #   PORT      of HEAD (default 29500)           RUN_ID   another where two runs share HEAD and PORT
 #   RESTARTS  starts after a process died (default 3)
 #   ADDRESS   of this machine for the others, where its host name does not lead to it

@@ -2,15 +2,16 @@
 
 Heads go through in groups: the keys and values of one group travel while attention computes the
 group before, and so do the gradients of the group before in the backward pass. In the open are the
-first group's gather and the last one's scatter. Backward gathers again what forward gathered, so a
-rank keeps its own keys and values only.
+first group's gather and the last one's scatter. On two H200 at 65,536 tokens that was hardly faster
+than one group after one transfer (90 % of one GPU's rate beside 89 %, 2026-11-27): more launches
+end with multiprocessors idle. Backward gathers again what forward gathered, so a rank keeps its own
+keys and values only.
 
 A chunk's queries are the last of the keys up to its end, which is how `attention` places them: the
 two chunks of a rank are two plain calls, and their gradients add up in the keys that both see.
 
 All gathers are started before the first attention. Its persistent programs leave no multiprocessor
-to a transfer that comes later, which then waits until they are through; the second gather follows
-the first one at once, and later ones slip in between two launches.
+to a transfer that comes later, which then waits until they are through.
 
 Both passes are `torch.library` ops, as those of ring.py: a compiler sees one op, and selective
 recomputation keeps its result.

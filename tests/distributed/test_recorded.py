@@ -46,7 +46,8 @@ def test_auto_records_one_gpu_and_ranks_of_one_kind() -> None:
     off, fp8, muon = "parallel.overlap=off", "precision=fp8_tensorwise", "optimizer=muon"
     for change in ([], [off], [fp8], [muon], data):
         assert uses_graphs(load([*CASE, *change], 2), gpu), change
-    for change, ranks in ((["parallel.overlap=fused"], 2), (["parallel.replicate=2"], 4)):
+    left = [["parallel.overlap=fused"], [*data, fp8], [*data, muon]]
+    for change, ranks in (*((change, 2) for change in left), (["parallel.replicate=2"], 4)):
         assert not uses_graphs(load([*CASE, *change], ranks), gpu), change
         assert uses_graphs(load([*CASE, *change, "trainer.cuda_graph=on"], ranks), gpu), change
     assert not uses_graphs(load([*CASE, "parallel.shard=2"], 4), gpu)
