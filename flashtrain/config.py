@@ -320,7 +320,7 @@ class TrainerConfig:
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     compile: bool | None = None  # torch.compile each block; null: on CUDA
     # steps as CUDA graphs, which leave the host nothing to launch; auto: on one GPU, and on
-    # tensor ranks or data ranks alone (these: AdamW, not fp8), where they can be; on: with all, too
+    # tensor ranks or data ranks alone, where they can be; on: with both, too
     cuda_graph: CudaGraph = CudaGraph.auto
     recompute: Recompute = Recompute.none  # activation checkpointing
     # parts of its tokens that each MLP runs one after the other; its inside is recomputed part by

@@ -54,16 +54,12 @@ def records(config: Config) -> bool:
     auto: on one GPU, and on tensor ranks or data ranks alone. Two H200 (2026-11-27), recorded and
     step by step, in tokens/s per GPU: data ranks of gpt2_124m 563k and 538k; tensor ranks of
     gpt_1.3b in fp8 62.0k and 45.8k, without overlap as fast either way. Not what no GPU has
-    recorded yet: both kinds of ranks together, fp8 or Muon of data ranks, PyTorch's fused products.
+    recorded yet: both kinds of ranks together, PyTorch's fused products.
     """
     wanted, parallel = config.trainer.cuda_graph, config.parallel
     if wanted is CudaGraph.off or no_graphs(config) is not None:
         return False
-    tried = parallel.replicate == 1 or (
-        parallel.tensor == 1
-        and config.optimizer.name is OptimizerKind.adamw
-        and config.precision.linear is LinearKind.compute
-    )
+    tried = parallel.replicate == 1 or parallel.tensor == 1
     return wanted is CudaGraph.on or (tried and parallel.overlap is not Overlap.fused)
 
 

@@ -5,7 +5,7 @@ this order. Under a causal mask an early chunk sees little and its late partner 
 have the same work. Everything but attention runs on a rank's own tokens. Attention has three forms:
 
     gather   all keys and values go to every rank, [B, T, K, D], some heads at a time while others
-             are computed (gathered.py); any mask
+             are computed (gathered.py); any mask. Plain causal forward is the ring's
     ring     keys and values go round, a rank's at a time (ring.py); causal attention only, but no
              rank ever holds more than two parts of them
     ulysses  tokens are exchanged for heads and back: each rank computes whole sequences for H/c

@@ -1,11 +1,14 @@
 """Causal attention of a rank's queries over the keys and values of all ranks, gathered.
 
+A plain causal forward pass goes round instead (ring.py): on two H200 at 65,536 tokens 630 and 656
+TFLOP/s a GPU in two runs beside 571 and 581 of gathered keys (2026-11-27 and -28); at 262,144 both
+had 606. Its backward pass, and all of any other mask, is gathered.
+
 Heads go through in groups: the keys and values of one group travel while attention computes the
 group before, and so do the gradients of the group before in the backward pass. In the open are the
-first group's gather and the last one's scatter. On two H200 at 65,536 tokens that was hardly faster
-than one group after one transfer (90 % of one GPU's rate beside 89 %, 2026-11-27): more launches
-end with multiprocessors idle. Backward gathers again what forward gathered, so a rank keeps its own
-keys and values only.
+first group's gather and the last one's scatter. Groups on two streams, so that one launch's end is
+filled by the next one's blocks, were not faster (89 % of one GPU's rate beside 91 %, 2026-11-28).
+Backward gathers anew, so a rank keeps its own keys and values only.
 
 A chunk's queries are the last of the keys up to its end, which is how `attention` places them: the
 two chunks of a rank are two plain calls, and their gradients add up in the keys that both see.
@@ -28,6 +31,7 @@ from torch import Tensor
 from flashtrain.layout import head_groups
 from flashtrain.parallel.chunks import cut_parts, join_parts, own_chunks
 from flashtrain.parallel.collectives import finish_all, start_gathers, start_scatters
+from flashtrain.parallel.ring import ring_forward
 from kernels.attention import attention, attention_block_backward
 from kernels.operation import operation, register_autograd, register_fake
 
@@ -46,6 +50,9 @@ def gather_forward(
     q [B, 2L, H, D], k and v [B, 2L, K, D]; alibi_slopes [H]; documents [B, 2, T] by
     `document_bounds`.
     """
+    if alibi_slopes is None and documents is None:
+        gone_round: tuple[Tensor, Tensor] = ring_forward(q, k, v, backend, rank, size, name)
+        return gone_round
     length = q.shape[1] // 2
     groups = head_groups(q.shape[0], length, q.shape[2], k.shape[2])
     coming = _start(k, v, groups, size, name)

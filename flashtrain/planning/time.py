@@ -22,7 +22,15 @@ What is hidden still costs INTERFERENCE of its time (rates.py).
 import dataclasses
 from dataclasses import dataclass
 
-from flashtrain.config import Config, ContextKind, LinearKind, PipelineSchedule, Recompute
+from flashtrain.config import (
+    Config,
+    ContextKind,
+    LinearKind,
+    Packing,
+    PipelineSchedule,
+    PositionKind,
+    Recompute,
+)
 from flashtrain.layout import head_groups, records
 from flashtrain.planning.collectives import Group
 from flashtrain.planning.compute import BlockWork, block_work, ends_work, optimizer_work
@@ -166,6 +174,8 @@ def _context(config: Config, sizes: Sizes, group: Group, block: BlockWork) -> fl
         return 0.0
     item, kv = sizes.itemsize, 2.0 * sizes.kv * sizes.tokens
     passes = 2 if config.trainer.recompute is Recompute.full else 1  # of the forward kind
+    steps, part = group.size - 1, 1 / group.size
+    around = steps * _hide(group.send(kv * item), block.forward.attention * part)
     match config.parallel.context_kind:
         case ContextKind.gather:
             whole = kv * item * group.size
@@ -175,17 +185,18 @@ def _context(config: Config, sizes: Sizes, group: Group, block: BlockWork) -> fl
             def beside(transfer: float, attention: float) -> float:
                 return first * transfer + (1 - first) * _hide(transfer, attention)
 
-            forward = beside(gather, block.forward.attention)
+            # parallel/gathered.py: forward is the ring's where causality is the only mask
+            apart = config.data.packing is not Packing.none
+            plain = config.position.kind is not PositionKind.alibi and not apart
+            forward = around if plain else beside(gather, block.forward.attention)
             return passes * forward + beside(gather + scatter, block.backward.attention)
         case ContextKind.ulysses:
             there, back = (kv + sizes.q * sizes.tokens) * item, sizes.q * sizes.tokens * item
             return (passes + 1) * (group.exchange(there) + group.exchange(back))
         case _:
-            steps, part = group.size - 1, 1 / group.size
-            forward = _hide(group.send(kv * item), block.forward.attention * part)
             # fp32 sums of their gradients travel along
             backward = _hide(group.send(kv * (item + 4)), block.backward.attention * part)
-            return steps * (passes * forward + backward)
+            return passes * around + steps * backward
 
 
 def _offload(config: Config, sizes: Sizes, gpu: Gpu, block: BlockWork) -> float:
