@@ -33,7 +33,8 @@ from torch import Tensor
 
 from flashtrain.compose import load
 from flashtrain.config import Config, LinearKind, PrecisionConfig
-from flashtrain.model.float8 import Float8Product, Recipe, refresh_weights, use_float8
+from flashtrain.model.float8 import refresh_weights, use_float8
+from flashtrain.model.float8_product import Float8Product, Recipe
 from flashtrain.model.gpt import GPT
 from flashtrain.model.linear import Linear
 from kernels.fp8_cast import (

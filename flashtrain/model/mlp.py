@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashtrain.config import Mlp, ModelConfig
+from flashtrain.model import float8_mlp
 from flashtrain.model.checkpointing import make_again
 from flashtrain.model.linear import Linear, behind_norm, is_plain, onto_stream
 from flashtrain.model.norm import StreamNorm
@@ -58,6 +59,8 @@ class GeluMLP(MLP):
                 x, norm.weight, norm.bias, up.weight, up.bias, down.weight, down.bias,
                 eps=norm.eps, centers=norm.centers, remakes=up.remakes,
             )  # fmt: skip
+        if float8_mlp.takes(up, down):
+            return in_float8(up, down, norm, x, branch, gated=False)
         middle, x = behind_norm(up, norm, x, branch)
         return joined(*onto_stream(down, F.gelu(middle, approximate="tanh"), x))
 
@@ -92,8 +95,17 @@ class SwigluMLP(MLP):
                 x, norm.weight, norm.bias, up.weight, up.bias, down.weight, down.bias,
                 eps=norm.eps, centers=norm.centers, remakes=up.remakes,
             )  # fmt: skip
+        if float8_mlp.takes(up, down):
+            return in_float8(up, down, norm, x, branch, gated=True)
         middle, x = behind_norm(up, norm, x, branch)
         return joined(*onto_stream(down, swiglu(middle), x))
+
+
+def in_float8(
+    up: Linear, down: Linear, norm: StreamNorm, x: Tensor, branch: Tensor | None, *, gated: bool
+) -> Tensor:
+    normed, x = norm.add(x, branch)
+    return x + float8_mlp.float8_mlp(normed, up, down, gated=gated)
 
 
 def joined(x: Tensor, branch: Tensor | None) -> Tensor:

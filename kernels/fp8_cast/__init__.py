@@ -1,5 +1,11 @@
 """Matrices to fp8 with their scales, as they lie and transposed in one pass."""
 
+from kernels.fp8_cast.mlp import (
+    cast_hidden,
+    cast_hidden_gradient,
+    hidden_gradient_maximum,
+    hidden_maximum,
+)
 from kernels.fp8_cast.op import (
     E4M3,
     E5M2,
@@ -16,6 +22,10 @@ __all__ = [
     "Scaled",
     "absolute_maximum",
     "cast_columnwise",
+    "cast_hidden",
+    "cast_hidden_gradient",
     "cast_rowwise",
     "cast_tensorwise",
+    "hidden_gradient_maximum",
+    "hidden_maximum",
 ]

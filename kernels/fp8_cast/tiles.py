@@ -20,15 +20,36 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Walk:
+    """Rows and columns that a program has at a time, `programs` of them for each multiprocessor,
+    which load `stages` - 1 turns ahead."""
+
+    rows: int
+    columns: int
+    warps: int
+    programs: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class Tiles:
     maximum: int  # numbers of a program of the maximum kernel, 8 warps
     tensorwise: Tile
     columnwise: Tile  # `rows` at a time, all rows in turn
+    hidden_maximum: Walk  # of an MLP's activations and their gradients
+    hidden: Tile
+    gated: Tile
 
 
 # 128 rows are 128 bytes of a row of the transposed result: whole lines are written
-_GPU = Tiles(16384, Tile(128, 64, 8), Tile(128, 32, 4))
-_INTERPRETER = Tiles(64, Tile(16, 32, 1), Tile(16, 16, 1))  # small matrices have several tiles
+_GPU = Tiles(
+    16384, Tile(128, 64, 8), Tile(128, 32, 4),
+    Walk(rows=8, columns=256, warps=4, programs=6, stages=3), Tile(128, 64, 8), Tile(128, 32, 8),
+)  # fmt: skip
+_INTERPRETER = Tiles(  # small matrices have several tiles
+    64, Tile(16, 32, 1), Tile(16, 16, 1),
+    Walk(rows=4, columns=16, warps=1, programs=4, stages=1), Tile(16, 32, 1), Tile(16, 16, 1),
+)  # fmt: skip
 
 
 def choose(device: torch.device) -> Tiles:

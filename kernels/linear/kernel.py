@@ -3,18 +3,7 @@
 Dims: N tokens, F features. A program owns a range of rows and BLOCK columns and walks down its rows
 R at a time, so that sums over tokens stay in registers; what each has is added up by a second
 kernel in a fixed order (kernels/norm).
-
-GELU in its tanh form is z times a sigmoid, and so is its derivative, with u = sqrt(2 / pi) (z +
-0.044715 z^3):
-
-    s = 1 / (1 + exp(-2 u))        gelu(z) = z s        gelu'(z) = s (1 + 2 z u' (1 - s))
-
-SwiGLU of a row z = [g | u], with s = 1 / (1 + exp(-g)), is a = g s u, so that
-
-    du = d g s        dg = d u s (1 + g (1 - s))
 """
-
-import math
 
 import torch
 import triton
@@ -23,17 +12,10 @@ from torch import Tensor
 
 from kernels.device import on_device, processors
 from kernels.launch import run
+from kernels.linear.activations import gelu, silu
 from kernels.linear.tiles import Tile, cast_block, pass_tile
 from kernels.norm.kernel import add_up
 from kernels.sizes import cdiv
-
-# exp(-2 u) = 2^(z (A + B z^2)); 2 z u' = z (C + E z^2)
-ROOT = math.sqrt(2 / math.pi)
-A = tl.constexpr(-2 * ROOT * math.log2(math.e))
-B = tl.constexpr(-2 * ROOT * math.log2(math.e) * 0.044715)
-C = tl.constexpr(2 * ROOT)
-E = tl.constexpr(2 * ROOT * 3 * 0.044715)
-MINUS_LOG2_E = tl.constexpr(-math.log2(math.e))
 
 
 @triton.jit
@@ -56,11 +38,10 @@ def gelu_backward_kernel(
         at = rows[:, None] * F + columns[None, :]
         d = tl.load(d_ptr + at, mask=here, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + at, mask=here, other=0.0).to(tl.float32)
-        square = z * z
-        s = 1.0 / (1.0 + tl.exp2(z * (A + B * square)))
+        a, slope = gelu(z)
         if a_ptr is not None:
-            tl.store(a_ptr + at, (z * s).to(a_ptr.dtype.element_ty), mask=here)
-        d *= s * (1.0 + z * (C + E * square) * (1.0 - s))
+            tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty), mask=here)
+        d *= slope
         tl.store(d_ptr + at, d.to(d_ptr.dtype.element_ty), mask=here)
         if sums_ptr is not None:
             total += d
@@ -93,12 +74,11 @@ def swiglu_backward_kernel(
         d = tl.load(d_ptr + at, mask=here, other=0.0).to(tl.float32)
         g = tl.load(z_ptr + wide, mask=here, other=0.0).to(tl.float32)
         u = tl.load(z_ptr + F + wide, mask=here, other=0.0).to(tl.float32)
-        s = 1.0 / (1.0 + tl.exp2(g * MINUS_LOG2_E))
-        silu = g * s
+        gate, slope = silu(g)
         if a_ptr is not None:
-            tl.store(a_ptr + at, (silu * u).to(a_ptr.dtype.element_ty), mask=here)
-        dg = d * u * (s + silu * (1.0 - s))
-        du = d * silu
+            tl.store(a_ptr + at, (gate * u).to(a_ptr.dtype.element_ty), mask=here)
+        dg = d * u * slope
+        du = d * gate
         tl.store(dz_ptr + wide, dg.to(dz_ptr.dtype.element_ty), mask=here)
         tl.store(dz_ptr + F + wide, du.to(dz_ptr.dtype.element_ty), mask=here)
         if sums_ptr is not None:

@@ -8,7 +8,7 @@ import torch
 from flashtrain.build import build_engine
 from flashtrain.compose import load
 from flashtrain.data.source import open_loader
-from flashtrain.model.float8 import Float8Product
+from flashtrain.model.float8_product import Float8Product
 from flashtrain.parallel.mesh import ALONE, mesh_of
 from tests.harness import run_ranks
 

@@ -22,8 +22,9 @@ from flashtrain.config import (
     PositionConfig,
     PrecisionConfig,
 )
-from flashtrain.model import float8
-from flashtrain.model.float8 import Float8Product, Recipe, refresh_weights, use_float8
+from flashtrain.model import float8_mlp, float8_product
+from flashtrain.model.float8 import refresh_weights, use_float8
+from flashtrain.model.float8_product import Float8Product, Recipe
 from flashtrain.model.gpt import GPT
 from flashtrain.model.init import init_weights
 from flashtrain.model.linear import Linear
@@ -273,13 +274,14 @@ def test_only_products_of_backward_ask_for_what_the_config_says(
     fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
-    multiply = float8._product
+    multiply = float8_product.multiply
 
-    def note(*operands: Any, fast: bool) -> Tensor:
+    def note(*operands: Any, fast: bool, **rest: Any) -> Tensor:
         asked.append(fast)
-        return multiply(*operands, fast=fast)
+        return multiply(*operands, fast=fast, **rest)
 
-    monkeypatch.setattr(float8, "_product", note)
+    for module in (float8_product, float8_mlp):
+        monkeypatch.setattr(module, "multiply", note)
     model = gpt(LinearKind.compute)
     use_float8(model, PrecisionConfig(linear=LinearKind.fp8_tensorwise, fast_backward=fast))
     loss = model(torch.randint(64, (2, 16))).float().square().mean()

@@ -17,12 +17,54 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.fp8_cast import kernel
+from kernels.fp8_cast import kernel, mlp_kernel
 from kernels.fp8_cast.tiles import choose, row_warps
 from tests.kernels.attention.compile_kernels import resources
 
 TILES = choose(torch.device("cuda"))
 TOPS = {"fp8e4nv": 448.0, "fp8e5": 57344.0}
+
+
+def hidden(x: str, fp8: str) -> dict[str, tuple[dict[str, str], dict[str, object], int]]:
+    """The two kernels of an MLP, GELU's and SwiGLU's: forward in e4m3, backward in e5m2."""
+    made = {}
+    for gated, tile in ((False, TILES.hidden), (True, TILES.gated)):
+        prefix = "gated_" if gated else "hidden_"
+        walk, nothing = TILES.hidden_maximum, {} if fp8 == "fp8e5" else {"d_ptr": None}
+        signature = {"z_ptr": f"*{x}", "d_ptr": f"*{x}"}
+        made[prefix + "maximum"] = (
+            {
+                **signature,
+                "bits_ptr": "*i32",
+                "sums_ptr": "*fp32",
+                "N": "i32",
+                "F": "i32",
+                "rows_each": "i32",
+            },
+            {
+                **nothing,
+                "sums_ptr": None,
+                "GATED": gated,
+                "R": walk.rows,
+                "BLOCK": walk.columns,
+                "STAGES": walk.stages,
+            },
+            walk.warps,
+        )
+        made[prefix + "cast"] = (
+            {
+                **signature,
+                "maximum_ptr": "*fp32",
+                "q_ptr": f"*{fp8}",
+                "qt_ptr": f"*{fp8}",
+                "scale_ptr": "*fp32",
+                "N": "i32",
+                "F": "i32",
+            },
+            {**nothing, "TOP": TOPS[fp8], "GATED": gated, "BM": tile.rows, "BK": tile.columns},
+            tile.warps,
+        )
+    return made  # type: ignore[return-value]
 
 
 def compile_for(capability: int, name: str, x: str, fp8: str) -> dict[str, object]:
@@ -54,6 +96,7 @@ def compile_for(capability: int, name: str, x: str, fp8: str) -> dict[str, objec
             {**top, "BM": TILES.columnwise.rows, "BK": TILES.columnwise.columns},
             TILES.columnwise.warps,
         ),
+        **hidden(x, fp8),
     }[name]  # fmt: skip
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = {
@@ -61,7 +104,9 @@ def compile_for(capability: int, name: str, x: str, fp8: str) -> dict[str, objec
         for i, (argument, kind) in enumerate(signature.items())
         if kind != "constexpr" and argument not in ("scale_ptr", "maximum_ptr", "bits_ptr")
     }
-    source = ASTSource(getattr(kernel, f"{name}_kernel"), signature, constants, aligned)
+    of_mlp = name.removeprefix("hidden_").removeprefix("gated_")
+    function = getattr(kernel if of_mlp == name else mlp_kernel, f"{of_mlp}_kernel")
+    source = ASTSource(function, signature, constants, aligned)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": warps})
     ptx = compiled.asm["ptx"]
@@ -84,3 +129,6 @@ if __name__ == "__main__":
     for case in itertools.product(map(int, sys.argv[1:]), names, ("bf16", "fp32"), TOPS):
         if case[1] != "maximum" or case[3] == "fp8e4nv":
             sys.stdout.write(json.dumps(compile_for(*case)) + "\n")
+    names = ("hidden_maximum", "hidden_cast", "gated_maximum", "gated_cast")
+    for case in itertools.product(map(int, sys.argv[1:]), names, ("bf16",), TOPS):
+        sys.stdout.write(json.dumps(compile_for(*case)) + "\n")

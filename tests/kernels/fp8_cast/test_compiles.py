@@ -13,8 +13,10 @@ SCRIPT = Path(__file__).with_name("compile_casts.py")
 @pytest.mark.parametrize("capability", [89, 90])
 def test_the_kernels_compile_without_spills(capability: int, tmp_path: Path) -> None:
     found = compiled(SCRIPT, capability, tmp_path)
-    assert len(found) == 14
+    assert len(found) == 22
     for kernel in found:
+        name = str(kernel["kernel"])
         assert kernel["spilled"] == 0, kernel
-        assert kernel["words a load"] == 4, kernel
-        assert kernel["kernel"] == "maximum" or kernel["words a store"] == 4, kernel
+        # a loop's loads go to shared memory, ahead
+        assert kernel["words a load"] == 4 or name.endswith("_maximum"), kernel
+        assert kernel["words a store"] == 4 or name.endswith("maximum"), kernel

@@ -1,0 +1,104 @@
+"""An MLP whose two products are in fp8 tensorwise, as one: what is between them is cast to fp8 as
+it is computed (kernels/fp8_cast/mlp.py), where two layers of float8_product.py would write it in
+bf16, read it for its maximum and read it for the cast.
+
+Dims: M tokens, K features of the stream, F hidden features; z is [M, F], gated [M, 2 F].
+
+    z = X U^T + u    a = gelu(z), or silu(g) v of z = [g | v]    Y = a D^T
+    dD = dY^T a      da = dY D    dz = da a'(z)                  dX = dz U      dU = dz^T X
+
+Kept for backward: X and a in fp8, transposed, and z in 16 bits, as of two layers.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtrain.model.float8_product import Float8Product, Recipe, multiply, one_layout
+from flashtrain.model.linear import Linear
+from kernels.fp8_cast import (
+    E4M3,
+    E5M2,
+    absolute_maximum,
+    cast_hidden,
+    cast_hidden_gradient,
+    cast_tensorwise,
+    hidden_gradient_maximum,
+    hidden_maximum,
+)
+
+
+def takes(up: Any, down: Any) -> bool:
+    """Whether two layers can be one: both are whole here, and cast tensorwise."""
+    return all(
+        isinstance(layer, Linear)
+        and layer.fuses
+        and isinstance(layer.product, Float8Product)
+        and not layer.product.recipe.rowwise
+        for layer in (up, down)
+    ) and bool(up.weight.requires_grad == down.weight.requires_grad)
+
+
+def float8_mlp(x: Tensor, up: Linear, down: Linear, *, gated: bool) -> Tensor:
+    """down(gelu(up(x))) [.., K] of x [.., K] in x's dtype, or with `gated` down(silu(g) v) of up(x)
+    = [g | v]. The layers are such as `takes` says.
+
+    Raises ValueError for a number of tokens that fp8 products cannot take.
+    """
+    first, second = up.product, down.product
+    assert isinstance(first, Float8Product) and isinstance(second, Float8Product)
+    flat = x.reshape(-1, x.shape[-1])
+    trains = first.trains(flat, up.weight)
+    bias = None if up.bias is None else up.bias.to(x.dtype)
+    y: Tensor = _MLP.apply(
+        flat, up.weight, bias, down.weight, *first.cast(up.weight), first.columns,
+        *second.cast(down.weight), second.columns, gated, trains, first.recipe,
+    )  # type: ignore[no-untyped-call]  # fmt: skip
+    y = y.view(x.shape)
+    return y if down.bias is None else y + down.bias.to(y.dtype)
+
+
+class _MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, up: Tensor, bias: Tensor | None, down: Tensor,
+        up_rows: Tensor, up_scale: Tensor, up_columns: Tensor | None,
+        down_rows: Tensor, down_scale: Tensor, down_columns: Tensor | None,
+        gated: bool, trains: bool, recipe: Recipe,
+    ) -> Tensor:  # fmt: skip
+        backend = recipe.backend
+        x8 = cast_tensorwise(x, absolute_maximum(x, backend), E4M3, columns=trains, backend=backend)
+        z = multiply(x8.rows, up_rows, x8.scale, up_scale, x.dtype, fast=True, bias=bias)
+        maximum = hidden_maximum(z, gated=gated, backend=backend)
+        a8 = cast_hidden(z, maximum, gated=gated, columns=trains, backend=backend)
+        ctx.save_for_backward(
+            x8.columns, x8.scale, z, a8.columns, a8.scale,
+            up if up_columns is None else up_columns, up_scale,
+            down if down_columns is None else down_columns, down_scale,
+        )  # fmt: skip
+        ctx.casts, ctx.gated, ctx.recipe = up_columns is None, gated, recipe
+        ctx.dtypes = up.dtype, down.dtype, None if bias is None else bias.dtype
+        return multiply(a8.rows, down_rows, a8.scale, down_scale, x.dtype, fast=True)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x_columns, x_scale, z, a_columns, a_scale, up, up_scale, down, down_scale = (
+            ctx.saved_tensors
+        )
+        backend, fast, gated = ctx.recipe.backend, ctx.recipe.fast_backward, ctx.gated
+        of_up, of_down, of_bias = ctx.dtypes
+        if ctx.casts:
+            down, down_scale = one_layout(down, backend, rows=False)
+        dy8 = cast_tensorwise(dy, absolute_maximum(dy, backend), E5M2, backend=backend)
+        da = multiply(dy8.rows, down, dy8.scale, down_scale, z.dtype, fast=fast)
+        d_down = multiply(dy8.columns, a_columns, dy8.scale, a_scale, of_down, fast=fast)
+        maximum, sums = hidden_gradient_maximum(
+            z, da, gated=gated, sums=of_bias is not None, backend=backend
+        )
+        dz8 = cast_hidden_gradient(z, da, maximum, gated=gated, backend=backend)
+        if ctx.casts:
+            up, up_scale = one_layout(up, backend, rows=False)
+        dx = multiply(dz8.rows, up, dz8.scale, up_scale, z.dtype, fast=fast)
+        d_up = multiply(dz8.columns, x_columns, dz8.scale, x_scale, of_up, fast=fast)
+        return dx, d_up, None if sums is None else sums.to(of_bias), d_down, *[None] * 9

@@ -1,0 +1,136 @@
+"""An MLP in fp8 as one: no further from exact than as two layers."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flashtrain.config import Mlp, ModelConfig
+from flashtrain.model.float8 import refresh_weights
+from flashtrain.model.float8_mlp import float8_mlp, takes
+from flashtrain.model.float8_product import Float8Product, Recipe
+from flashtrain.model.linear import Linear
+from flashtrain.model.mlp import build_mlp
+from flashtrain.model.norm import build_norm
+from kernels.linear import swiglu
+
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+GATED = pytest.mark.parametrize("gated", [False, True], ids=["gelu", "swiglu"])
+BIAS = pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+
+
+def layers_of(
+    gated: bool, bias: bool, device: str, recipe: Recipe | None = None, **options: Any
+) -> tuple[Linear, Linear]:
+    torch.manual_seed(1)
+    K, hidden = (48, 80) if device == "cpu" else (768, 2048)
+    made = []
+    for name, inputs, outputs in (("up", K, hidden * (2 if gated else 1)), ("down", hidden, K)):
+        layer = Linear(inputs, outputs, bias)
+        layer.weight = nn.Parameter(torch.randn(outputs, inputs, device=device) * 0.2)
+        if bias:
+            layer.bias = nn.Parameter(torch.randn(outputs, device=device) * 0.5)
+        layer.product = Float8Product(name, recipe or Recipe(), **options)
+        made.append(layer)
+    if options.get("keeps_weight", True):
+        refresh_weights(made)
+    return made[0], made[1]
+
+
+def gradients(run: Any, layers: tuple[Linear, Linear], device: str) -> list[Tensor]:
+    """Output, then gradients of x and of all parameters."""
+    torch.manual_seed(2)
+    K = layers[0].in_features
+    x = torch.randn(64, K, device=device).bfloat16().requires_grad_()
+    dy = torch.randn(64, K, device=device).bfloat16()
+    parameters = [p for layer in layers for p in layer.parameters()]
+    y = run(x, *layers)
+    return [y.detach(), *torch.autograd.grad(y, [x, *parameters], dy)]
+
+
+def as_two(x: Tensor, up: Linear, down: Linear, gated: bool) -> Tensor:
+    z = up(x)
+    y: Tensor = down(swiglu(z) if gated else F.gelu(z, approximate="tanh"))
+    return y
+
+
+def exactly(x: Tensor, up: Linear, down: Linear, gated: bool) -> Tensor:
+    w = [p.double() for p in up.parameters()], [p.double() for p in down.parameters()]
+    z = F.linear(x.double(), *w[0])
+    if gated:
+        g, u = z.chunk(2, -1)
+        a = F.silu(g) * u
+    else:
+        a = F.gelu(z, approximate="tanh")
+    return F.linear(a, *w[1]).bfloat16()
+
+
+@DEVICES
+@GATED
+@BIAS
+def test_as_close_as_two_layers(gated: bool, bias: bool, device: str) -> None:
+    layers = layers_of(gated, bias, device)
+    right = gradients(lambda *a: exactly(*a, gated), layers, device)
+    two = gradients(lambda *a: as_two(*a, gated), layers, device)
+    one = gradients(lambda *a: float8_mlp(*a, gated=gated), layers, device)
+    assert len(one) == 2 + (4 if bias else 2)
+    for ours, theirs, exact in zip(one, two, right, strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        error, usual = ((t.double() - exact.double()).norm() for t in (ours, theirs))
+        assert 0 < error <= 1.1 * usual, (error, usual)
+        assert error < 0.2 * exact.double().norm()
+
+
+@DEVICES
+@GATED
+def test_weights_cast_on_the_way_give_the_same(gated: bool, device: str) -> None:
+    """FSDP's, which are there for their use only."""
+
+    def run(x: Tensor, up: Linear, down: Linear) -> Tensor:
+        return float8_mlp(x, up, down, gated=gated)
+
+    kept = gradients(run, layers_of(gated, True, device), device)
+    cast = gradients(run, layers_of(gated, True, device, keeps_weight=False), device)
+    for ours, theirs in zip(cast, kept, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", [Mlp.gelu, Mlp.swiglu])
+def test_an_mlp_takes_it_wherever_it_can(kind: Mlp, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelConfig(d_model=32, n_heads=2, n_kv_heads=2, d_ff=64, mlp=kind)
+    torch.manual_seed(0)
+    mlp, norm = build_mlp(model), build_norm(model)
+    for p in (*mlp.parameters(), *norm.parameters()):
+        nn.init.normal_(p, std=0.3)
+    layers = [layer for layer in mlp.modules() if isinstance(layer, Linear)]
+    for layer in layers:
+        layer.product = Float8Product("layer", Recipe())
+    refresh_weights(layers)
+    x = torch.randn(2, 16, 32).bfloat16()
+    with monkeypatch.context() as patch:
+        patch.setattr(Float8Product, "forward", None)
+        one = mlp(norm, x)
+    for layer in layers:
+        layer.fuses = False  # as recompute=selective wants it
+    two = mlp(norm, x)
+    assert not torch.equal(one, two)
+    torch.testing.assert_close(one, two, rtol=0.03, atol=0.03)
+
+
+def test_what_cannot_be_one() -> None:
+    assert takes(*layers_of(False, True, "cpu"))
+    assert not takes(*layers_of(False, True, "cpu", Recipe(rowwise=True)))
+    up, down = layers_of(False, True, "cpu")
+    down.weight.requires_grad_(False)
+    assert not takes(up, down)
+    assert not takes(up, Linear(80, 48))
+
+
+def test_a_number_of_tokens_is_refused_with_its_layer() -> None:
+    up, down = layers_of(False, False, "cpu")
+    with pytest.raises(ValueError, match="up: fp8 products need a number of tokens that 16"):
+        float8_mlp(torch.randn(5, 48).bfloat16(), up, down, gated=False)
+    with torch.no_grad():
+        assert float8_mlp(torch.randn(5, 48).bfloat16(), up, down, gated=False).shape == (5, 48)

@@ -1,0 +1,172 @@
+"""What an MLP casts between its products, against float64: the numbers, both layouts, sums.
+
+Triton's interpreter rounds to fp8 wrongly where a mantissa carries, and among numbers below the
+smallest normal one; so on the CPU the kernels' numbers that would be rounded up to the next power
+of two are left out, and the smallest may be off by a whole step. A GPU is held to all of them.
+"""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.fp8_cast import (
+    E4M3,
+    E5M2,
+    Scaled,
+    cast_hidden,
+    cast_hidden_gradient,
+    hidden_gradient_maximum,
+    hidden_maximum,
+    mlp,
+)
+from tests.kernels.interpreter import Platform
+
+SHAPES = [(1, 1), (16, 32), (17, 40), (5, 66), (70, 3)]
+GATED = pytest.mark.parametrize("gated", [False, True], ids=["gelu", "swiglu"])
+BACKENDS = pytest.mark.parametrize("backend", ["triton", "torch"])
+# relative error of a rounding to nearest, u / (1 + u), and half of the smallest number
+ROUNDING = {E4M3: (1 / 17, 2.0**-10), E5M2: (1 / 9, 2.0**-17)}
+# of a number before it is rounded: a dozen operations in fp32, an exponential by hardware among
+# them, whose 2 units in the last place the exponent's size multiplies
+FP32 = 2.0**-18
+
+
+def operands(
+    shape: tuple[int, int], gated: bool, platform: Platform, spread: float = 3.0
+) -> tuple[Tensor, Tensor]:
+    """z and d; several tiles of a GPU's, odd sizes stay odd."""
+    N, width = (shape[0] * 31, shape[1] * 33) if platform.on_gpu else shape
+    options: Any = {"device": platform.device, "dtype": torch.float32}
+    z = torch.randn(N, width * (2 if gated else 1), **options) * spread
+    return z.to(platform.dtype), torch.randn(N, width, **options).to(platform.dtype)
+
+
+def exact(z: Tensor, gated: bool, d: Tensor | None = None) -> Tensor:
+    """a, or dz, by PyTorch in float64."""
+    z = z.detach().double().requires_grad_()
+    if gated:
+        g, u = z.chunk(2, -1)
+        a = F.silu(g) * u
+    else:
+        a = F.gelu(z, approximate="tanh")
+    return a.detach() if d is None else torch.autograd.grad(a, z, d.double())[0]
+
+
+def assert_cast(
+    made: Scaled, right: Tensor, maximum: Tensor, dtype: torch.dtype, all_: bool
+) -> None:
+    """Within a rounding of `right`, both layouts alike, the largest number the format's largest."""
+    assert made.rows is not None and made.columns is not None
+    assert made.rows.dtype == dtype and made.rows.shape == right.shape
+    assert made.columns.is_contiguous()
+    assert torch.equal(made.columns.t().float(), made.rows.float())
+    top, peak = torch.finfo(dtype).max, right.abs().max()
+    assert made.rows.float().abs().max().item() == top
+    assert abs(maximum.double() - peak) <= FP32 * peak
+    assert abs(made.scale.double() * top - peak) <= FP32 * peak
+    relative, smallest = ROUNDING[dtype]
+    error = (made.rows.double() * made.scale.double() - right).abs()
+    steps = smallest if all_ else 2 * smallest
+    limit = (relative + FP32) * right.abs() + (steps + FP32) * made.scale.double()
+    wrong = error > limit
+    if not all_:
+        mantissa = torch.frexp(right.abs() / made.scale.double()).mantissa
+        wrong &= mantissa < 1 - relative
+    assert not wrong.any(), (error / limit)[wrong]
+    assert (error > 0.5 * limit).any() or right.numel() < 100  # so the limit can fail
+
+
+@GATED
+@BACKENDS
+@pytest.mark.parametrize("shape", SHAPES)
+def test_activations_are_cast_as_they_are_computed(
+    shape: tuple[int, int], backend: str, gated: bool, platform: Platform
+) -> None:
+    z, _ = operands(shape, gated, platform)
+    maximum = hidden_maximum(z, gated=gated, backend=backend)
+    made = cast_hidden(z, maximum, gated=gated, backend=backend)
+    assert_cast(made, exact(z, gated), maximum, E4M3, platform.on_gpu or backend == "torch")
+    alone = cast_hidden(z, maximum, gated=gated, columns=False, backend=backend)
+    assert alone.columns is None and alone.rows is not None and made.rows is not None
+    assert torch.equal(alone.rows.float(), made.rows.float())
+
+
+@GATED
+@BACKENDS
+@pytest.mark.parametrize("shape", SHAPES)
+def test_their_gradients_too(
+    shape: tuple[int, int], backend: str, gated: bool, platform: Platform
+) -> None:
+    z, d = operands(shape, gated, platform)
+    maximum, sums = hidden_gradient_maximum(z, d, gated=gated, sums=True, backend=backend)
+    alone, nothing = hidden_gradient_maximum(z, d, gated=gated, backend=backend)
+    assert torch.equal(alone, maximum) and nothing is None and sums is not None
+    right = exact(z, gated, d)
+    made = cast_hidden_gradient(z, d, maximum, gated=gated, backend=backend)
+    assert_cast(made, right, maximum, E5M2, platform.on_gpu or backend == "torch")
+    error = (sums.double() - right.sum(0)).abs()
+    assert (error <= (FP32 + right.size(0) * 2.0**-24) * right.abs().sum(0)).all()
+
+
+@GATED
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_shows(bad: float, gated: bool, platform: Platform) -> None:
+    """Every product with the result is NaN or infinite, so the step is skipped, not poisoned."""
+    z, d = operands((17, 40), gated, platform)
+    worse = z.clone()
+    worse[3, 5] = bad
+    if not (gated and bad == -math.inf):  # silu(-inf) u is 0
+        assert not hidden_maximum(worse, gated=gated, backend="triton").isfinite()
+    d[3, 5] = bad
+    maximum, _ = hidden_gradient_maximum(z, d, gated=gated, backend="triton")
+    made = cast_hidden_gradient(z, d, maximum, gated=gated, backend="triton")
+    assert made.rows is not None
+    assert not (made.rows.float() * made.scale).isfinite().any()
+
+
+@GATED
+def test_large_inputs_do_not_overflow_on_the_way(gated: bool, platform: Platform) -> None:
+    z, d = operands((17, 40), gated, platform, spread=1e4)
+    maximum = hidden_maximum(z, gated=gated, backend="triton")
+    assert_cast(
+        cast_hidden(z, maximum, gated=gated, backend="triton"), exact(z, gated), maximum, E4M3,
+        platform.on_gpu,
+    )  # fmt: skip
+    maximum, _ = hidden_gradient_maximum(z, d, gated=gated, backend="triton")
+    assert_cast(
+        cast_hidden_gradient(z, d, maximum, gated=gated, backend="triton"), exact(z, gated, d),
+        maximum, E5M2, platform.on_gpu,
+    )  # fmt: skip
+
+
+@GATED
+def test_library_checks_pass(gated: bool, platform: Platform) -> None:
+    z, d = operands((16, 32), gated, platform)
+    for gradient in (None, d):
+        torch.library.opcheck(mlp._maximum, (z, gradient, gated, gradient is not None))
+        maximum, _ = mlp._maximum(z, gradient, gated, False)
+        for columns in (True, False):
+            torch.library.opcheck(mlp._cast, (z, gradient, maximum, gated, columns))
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "backend": (lambda z: hidden_maximum(z, gated=False, backend="cuda"), "'cuda' is not one of"),
+    "float64": (lambda z: hidden_maximum(z.double(), gated=False), "z is torch.float64: fp32, bf"),
+    "odd": (lambda z: hidden_maximum(z, gated=True), r"z is \[4, 3\]: \[N, 2 F\], gate and value"),
+    "empty": (lambda z: hidden_maximum(z[:0], gated=False), r"z is \[0, 3\]: \[N, F\] is needed"),
+    "d": (
+        lambda z: hidden_gradient_maximum(z, z[:, :2], gated=False),
+        r"d is torch.float32 \[4, 2\]: torch.float32 \[4, 3\] is needed",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_say_what_and_why(name: str) -> None:
+    call, sentence = REFUSED[name]
+    with pytest.raises(ValueError, match=sentence):
+        call(torch.ones(4, 3))
