@@ -39,10 +39,11 @@ PRODUCTS = {
 def recompute_blocks(model: GPT, kind: Recompute) -> None:
     """Wrap each block's forward in place; parameter names stay as they are. Before `compile`."""
     keywords = {"context_fn": _selective_contexts} if kind is Recompute.selective else {}
-    layers = [layer for layer in model.blocks.modules() if isinstance(layer, Linear)]
+    layers: list[Any] = [layer for layer in model.blocks.modules() if hasattr(layer, "fuses")]
     if kind is Recompute.light:
         for layer in layers:
-            layer.remakes = True
+            if isinstance(layer, Linear):
+                layer.remakes = True
         return
     for layer in layers if kind is Recompute.selective else ():
         layer.fuses = False  # each operation for itself, to be kept or not

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from flashtrain.model.float8_product import Float8Product, Recipe, multiply, one_layout
-from flashtrain.model.linear import Linear
 from kernels.fp8_cast import (
     E4M3,
     E5M2,
@@ -30,24 +29,24 @@ from kernels.fp8_cast import (
 
 
 def takes(up: Any, down: Any) -> bool:
-    """Whether two layers can be one: both are whole here, and cast tensorwise."""
+    """Whether two layers can be one: both may, and are cast tensorwise."""
     return all(
-        isinstance(layer, Linear)
-        and layer.fuses
+        layer.fuses
         and isinstance(layer.product, Float8Product)
         and not layer.product.recipe.rowwise
         for layer in (up, down)
     ) and bool(up.weight.requires_grad == down.weight.requires_grad)
 
 
-def float8_mlp(x: Tensor, up: Linear, down: Linear, *, gated: bool) -> Tensor:
+def float8_mlp(x: Tensor, up: Any, down: Any, *, gated: bool) -> Tensor:
     """down(gelu(up(x))) [.., K] of x [.., K] in x's dtype, or with `gated` down(silu(g) v) of up(x)
-    = [g | v]. The layers are such as `takes` says.
+    = [g | v]. The layers are such as `takes` says, those of tensor ranks (parallel/layers.py) too.
 
     Raises ValueError for a number of tokens that fp8 products cannot take.
     """
     first, second = up.product, down.product
     assert isinstance(first, Float8Product) and isinstance(second, Float8Product)
+    x = up.arrive(x)
     flat = x.reshape(-1, x.shape[-1])
     trains = first.trains(flat, up.weight)
     bias = None if up.bias is None else up.bias.to(x.dtype)
@@ -55,7 +54,7 @@ def float8_mlp(x: Tensor, up: Linear, down: Linear, *, gated: bool) -> Tensor:
         flat, up.weight, bias, down.weight, *first.cast(up.weight), first.columns,
         *second.cast(down.weight), second.columns, gated, trains, first.recipe,
     )  # type: ignore[no-untyped-call]  # fmt: skip
-    y = y.view(x.shape)
+    y = down.leave(y.view(x.shape))
     return y if down.bias is None else y + down.bias.to(y.dtype)
 
 

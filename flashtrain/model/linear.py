@@ -49,6 +49,13 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight, self.bias)
 
+    def arrive(self, x: Tensor) -> Tensor:
+        """What its product sees of x, and `leave` what becomes of that: here nothing else."""
+        return x
+
+    def leave(self, y: Tensor) -> Tensor:
+        return y
+
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"
 

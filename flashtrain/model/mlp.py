@@ -104,6 +104,7 @@ class SwigluMLP(MLP):
 def in_float8(
     up: Linear, down: Linear, norm: StreamNorm, x: Tensor, branch: Tensor | None, *, gated: bool
 ) -> Tensor:
+    """x + branch and what the MLP makes of its norm, as one over what are two layers in fp8."""
     normed, x = norm.add(x, branch)
     return x + float8_mlp.float8_mlp(normed, up, down, gated=gated)
 

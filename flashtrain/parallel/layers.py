@@ -126,8 +126,11 @@ class ColumnLinear(nn.Module):
     forward   y_r = X W_r^T + b_r  with X = concat over s of x_s
     backward  dx_r = (sum over s of dy_s W_s)[part r];  dW_r = dy_r^T X;  db_r = sum of dy_r
 
-    x_r [B, T/n, in], y_r [B, T, out_r], W_r [out_r, in]. `form`: how it talks (overlap.py).
+    x_r [B, T/n, in], y_r [B, T, out_r], W_r [out_r, in]. `form`: how it talks (overlap.py); `fuses`
+    as of flashtrain/model/linear.py.
     """
+
+    fuses = True
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, axis: Axis) -> None:
         super().__init__()
@@ -158,8 +161,14 @@ class ColumnLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.product is not None:
-            return self.product(gather_sequence(x, self.axis), self.weight, self.bias)
+            return self.product(self.arrive(x), self.weight, self.bias)
         return gather_linear(x, self.weight, self.bias, self.axis, self.form)
+
+    def arrive(self, x: Tensor) -> Tensor:
+        return gather_sequence(x, self.axis)
+
+    def leave(self, y: Tensor) -> Tensor:
+        return y
 
 
 class RowLinear(nn.Module):
@@ -170,8 +179,10 @@ class RowLinear(nn.Module):
               db = sum over s and tokens of dy_s, of which each rank has its own term
 
     x_r [B, T, in_r], y_r [B, T/n, out], W_r [out, in_r]; b [out] is whole on every rank. `form`:
-    how it talks (overlap.py).
+    how it talks (overlap.py); `fuses` as of flashtrain/model/linear.py.
     """
+
+    fuses = True
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, axis: Axis) -> None:
         super().__init__()
@@ -203,10 +214,16 @@ class RowLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.product is not None:
-            y = scatter_sequence(self.product(x, self.weight, None), self.axis)
+            y = self.leave(self.product(x, self.weight, None))
         else:
             y = linear_scatter(x, self.weight, self.axis, self.form)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def arrive(self, x: Tensor) -> Tensor:
+        return x
+
+    def leave(self, y: Tensor) -> Tensor:
+        return scatter_sequence(y, self.axis)
 
 
 def _dense_linear(layer: ColumnLinear | RowLinear) -> Linear:

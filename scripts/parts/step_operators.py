@@ -24,7 +24,8 @@ PASSES = {
     "flashtrain_embedding::gather": "forward", "flashtrain_embedding::gradient": "backward",
     "flashtrain_rope::rotate_heads_": "rotations", "flashtrain_rope::rotate_heads": "rotations",
     "flashtrain_fp8::absolute_maximum": "fp8: maxima",
-    "flashtrain_fp8::cast_tensorwise": "fp8: casts",
+    "flashtrain_fp8::hidden_maximum": "fp8: maxima",
+    "flashtrain_fp8::cast_hidden": "fp8: casts", "flashtrain_fp8::cast_tensorwise": "fp8: casts",
     "flashtrain_fp8::cast_rowwise": "fp8: casts", "flashtrain_fp8::cast_columnwise": "fp8: casts",
 }  # fmt: skip
 BYTES = {
@@ -86,4 +87,7 @@ def bytes_moved(operator: Event) -> float | None:
         case "cast_tensorwise" | "cast_rowwise" | "cast_columnwise":
             layouts = 2 if name.endswith("tensorwise") else 1
             return sum(given) + layouts * float(math.prod(shapes[0]))
+        case "cast_hidden":  # half as wide as z where it is what a gated MLP makes of it
+            half = 2 if values[3] == "True" and not given[1] else 1
+            return sum(given) + (1 + (values[4] == "True")) * math.prod(shapes[0]) / half
     return sum(given)
