@@ -49,13 +49,13 @@ def float8_mlp(x: Tensor, up: Any, down: Any, *, gated: bool) -> Tensor:
     x = up.arrive(x)
     flat = x.reshape(-1, x.shape[-1])
     trains = first.trains(flat, up.weight)
-    bias = None if up.bias is None else up.bias.to(x.dtype)
     y: Tensor = _MLP.apply(
-        flat, up.weight, bias, down.weight, *first.cast(up.weight), first.columns,
+        flat, up.weight, up.bias, down.weight, *first.cast(up.weight), first.columns,
         *second.cast(down.weight), second.columns, gated, trains, first.recipe,
     )  # type: ignore[no-untyped-call]  # fmt: skip
     y = down.leave(y.view(x.shape))
-    return y if down.bias is None else y + down.bias.to(y.dtype)
+    # in fp32, so that the bias' gradient is never rounded; a compiler fuses it with what comes next
+    return y if down.bias is None else (y + down.bias).to(y.dtype)
 
 
 class _MLP(torch.autograd.Function):

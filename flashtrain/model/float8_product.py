@@ -71,11 +71,10 @@ class Float8Product(nn.Module):
         rows, scale = self.cast(weight)
         product = _Rowwise if self.recipe.rowwise else _Tensorwise
         y: Tensor = product.apply(  # type: ignore[no-untyped-call]
-            flat, weight, rows, scale, self.columns, self.column_scale,
+            flat, weight, bias, rows, scale, self.columns, self.column_scale,
             trains, self.recipe.fast_backward, self.recipe.backend,
         )  # fmt: skip
-        y = y.view(*x.shape[:-1], weight.size(0))
-        return y if bias is None else y + bias.to(y.dtype)
+        return y.view(*x.shape[:-1], weight.size(0))
 
     def trains(self, rows: Tensor, weight: Tensor) -> bool:
         """Whether backward will come. ValueError for so many rows [M, K] as it cannot take."""
@@ -137,7 +136,7 @@ def one_layout(weight: Tensor, backend: str, rows: bool) -> tuple[Tensor, Tensor
 class _Tensorwise(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, rows: Tensor, scale: Tensor,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, scale: Tensor,
         columns: Tensor | None, _column_scale: None,
         trains: bool, fast_backward: bool, backend: str,
     ) -> Tensor:  # fmt: skip
@@ -145,8 +144,8 @@ class _Tensorwise(torch.autograd.Function):
         x8 = cast_tensorwise(x, maximum, E4M3, columns=trains, backend=backend)
         ctx.save_for_backward(x8.columns, x8.scale, weight if columns is None else columns, scale)
         ctx.casts, ctx.fast, ctx.backend = columns is None, fast_backward, backend
-        ctx.dtypes = x.dtype, weight.dtype
-        return multiply(x8.rows, rows, x8.scale, scale, x.dtype, fast=True)
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        return multiply(x8.rows, rows, x8.scale, scale, x.dtype, fast=True, bias=bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -155,24 +154,24 @@ class _Tensorwise(torch.autograd.Function):
             columns, scale = one_layout(columns, ctx.backend, rows=False)
         maximum = absolute_maximum(grad, ctx.backend)
         grad8 = cast_tensorwise(grad, maximum, E5M2, backend=ctx.backend)
-        of_x, of_weight = ctx.dtypes
+        of_x, of_weight, of_bias = ctx.dtypes
         dx = multiply(grad8.rows, columns, grad8.scale, scale, of_x, fast=ctx.fast)
         dw = multiply(grad8.columns, x_columns, grad8.scale, x_scale, of_weight, fast=ctx.fast)
-        return dx, dw, *[None] * 7
+        return dx, dw, None if of_bias is None else grad.sum(0, dtype=of_bias), *[None] * 7
 
 
 class _Rowwise(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, rows: Tensor, scale: Tensor,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, scale: Tensor,
         columns: Tensor | None, column_scale: Tensor | None,
         trains: bool, fast_backward: bool, backend: str,
     ) -> Tensor:  # fmt: skip
         q, x_scale = cast_rowwise(x, E4M3, backend)
         ctx.save_for_backward(x, weight if columns is None else columns, column_scale)
         ctx.casts, ctx.fast, ctx.backend = columns is None, fast_backward, backend
-        ctx.dtype = weight.dtype
-        return multiply(q, rows, x_scale, scale.t(), x.dtype, fast=True)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return multiply(q, rows, x_scale, scale.t(), x.dtype, fast=True, bias=bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -181,15 +180,18 @@ class _Rowwise(torch.autograd.Function):
             columns, scale = cast_columnwise(columns, E4M3, ctx.backend)
         q, grad_scale = cast_rowwise(grad, E4M3, ctx.backend)
         dx = multiply(q, columns, grad_scale, scale.t(), x.dtype, fast=ctx.fast)
-        return dx, (grad.t() @ x).to(ctx.dtype), *[None] * 7
+        of_weight, of_bias = ctx.dtypes
+        db = None if of_bias is None else grad.sum(0, dtype=of_bias)
+        return dx, (grad.t() @ x).to(of_weight), db, *[None] * 7
 
 
 def multiply(
     a: Tensor | None, b: Tensor | None, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype,
     *, fast: bool, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """a [m, k], b [n, k] in fp8, each times its scale -> a b^T + bias [m, n]; bias [n] in dtype."""
+    """a [m, k], b [n, k] in fp8, each times its scale -> a b^T + bias [m, n] in dtype; bias [n]."""
     assert a is not None and b is not None
+    bias = None if bias is None else bias.to(dtype)
     return torch._scaled_mm(
         a, b.t(), scale_a=a_scale, scale_b=b_scale, bias=bias, out_dtype=dtype, use_fast_accum=fast
     )

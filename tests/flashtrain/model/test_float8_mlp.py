@@ -47,7 +47,7 @@ def gradients(run: Any, layers: tuple[Linear, Linear], device: str) -> list[Tens
     dy = torch.randn(64, K, device=device).bfloat16()
     parameters = [p for layer in layers for p in layer.parameters()]
     y = run(x, *layers)
-    return [y.detach(), *torch.autograd.grad(y, [x, *parameters], dy)]
+    return [y.detach(), *torch.autograd.grad(y, [x, *parameters], dy.to(y.dtype))]
 
 
 def as_two(x: Tensor, up: Linear, down: Linear, gated: bool) -> Tensor:
@@ -64,7 +64,7 @@ def exactly(x: Tensor, up: Linear, down: Linear, gated: bool) -> Tensor:
         a = F.silu(g) * u
     else:
         a = F.gelu(z, approximate="tanh")
-    return F.linear(a, *w[1]).bfloat16()
+    return F.linear(a, *w[1])
 
 
 @DEVICES
@@ -79,7 +79,8 @@ def test_as_close_as_two_layers(gated: bool, bias: bool, device: str) -> None:
     for ours, theirs, exact in zip(one, two, right, strict=True):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         error, usual = ((t.double() - exact.double()).norm() for t in (ours, theirs))
-        assert 0 < error <= 1.1 * usual, (error, usual)
+        # a sum of d_out itself is exact but for its fp32 additions
+        assert error <= 1.1 * usual + 1e-5 * exact.double().norm(), (error, usual)
         assert error < 0.2 * exact.double().norm()
 
 
