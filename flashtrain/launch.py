@@ -2,7 +2,8 @@
 
 Checks the configuration and prepares the data once, before any worker exists, so that a mistake is
 one line and not N tracebacks; then torchrun takes over, one process per GPU, or two on a machine
-without one. On several nodes start `torchrun ... -m flashtrain.train key=value ...` instead.
+without one. On several nodes scripts/launch.sh has `--check` do the first on each of them, and then
+starts torchrun there.
 """
 
 import atexit
@@ -12,12 +13,14 @@ import logging
 import os
 import shlex
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
 from typing import NoReturn
 
-USAGE = """usage: scripts/train.sh [--nproc N] [--max-restarts N] [--show] [key=value ...]
+USAGE = """usage: scripts/train.sh [--nproc N] [--max-restarts N] [--show | --check M]
+                        [key=value ...]
 
 Trains on this machine. Makes the virtual environment first where there is none. Relative paths,
 runs/ and data/ among them, are relative to the current directory.
@@ -28,6 +31,8 @@ runs/ and data/ among them, are relative to the current directory.
                      experiment=position_alibi   trainer.steps=1000   optimizer.lr=1e-3
                      data=shards data.path=FOLDER   parallel=tensor2   model=gpt2_124m
   --show           print the whole resolved configuration and stop
+  --check M        prepare the data and stop: all that is looked at before workers start, for a run
+                   of M such machines
 
 Groups of keys: configs/README.md. Every key with its meaning: flashtrain/config.py. The same
 command goes on where a run stopped. Several machines: scripts/launch.sh, scripts/slurm.sbatch.
@@ -53,6 +58,7 @@ def main(arguments: list[str]) -> int:
 
     try:
         restarts, overrides = _count("--max-restarts", arguments, 0)
+        machines, overrides = _count("--check", overrides, 1)
         n_processes, overrides = _count("--nproc", overrides, 1)
         if n_processes is None:
             import torch
@@ -60,33 +66,24 @@ def main(arguments: list[str]) -> int:
             n_processes = torch.cuda.device_count() or 2
         show = "--show" in overrides
         overrides = [item for item in overrides if item != "--show"]
-        config = load(overrides, n_processes)
+        world_size = n_processes * (machines or 1)
+        config = load(overrides, world_size)
         if show:
             print(json.dumps(to_dict(config), indent=2))
             return 0
         from flashtrain.door import admit
 
-        config = admit(config, n_processes, n_processes)
+        config = admit(config, world_size, n_processes)
+        assert config.run_dir is not None
+        folder = Path(config.run_dir)
+        path = _write(folder, json.dumps(to_dict(config), indent=2))
     except (ConfigError, ValueError, OSError) as error:
         print(f"flashtrain: {error}", file=sys.stderr)
         return REFUSED
-    assert config.run_dir is not None
-    folder = Path(config.run_dir)
-    path = folder / f"launch-{os.getpid()}.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if machines is not None:
+            return 0
         (folder / ENDED).unlink(missing_ok=True)
-        path.write_text(json.dumps(to_dict(config), indent=2))
-    except OSError as error:
-        print(
-            f"flashtrain: run_dir={folder} cannot be written to ({error.strerror}): free some "
-            "space, make it writable, or name another folder",
-            file=sys.stderr,
-        )
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-        return REFUSED
-    try:
         status = _run(n_processes, path, folder, RESTARTS if restarts is None else restarts)
     finally:
         path.unlink(missing_ok=True)
@@ -94,6 +91,23 @@ def main(arguments: list[str]) -> int:
         with contextlib.suppress(OSError):  # whoever read it went away, or a full disk
             print(_what_next(config.run_dir, config.trainer.sample_prompt, arguments))
     return status
+
+
+def _write(folder: Path, config: str) -> Path:
+    """A file in the run folder that workers read; OSError in one sentence where that fails."""
+    # several machines may check the same run at once
+    path = folder / f"launch-{socket.gethostname()}-{os.getpid()}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(config)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise OSError(
+            f"run_dir={folder} cannot be written to ({error.strerror}): free some space, make it "
+            "writable, or name another folder"
+        ) from error
+    return path
 
 
 def _count(flag: str, arguments: list[str], least: int) -> tuple[int | None, list[str]]:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from flashtrain.data.prepare import Recipe, prepare
 
 LIMIT = 120  # seconds for anything a run does by itself; longer is a hang
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+ELASTIC = [sys.executable, "-m", "flashtrain.elastic"]
 LAUNCH = [sys.executable, "-m", "flashtrain.launch"]
 TRAIN = ["-m", "flashtrain.train"]
 
@@ -109,6 +111,12 @@ def children(parent: int) -> list[int]:
 def kill(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def alive(pid: int) -> bool:

