@@ -13,7 +13,7 @@
 #   GPUS      processes of this machine (default: its GPUs; a number where there are none), and, as
 #             is taken when the configuration is checked, of each of the others
 #   PORT      of HEAD (default 29500)           RUN_ID   another where two runs share HEAD and PORT
-#   RESTARTS  starts after a process died (default 3); none where one says what cannot run
+#   RESTARTS  starts after a process died (default 3)
 #   ADDRESS   of this machine for the others, where its host name does not lead to it
 # SIGTERM and SIGUSR1 reach the processes, which save the step they are at and end; torchrun then
 # reports the signal and ends with 1. ended.json in the run folder says that all was saved.
@@ -30,7 +30,7 @@ if [ -z "$head" ]; then
   head=localhost
 fi
 venv=${FLASHTRAIN_VENV:-$root/.venv}
-[ -x "$venv/bin/python" ] ||
+[ -x "$venv/bin/torchrun" ] ||
   { echo "launch: there is no virtual environment in $venv: scripts/setup_venv.sh makes it" >&2; exit 2; }
 gpus=${GPUS:-$("$venv/bin/python" -c 'import torch; print(torch.cuda.device_count())')}
 [ "$gpus" != 0 ] ||
@@ -44,7 +44,7 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 # what cannot run is said once, here: each of the workers and each of their starts would say it again
 "$venv/bin/python" -m flashtrain.launch --check "${nodes%%:*}" --nproc "$gpus" "$@" || exit
 [ -z "$only" ] || exit 0
-exec "$venv/bin/python" -m flashtrain.elastic \
+exec "$venv/bin/torchrun" \
   --nnodes "$nodes" --nproc-per-node "${GPUS:-gpu}" --max-restarts "${RESTARTS:-3}" \
   --rdzv-backend c10d --rdzv-endpoint "$head:${PORT:-29500}" --rdzv-id "${RUN_ID:-flashtrain}" \
   --rdzv-conf keep_alive_interval=1,keep_alive_max_attempt=5,last_call_timeout=5 \

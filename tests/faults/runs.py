@@ -17,7 +17,6 @@ from flashtrain.data.prepare import Recipe, prepare
 
 LIMIT = 120  # seconds for anything a run does by itself; longer is a hang
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-ELASTIC = [sys.executable, "-m", "flashtrain.elastic"]
 LAUNCH = [sys.executable, "-m", "flashtrain.launch"]
 TRAIN = ["-m", "flashtrain.train"]
 

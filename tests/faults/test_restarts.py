@@ -10,7 +10,7 @@ import pytest
 from flashtrain.claim import LOCK, claim
 from flashtrain.config import ConfigError
 from tests.faults import runs
-from tests.faults.runs import ELASTIC, LAUNCH, TORCHRUN, TRAIN, Process, free_port
+from tests.faults.runs import LAUNCH, TORCHRUN, TRAIN, Process, free_port
 
 
 def undisturbed(tokens: Path, folder: Path) -> dict[str, str]:
@@ -65,7 +65,7 @@ def test_a_node_joins_and_is_lost_and_the_run_goes_on(tokens: Path, tmp_path: Pa
     run, port = tmp_path / "run", free_port()
     settings = runs.settings(tokens, run, trainer__steps=100000, **{"data.micro_batch_size": 1})
     command = [
-        *ELASTIC, "--nnodes=1:2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test",
+        *TORCHRUN, "--nnodes=1:2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test",
         f"--rdzv-endpoint=127.0.0.1:{port}", "--max-restarts=5", "--monitor-interval=0.1",
         "--rdzv-conf=keep_alive_interval=2,keep_alive_max_attempt=3,last_call_timeout=2",
         *TRAIN, *settings, "parallel=auto",

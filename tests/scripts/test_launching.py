@@ -32,7 +32,8 @@ def stand_in(folder: Path, name: str, body: str) -> Path:
 def launch(
     folder: Path, *words: str, python: str = "echo 8", **environment: str
 ) -> tuple[int, str, str]:
-    """(exit status, what it said, how python was called)."""
+    """(exit status, what it said, how python and torchrun were called)."""
+    stand_in(folder, "torchrun", "")
     stand_in(folder, "python", python)
     run = subprocess.run(
         [SCRIPTS / "launch.sh", *words],
@@ -60,7 +61,7 @@ def test_every_machine_starts_torchrun_and_meets_at_the_head(tmp_path: Path) -> 
     assert "SIGUSR1" in call
     check, torchrun = call.splitlines()
     assert check == "python -m flashtrain.launch --check 2 --nproc 4 parallel=fsdp name=a b"
-    assert torchrun.startswith("python -m flashtrain.elastic ")
+    assert torchrun.startswith("torchrun ")
     assert torchrun.endswith("-m flashtrain.train parallel=fsdp name=a b")
     assert "--local-addr" not in call
 
@@ -68,7 +69,7 @@ def test_every_machine_starts_torchrun_and_meets_at_the_head(tmp_path: Path) -> 
 def test_a_machine_without_gpus_or_an_environment_says_so(tmp_path: Path) -> None:
     status, said, call = launch(tmp_path, python="echo 0")
     assert (status, said.count("\n")) == (2, 1) and "say in GPUS how many" in said
-    assert "elastic" not in call
+    assert "torchrun" not in call
     status, _, call = launch(tmp_path, python="echo 0", GPUS="2")
     assert status == 0 and "--nproc-per-node 2" in call
     run = subprocess.run(
@@ -107,7 +108,7 @@ def test_what_cannot_run_is_said_once_before_torchrun(
     status, error, call = launch(tmp_path, *shape, *words, python=PYTHON, **machines)
     assert status == 2
     assert error.startswith("flashtrain: ") and said in error and error.count("\n") == 1
-    assert "elastic" not in call
+    assert "torchrun" not in call
     assert not (tmp_path / "run").exists()
 
 
@@ -123,11 +124,12 @@ def test_the_embedded_text_that_is_not_installed_is_said_once(tmp_path: Path) ->
     status, said, call = launch(tmp_path, *words, python=python, **there)
     assert (status, said.count("\n")) == (2, 1)
     assert said.startswith("flashtrain: the embedded text is not installed: run `pip install")
-    assert "elastic" not in call
+    assert "torchrun" not in call
 
 
 def test_what_can_run_may_be_checked_on_several_machines_at_once(tmp_path: Path) -> None:
     """They share a file system on which the embedded text has to be prepared yet."""
+    stand_in(tmp_path, "torchrun", "")
     python = stand_in(tmp_path, "python", PYTHON).parent.parent
     words = ["experiment=null", "parallel=data", "data.tokenizer=bytes", f"run_dir={tmp_path}/run"]
     checks = [
@@ -146,7 +148,7 @@ def test_what_can_run_may_be_checked_on_several_machines_at_once(tmp_path: Path)
     assert (tmp_path / "data" / "shakespeare-bytes" / "manifest.json").is_file()
     assert not list((tmp_path / "run").iterdir())
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["shakespeare-bytes"]
-    assert "elastic" not in (tmp_path / "calls").read_text()
+    assert "torchrun" not in (tmp_path / "calls").read_text()
 
 
 def test_a_number_of_gpus_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -188,6 +190,7 @@ def test_machines_that_cannot_meet_are_refused(
 def job(tmp_path: Path) -> dict[str, str]:
     """A Slurm job's environment with stand-ins for its commands; what is checked can run."""
     stand_in(tmp_path, "python", "")
+    stand_in(tmp_path, "torchrun", "")
     stand_in(tmp_path, "scontrol", '[ "$1" != show ] || printf "node-a\\nnode-b\\n"')
     return {
         "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
