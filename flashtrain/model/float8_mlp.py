@@ -7,7 +7,8 @@ Dims: M tokens, K features of the stream, F hidden features; z is [M, F], gated 
     z = X U^T + u    a = gelu(z), or silu(g) v of z = [g | v]    Y = a D^T
     dD = dY^T a      da = dY D    dz = da a'(z)                  dX = dz U      dU = dz^T X
 
-Kept for backward: X and a in fp8, transposed, and z in 16 bits, as of two layers.
+Kept for backward: X and a in fp8, transposed, and z in 16 bits, as of two layers. All scales are of
+largest numbers but that of dz, which is of a bound.
 """
 
 from typing import Any
@@ -23,8 +24,8 @@ from kernels.fp8_cast import (
     cast_hidden,
     cast_hidden_gradient,
     cast_tensorwise,
-    hidden_gradient_maximum,
-    hidden_maximum,
+    gradient_bound,
+    hidden_maxima,
 )
 
 
@@ -69,10 +70,10 @@ class _MLP(torch.autograd.Function):
         backend = recipe.backend
         x8 = cast_tensorwise(x, absolute_maximum(x, backend), E4M3, columns=trains, backend=backend)
         z = multiply(x8.rows, up_rows, x8.scale, up_scale, x.dtype, fast=True, bias=bias)
-        maximum = hidden_maximum(z, gated=gated, backend=backend)
+        maximum, slope = hidden_maxima(z, gated=gated, backend=backend).unbind()
         a8 = cast_hidden(z, maximum, gated=gated, columns=trains, backend=backend)
         ctx.save_for_backward(
-            x8.columns, x8.scale, z, a8.columns, a8.scale,
+            x8.columns, x8.scale, z, slope, a8.columns, a8.scale,
             up if up_columns is None else up_columns, up_scale,
             down if down_columns is None else down_columns, down_scale,
         )  # fmt: skip
@@ -82,7 +83,7 @@ class _MLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x_columns, x_scale, z, a_columns, a_scale, up, up_scale, down, down_scale = (
+        x_columns, x_scale, z, slope, a_columns, a_scale, up, up_scale, down, down_scale = (
             ctx.saved_tensors
         )
         backend, fast, gated = ctx.recipe.backend, ctx.recipe.fast_backward, ctx.gated
@@ -92,10 +93,10 @@ class _MLP(torch.autograd.Function):
         dy8 = cast_tensorwise(dy, absolute_maximum(dy, backend), E5M2, backend=backend)
         da = multiply(dy8.rows, down, dy8.scale, down_scale, z.dtype, fast=fast)
         d_down = multiply(dy8.columns, a_columns, dy8.scale, a_scale, of_down, fast=fast)
-        maximum, sums = hidden_gradient_maximum(
-            z, da, gated=gated, sums=of_bias is not None, backend=backend
+        bound = gradient_bound(slope, dy8.scale, down_scale, dy.size(1))
+        dz8, sums = cast_hidden_gradient(
+            z, da, bound, gated=gated, sums=of_bias is not None, backend=backend
         )
-        dz8 = cast_hidden_gradient(z, da, maximum, gated=gated, backend=backend)
         if ctx.casts:
             up, up_scale = one_layout(up, backend, rows=False)
         dx = multiply(dz8.rows, up, dz8.scale, up_scale, z.dtype, fast=fast)

@@ -3,8 +3,8 @@
 from kernels.fp8_cast.mlp import (
     cast_hidden,
     cast_hidden_gradient,
-    hidden_gradient_maximum,
-    hidden_maximum,
+    gradient_bound,
+    hidden_maxima,
 )
 from kernels.fp8_cast.op import (
     E4M3,
@@ -26,6 +26,6 @@ __all__ = [
     "cast_hidden_gradient",
     "cast_rowwise",
     "cast_tensorwise",
-    "hidden_gradient_maximum",
-    "hidden_maximum",
+    "gradient_bound",
+    "hidden_maxima",
 ]

@@ -1,9 +1,18 @@
 """The casts of what an MLP has between its products, where 16 bits of it are never written.
 
 The first product gives z. Forward casts a = gelu(z), or silu(g) u of z = [g | u] (`gated`), for the
-second product; backward casts dz, which that of a, d, and z give. Each is read twice, once for the
-largest number and once for the cast: 6 bytes a number of a from z, where a written in between,
-read for its maximum and for its cast would be 10; 10 where 14 for dz.
+second product: z is read for the largest |a|, and once more for the cast, 6 bytes a number in all,
+where a written in between, read for its maximum and for its cast would be 10.
+
+Backward casts dz, which z and d, the gradient of a, give. Its scale is of a bound, not of the
+largest number, so that one pass is enough, 6 bytes in place of 14. E5M2 is as exact over 29 powers
+of two, so it matters little how far above the largest number the bound lies:
+
+    |dz| <= max |a'| max |d|        |d| = |dY D| <= K max |dY| max |D|        (K summed features)
+
+with all three maxima at hand: that of the derivative comes with the one of a, the others are those
+of the scales of what was multiplied. For numbers of either sign the bound is 2^8 to 2^11 too large
+at K = 2048, which leaves 2^18 below the largest number before bits are lost.
 
 As in op.py no function has a gradient of its own. Dims: N tokens, F hidden features.
 """
@@ -15,9 +24,13 @@ from kernels.fp8_cast import reference
 from kernels.fp8_cast.op import BACKENDS, E4M3, E5M2, INPUTS, Scaled
 from kernels.operation import operation, register_fake
 
+# of d, which is rounded to 16 bits, of the scales and of sums in fp32
+ROUNDINGS = 1.0 + 2.0**-6
 
-def hidden_maximum(z: Tensor, *, gated: bool, backend: str = "auto") -> Tensor:
-    """max |a|, 0-dim fp32; NaN where a holds one.
+
+def hidden_maxima(z: Tensor, *, gated: bool, backend: str = "auto") -> Tensor:
+    """[2] fp32: max |a|, and the largest derivative of a number of a by one of z; NaN where there
+    is one.
 
     Args:
         z: [N, F], gated [N, 2 F], 16-bit or fp32.
@@ -28,47 +41,49 @@ def hidden_maximum(z: Tensor, *, gated: bool, backend: str = "auto") -> Tensor:
     """
     _check(z, None, gated, backend)
     if _takes_triton(z, backend):
-        maximum: Tensor = _maximum(z.contiguous(), None, gated, False)[0]
-        return maximum
-    return reference.absolute_maximum(reference.activated(z, gated))
+        maxima: Tensor = _maxima(z.contiguous(), gated)
+        return maxima
+    a, slopes = reference.activated(z, gated)
+    return torch.stack([reference.absolute_maximum(a), reference.absolute_maximum(slopes)])
 
 
 def cast_hidden(
     z: Tensor, maximum: Tensor, *, gated: bool, columns: bool = True, backend: str = "auto"
 ) -> Scaled:
-    """a [N, F] in E4M3, with its transpose where `columns`; maximum: `hidden_maximum(z)`."""
+    """a [N, F] in E4M3, with its transpose where `columns`; maximum: 0-dim, of `hidden_maxima`."""
     _check(z, None, gated, backend)
     if _takes_triton(z, backend):
-        q, qt, scale = _cast(z.contiguous(), None, maximum, gated, columns)
+        q, qt, scale, _ = _cast(z.contiguous(), None, maximum, gated, columns, False)
         return Scaled(q, qt if columns else None, scale)
-    q, scale = reference.tensorwise(reference.activated(z, gated), maximum, E4M3)
+    q, scale = reference.tensorwise(reference.activated(z, gated)[0], maximum, E4M3)
     return Scaled(q, q.t().contiguous() if columns else None, scale)
 
 
-def hidden_gradient_maximum(
-    z: Tensor, d: Tensor, *, gated: bool, sums: bool = False, backend: str = "auto"
-) -> tuple[Tensor, Tensor | None]:
-    """max |dz|, 0-dim fp32, and where `sums` the sum of dz over tokens, fp32, of z's width.
+def gradient_bound(slope: Tensor, dy_scale: Tensor, weight_scale: Tensor, features: int) -> Tensor:
+    """What no |dz| exceeds, 0-dim fp32, where d is the product of fp8 dY [N, K] and D [K, F].
 
-    d: [N, F] in z's dtype, the gradient of a; the rest as in `hidden_maximum`.
+    slope: the second of `hidden_maxima`; dy_scale, weight_scale: of dY in E5M2 and of D in E4M3;
+    features: K.
     """
-    _check(z, d, gated, backend)
-    if _takes_triton(z, backend):
-        maximum, total = _maximum(z.contiguous(), d.contiguous(), gated, sums)
-        return maximum, total if sums else None
-    dz = reference.gradient(z, d, gated)
-    return reference.absolute_maximum(dz), dz.sum(0) if sums else None
+    largest = torch.finfo(E5M2).max * torch.finfo(E4M3).max * features * ROUNDINGS
+    return slope * (dy_scale * weight_scale) * largest
 
 
 def cast_hidden_gradient(
-    z: Tensor, d: Tensor, maximum: Tensor, *, gated: bool, backend: str = "auto"
-) -> Scaled:
-    """dz, of z's shape, in E5M2, with its transpose; maximum: `hidden_gradient_maximum(z, d)`."""
+    z: Tensor, d: Tensor, bound: Tensor, *, gated: bool, sums: bool = False, backend: str = "auto"
+) -> tuple[Scaled, Tensor | None]:
+    """dz, of z's shape, in E5M2, with its transpose, and its sum over tokens in fp32 where `sums`.
+
+    d: [N, F] in z's dtype, the gradient of a; bound: `gradient_bound`, or what else no |dz|
+    exceeds, 0-dim fp32.
+    """
     _check(z, d, gated, backend)
     if _takes_triton(z, backend):
-        return Scaled(*_cast(z.contiguous(), d.contiguous(), maximum, gated, True))
-    q, scale = reference.tensorwise(reference.gradient(z, d, gated), maximum, E5M2)
-    return Scaled(q, q.t().contiguous(), scale)
+        *made, total = _cast(z.contiguous(), d.contiguous(), bound, gated, True, sums)
+        return Scaled(*made), total if sums else None
+    dz = reference.gradient(z, d, gated)
+    q, scale = reference.tensorwise(dz, bound, E5M2)
+    return Scaled(q, q.t().contiguous(), scale), dz.sum(0) if sums else None
 
 
 def _check(z: Tensor, d: Tensor | None, gated: bool, backend: str) -> None:
@@ -95,34 +110,34 @@ def _kernels():
     return mlp_kernel
 
 
-@operation("flashtrain_fp8::hidden_maximum")
-def _maximum(z: Tensor, d: Tensor | None, gated: bool, sums: bool) -> tuple[Tensor, Tensor]:
-    """Of a, or of dz where d is given; then the sum of that over tokens, [0] if not asked for."""
-    return _kernels().maximum(z, d, gated, sums)
+@operation("flashtrain_fp8::hidden_maxima")
+def _maxima(z: Tensor, gated: bool) -> Tensor:
+    return _kernels().maxima(z, gated)
 
 
-@register_fake(_maximum)
-def _(z: Tensor, d: Tensor | None, gated: bool, sums: bool) -> tuple[Tensor, Tensor]:
-    fp32 = torch.float32
-    return z.new_empty((), dtype=fp32), z.new_empty(z.size(1) if sums else 0, dtype=fp32)
+@register_fake(_maxima)
+def _(z: Tensor, gated: bool) -> Tensor:
+    return z.new_empty(2, dtype=torch.float32)
 
 
 @operation("flashtrain_fp8::cast_hidden")
 def _cast(
-    z: Tensor, d: Tensor | None, maximum: Tensor, gated: bool, columns: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """a, or dz where d is given; without `columns` the transpose is [0]."""
-    q, qt, scale = _empty(z, d, maximum, gated, columns)
-    _kernels().cast(z, d, maximum, q, qt if columns else None, scale, gated)
-    return q, qt, scale
+    z: Tensor, d: Tensor | None, maximum: Tensor, gated: bool, columns: bool, sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """a, or dz where d is given: as it lies, transposed; scale; sums. [0]: not wished."""
+    q, qt, scale, total = _empty(z, d, maximum, gated, columns, sums)
+    _kernels().cast(
+        z, d, maximum, q, qt if columns else None, scale, total if sums else None, gated
+    )
+    return q, qt, scale, total
 
 
 @register_fake(_cast)
 def _empty(
-    z: Tensor, d: Tensor | None, maximum: Tensor, gated: bool, columns: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    z: Tensor, d: Tensor | None, maximum: Tensor, gated: bool, columns: bool, sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N, width = z.size(0), z.size(1) // 2 if gated and d is None else z.size(1)
-    dtype = E4M3 if d is None else E5M2
+    dtype, fp32 = E4M3 if d is None else E5M2, torch.float32
     q = z.new_empty((N, width), dtype=dtype)
     qt = z.new_empty((width, N) if columns else (0,), dtype=dtype)
-    return q, qt, z.new_empty((), dtype=torch.float32)
+    return q, qt, z.new_empty((), dtype=fp32), z.new_empty(width if sums else 0, dtype=fp32)

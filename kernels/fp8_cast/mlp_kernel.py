@@ -1,9 +1,7 @@
 """What an MLP in fp8 has between its products, in Triton: activations cast as they are computed.
 
 Dims: N tokens, F hidden features. z is [N, F], or gated [N, 2 F] = [g | u]; a = gelu(z) or silu(g)
-u, [N, F]; d the gradient of a, dz that of z. Two passes, as for any tensor with one scale: the
-largest number, then the cast. Neither a nor dz is ever in memory in 16 bits. Both passes compute
-the same numbers in the same way, so the largest one of the first is the largest of the second.
+u, [N, F]; d the gradient of a, dz that of z. Neither a nor dz is ever in memory in 16 bits.
 """
 
 import torch
@@ -22,36 +20,27 @@ from kernels.sizes import cdiv
 
 
 @triton.jit
-def numbers(z_ptr, d_ptr, rows, columns, F, inside, GATED: tl.constexpr):
-    """a twice where d_ptr is None; else dz, which if gated is dg and du. fp32."""
-    at = rows[:, None] * F + columns[None, :]
+def activated(z_ptr, rows, columns, F, inside, GATED: tl.constexpr):
+    """a and its derivative by z; gated: by g and by u. fp32."""
     if GATED:
-        wide = rows[:, None] * (2 * F) + columns[None, :]
-        g = tl.load(z_ptr + wide, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(z_ptr + F + wide, mask=inside, other=0.0).to(tl.float32)
-        gate, slope = silu(g)
-        if d_ptr is None:
-            first = gate * u
-            second = first
-        else:
-            d = tl.load(d_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            first = d * u * slope
-            second = d * gate
+        at = rows[:, None] * (2 * F) + columns[None, :]
+        g = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(z_ptr + F + at, mask=inside, other=0.0).to(tl.float32)
+        by_u, slope = silu(g)
+        a = by_u * u
+        first = slope * u
+        second = by_u
     else:
-        z = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        first, slope = gelu(z)
-        if d_ptr is not None:
-            first = tl.load(d_ptr + at, mask=inside, other=0.0).to(tl.float32) * slope
+        at = rows[:, None] * F + columns[None, :]
+        a, first = gelu(tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32))
         second = first
-    return first, second
+    return a, first, second
 
 
 @triton.jit
-def maximum_kernel(
+def maxima_kernel(
     z_ptr,  # [N, F] or [N, 2 F]
-    d_ptr,  # [N, F]; None: of a, not of dz
-    bits_ptr,  # 0-dim int32, zero before
-    sums_ptr,  # [ranges, width of dz] fp32: of dz over a range of tokens; may be None
+    bits_ptr,  # [2] int32, zeros before: of |a| and of its derivatives
     N, F, rows_each,
     GATED: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -60,26 +49,17 @@ def maximum_kernel(
     end = tl.minimum(begin + rows_each, N)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     peak = tl.zeros([R, BLOCK], tl.int32)
-    total = tl.zeros([R, BLOCK], tl.float32)
-    total_second = tl.zeros([R, BLOCK], tl.float32)
+    steepest = tl.zeros([R, BLOCK], tl.int32)
     for start in tl.range(begin, end, R, num_stages=STAGES):
         rows = (start + tl.arange(0, R)).to(tl.int64)
         inside = (rows < end)[:, None] & (columns < F)[None, :]
-        first, second = numbers(z_ptr, d_ptr, rows, columns, F, inside, GATED)
-        peak = tl.maximum(peak, bits_of(first))
+        a, first, second = activated(z_ptr, rows, columns, F, inside, GATED)
+        peak = tl.maximum(peak, bits_of(a))
+        steepest = tl.maximum(steepest, bits_of(first))
         if GATED:
-            peak = tl.maximum(peak, bits_of(second))
-        if sums_ptr is not None:
-            total += first
-            if GATED:
-                total_second += second
+            steepest = tl.maximum(steepest, bits_of(second))
     tl.atomic_max(bits_ptr, tl.max(tl.max(peak, 1), 0), sem="relaxed")
-    if sums_ptr is not None:
-        width = 2 * F if GATED else F
-        own = sums_ptr + tl.program_id(0).to(tl.int64) * width + columns
-        tl.store(own, tl.sum(total, 0), mask=columns < F)
-        if GATED:
-            tl.store(own + F, tl.sum(total_second, 0), mask=columns < F)
+    tl.atomic_max(bits_ptr + 1, tl.max(tl.max(steepest, 1), 0), sem="relaxed")
 
 
 @triton.jit
@@ -89,22 +69,34 @@ def cast_kernel(
     maximum_ptr,  # 0-dim fp32
     q_ptr, qt_ptr,  # [N, width] and [width, N] fp8; qt may be None
     scale_ptr,  # 0-dim fp32
+    sums_ptr,  # [tiles down, width] fp32: of dz over a tile's tokens; may be None
     N, F,
     TOP: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     # from the last tile to the first: what was read last for the maximum is still in L2
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     across = tl.cdiv(F, BK)
-    rows = (tile // across * BM + tl.arange(0, BM)).to(tl.int64)
+    down = tile // across
+    rows = (down * BM + tl.arange(0, BM)).to(tl.int64)
     columns = (tile % across * BK + tl.arange(0, BK)).to(tl.int64)
     inside = (rows[:, None] < N) & (columns[None, :] < F)
     factor, scale = factors(tl.load(maximum_ptr).to(tl.int32, bitcast=True), TOP)
-    first, second = numbers(z_ptr, d_ptr, rows, columns, F, inside, GATED)
+    a, first, second = activated(z_ptr, rows, columns, F, inside, GATED)
     pair: tl.constexpr = GATED and d_ptr is not None
     width = 2 * F if pair else F
-    put(first, factor, q_ptr, qt_ptr, rows, columns, inside, N, width)
+    if d_ptr is not None:
+        at = rows[:, None] * F + columns[None, :]
+        d = tl.load(d_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        a = d * first
+    put(a, factor, q_ptr, qt_ptr, rows, columns, inside, N, width)
+    if sums_ptr is not None:
+        own = sums_ptr + down.to(tl.int64) * width + columns
+        tl.store(own, tl.sum(a, 0), mask=columns < F)
     if pair:
-        put(second, factor, q_ptr, qt_ptr, rows, columns + F, inside, N, width)
+        a = d * second
+        put(a, factor, q_ptr, qt_ptr, rows, columns + F, inside, N, width)
+        if sums_ptr is not None:
+            tl.store(own + F, tl.sum(a, 0), mask=columns < F)
     if tile == 0:
         tl.store(scale_ptr, scale)
 
@@ -118,43 +110,41 @@ def put(x, factor, q_ptr, qt_ptr, rows, columns, inside, N, width):
         tl.store(qt_ptr + columns[:, None] * N + rows[None, :], tl.trans(q), mask=tl.trans(inside))
 
 
-def maximum(
-    z: Tensor, d: Tensor | None, gated: bool, sums: bool = False, walk: Walk | None = None
-) -> tuple[Tensor, Tensor]:
-    """The largest |a|, or |dz| if d is given, 0-dim fp32; the sum of dz over tokens, fp32, [0] if
-    not wished. All contiguous."""
-    N, width = z.shape
-    F = width // 2 if gated else width
+def maxima(z: Tensor, gated: bool, walk: Walk | None = None) -> Tensor:
+    """[2] fp32: the largest |a|, and the largest derivative of a; z contiguous."""
+    N, F = z.shape[0], z.shape[1] // (2 if gated else 1)
     walk = walk or tiles.choose(z.device).hidden_maximum
     across = cdiv(F, walk.columns)
     ranges = min(max(walk.programs * processors(z.device) // across, 1), cdiv(N, walk.rows))
-    bits = torch.zeros((), dtype=torch.int32, device=z.device)
-    partial = torch.empty((ranges if sums else 0, width), dtype=torch.float32, device=z.device)
-    total = partial.new_empty(width if sums else 0)
+    bits = torch.zeros(2, dtype=torch.int32, device=z.device)
     with on_device(z):
         run(
-            maximum_kernel, (ranges, across),
-            z, d, bits, partial if sums else None, N, F, cdiv(N, ranges),
+            maxima_kernel, (ranges, across), z, bits, N, F, cdiv(N, ranges),
             GATED=gated, R=walk.rows, BLOCK=walk.columns, STAGES=walk.stages, num_warps=walk.warps,
         )  # fmt: skip
-    if sums:
-        add_up(partial, total)
-    return bits.view(torch.float32), total
+    return bits.view(torch.float32)
 
 
 def cast(
     z: Tensor, d: Tensor | None, maximum: Tensor, q: Tensor, qt: Tensor | None, scale: Tensor,
-    gated: bool, tile: Tile | None = None,
+    sums: Tensor | None, gated: bool, tile: Tile | None = None,
 ) -> None:  # fmt: skip
-    """a, or dz if d is given, into q, its transpose into qt if that is there, and scale, 0-dim."""
-    N, width = z.shape
-    F = width // 2 if gated else width
+    """a, or dz if d is given, into q, its transpose into qt if that is there, and scale, 0-dim; the
+    sum of dz over tokens into `sums` [width] fp32, if that is there. All contiguous."""
+    N, F = z.shape[0], z.shape[1] // (2 if gated else 1)
     chosen = tiles.choose(z.device)
     tile = tile or (chosen.gated if gated else chosen.hidden)
+    down = cdiv(N, tile.rows)
+    partial = None
+    if sums is not None:
+        partial = torch.empty((down, z.shape[1]), dtype=torch.float32, device=z.device)
     with on_device(z):
         run(
-            cast_kernel, (cdiv(N, tile.rows) * cdiv(F, tile.columns),),
-            z, d, maximum, q, qt, scale, N, F,
+            cast_kernel, (down * cdiv(F, tile.columns),),
+            z, d, maximum, q, qt, scale, partial, N, F,
             TOP=torch.finfo(q.dtype).max, GATED=gated, BM=tile.rows, BK=tile.columns,
             num_warps=tile.warps,
         )  # fmt: skip
+    if partial is not None:
+        assert sums is not None
+        add_up(partial, sums)

@@ -15,33 +15,30 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 FLOOR = 2.0**-100
 ROOT, CUBE = math.sqrt(2 / math.pi), 0.044715  # of gelu's tanh form
 
 
-def activated(z: Tensor, gated: bool) -> Tensor:
-    """What an MLP makes of its first product: gelu(z) [N, F] in the tanh form, or, of z = [g | u]
-    [N, 2 F], silu(g) u; fp32 (fp64 of fp64)."""
+def activated(z: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
+    """What an MLP makes of its first product: a = gelu(z) [N, F] in the tanh form, or, of z = [g |
+    u] [N, 2 F], silu(g) u; and the derivative of a by each number of z. fp32 (fp64 of fp64)."""
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     if not gated:
-        return F.gelu(z, approximate="tanh")
+        # by the sigmoid that gelu is z times of: PyTorch's gelu' has no digits left where it is
+        # near 0
+        s = torch.sigmoid(2 * ROOT * (z + CUBE * z**3))
+        return z * s, s * (1 + 2 * ROOT * (z + 3 * CUBE * z**3) * (1 - s))
     g, u = z.chunk(2, -1)
-    return F.silu(g) * u
+    s = torch.sigmoid(g)
+    return g * s * u, torch.cat([u * (s + g * s * (1 - s)), g * s], -1)
 
 
 def gradient(z: Tensor, d: Tensor, gated: bool) -> Tensor:
-    """That of z where d [N, F] is that of `activated(z)`; fp32 (fp64 of fp64)."""
-    wide = torch.promote_types(z.dtype, torch.float32)
-    z, d = z.to(wide), d.to(wide)
-    if not gated:
-        # by the sigmoid that gelu is z times of: PyTorch's own loses all digits where it is near 0
-        s = torch.sigmoid(2 * ROOT * (z + CUBE * z**3))
-        return d * s * (1 + 2 * ROOT * (z + 3 * CUBE * z**3) * (1 - s))
-    g, u = z.chunk(2, -1)
-    s = torch.sigmoid(g)
-    return torch.cat([d * u * (s + g * s * (1 - s)), d * g * s], -1)
+    """That of z where d [N, F] is that of a; fp32 (fp64 of fp64)."""
+    _, slopes = activated(z, gated)
+    d = d.to(slopes.dtype)
+    return slopes * (torch.cat([d, d], -1) if gated else d)
 
 
 def absolute_maximum(x: Tensor) -> Tensor:

@@ -27,44 +27,25 @@ TOPS = {"fp8e4nv": 448.0, "fp8e5": 57344.0}
 
 def hidden(x: str, fp8: str) -> dict[str, tuple[dict[str, str], dict[str, object], int]]:
     """The two kernels of an MLP, GELU's and SwiGLU's: forward in e4m3, backward in e5m2."""
-    made = {}
+    made: dict[str, tuple[dict[str, str], dict[str, object], int]] = {}
+    sizes = {"N": "i32", "F": "i32"}
     for gated, tile in ((False, TILES.hidden), (True, TILES.gated)):
-        prefix = "gated_" if gated else "hidden_"
-        walk, nothing = TILES.hidden_maximum, {} if fp8 == "fp8e5" else {"d_ptr": None}
-        signature = {"z_ptr": f"*{x}", "d_ptr": f"*{x}"}
-        made[prefix + "maximum"] = (
-            {
-                **signature,
-                "bits_ptr": "*i32",
-                "sums_ptr": "*fp32",
-                "N": "i32",
-                "F": "i32",
-                "rows_each": "i32",
-            },
-            {
-                **nothing,
-                "sums_ptr": None,
-                "GATED": gated,
-                "R": walk.rows,
-                "BLOCK": walk.columns,
-                "STAGES": walk.stages,
-            },
+        prefix, walk = "gated_" if gated else "hidden_", TILES.hidden_maximum
+        made[prefix + "maxima"] = (
+            {"z_ptr": f"*{x}", "bits_ptr": "*i32", **sizes, "rows_each": "i32"},
+            {"GATED": gated, "R": walk.rows, "BLOCK": walk.columns, "STAGES": walk.stages},
             walk.warps,
         )
+        nothing = {} if fp8 == "fp8e5" else {"d_ptr": None, "sums_ptr": None}
         made[prefix + "cast"] = (
             {
-                **signature,
-                "maximum_ptr": "*fp32",
-                "q_ptr": f"*{fp8}",
-                "qt_ptr": f"*{fp8}",
-                "scale_ptr": "*fp32",
-                "N": "i32",
-                "F": "i32",
+                "z_ptr": f"*{x}", "d_ptr": f"*{x}", "maximum_ptr": "*fp32", "q_ptr": f"*{fp8}",
+                "qt_ptr": f"*{fp8}", "scale_ptr": "*fp32", "sums_ptr": "*fp32", **sizes,
             },
             {**nothing, "TOP": TOPS[fp8], "GATED": gated, "BM": tile.rows, "BK": tile.columns},
             tile.warps,
-        )
-    return made  # type: ignore[return-value]
+        )  # fmt: skip
+    return made
 
 
 def compile_for(capability: int, name: str, x: str, fp8: str) -> dict[str, object]:
@@ -129,6 +110,6 @@ if __name__ == "__main__":
     for case in itertools.product(map(int, sys.argv[1:]), names, ("bf16", "fp32"), TOPS):
         if case[1] != "maximum" or case[3] == "fp8e4nv":
             sys.stdout.write(json.dumps(compile_for(*case)) + "\n")
-    names = ("hidden_maximum", "hidden_cast", "gated_maximum", "gated_cast")
+    names = ("hidden_maxima", "hidden_cast", "gated_maxima", "gated_cast")
     for case in itertools.product(map(int, sys.argv[1:]), names, ("bf16",), TOPS):
         sys.stdout.write(json.dumps(compile_for(*case)) + "\n")
