@@ -61,26 +61,24 @@ def block_work(config: Config, sizes: Sizes, gpu: Gpu) -> BlockWork:
     width, tokens = sizes.width, sizes.tokens
     qkv, out = (sizes.q + 2 * sizes.kv, width), (width, sizes.q)
     up, down = (sizes.up, width), (width, sizes.hidden)
-    shapes = (qkv, out, up, down)
     chunks = config.trainer.mlp_chunks
     products = _products(tokens, (qkv, out), gpu)
     products += _products(tokens, (up, down), gpu, rows=tokens // chunks)
     saved = sizes.fp8 * products * (1 - 1 / FP8)  # by fp8, of each of the three kinds of products
-    # casts read activations twice, for the scale and for themselves, and write them both ways
-    cast_bytes = sizes.fp8 * 6 * tokens * sum(out + into for out, into in shapes)
     attention = _attention(config, sizes, gpu)
-    forward_bytes, backward_bytes = _block_bytes(config, sizes)
+    forward_bytes, backward_bytes = (
+        sum(both)
+        for both in zip(_block_bytes(config, sizes), _cast_bytes(config, sizes), strict=True)
+    )
     # of fp32 weights for the forward pass
     casts, grads = 6 * sizes.block_matrices, _gradient_bytes(config, sizes)
     bandwidth = STREAM * gpu.bandwidth
     both = 2 if config.precision.linear is LinearKind.fp8_tensorwise else 1  # rowwise: not dW
-    forward = Work(
-        products - saved, attention[0], (forward_bytes + casts + cast_bytes / 2) / bandwidth
-    )
+    forward = Work(products - saved, attention[0], (forward_bytes + casts) / bandwidth)
     backward = Work(
         2 * products - both * saved,
         attention[1],
-        (backward_bytes + grads + cast_bytes / 2) / bandwidth,
+        (backward_bytes + grads) / bandwidth,
     )
     again = _again(config, sizes, gpu, forward)
     return BlockWork(forward, backward, again, _products(tokens, (qkv, up), gpu))
@@ -191,6 +189,31 @@ def _gradient_bytes(config: Config, sizes: Sizes) -> float:
     return float(each * sizes.block_matrices + parts * mlp_matrices(sizes))
 
 
+def _fp8_mlps(config: Config, sizes: Sizes) -> float:
+    """The share of the MLPs that are one operation in fp8 (flashtrain/model/float8_mlp.py)."""
+    one = (
+        config.precision.linear is LinearKind.fp8_tensorwise
+        and config.model.mlp is not Mlp.relu2
+        and config.trainer.recompute is not Recompute.selective
+    )
+    return sizes.fp8 if one else 0.0
+
+
+def _cast_bytes(config: Config, sizes: Sizes) -> tuple[float, float]:
+    """Of the casts to fp8 of what is multiplied, forward and backward.
+
+    Read for the scale, read to be cast, written as it lies and transposed: 6 bytes a number. What
+    an MLP has between its products is made of z, and of z and d, on the way (kernels/fp8_cast).
+    """
+    hidden, up, one = sizes.hidden, sizes.up, _fp8_mlps(config, sizes)
+    apart = sizes.fp8 - one
+    forward = sizes.fp8 * 6 * (2 * sizes.width + sizes.q)
+    forward += apart * 6 * hidden + one * (4 * up + 2 * hidden)
+    backward = sizes.fp8 * 6 * (sizes.q + 2 * sizes.kv + 2 * sizes.width)
+    backward += apart * 6 * up + one * (4 * up + 2 * hidden)
+    return forward * sizes.tokens, backward * sizes.tokens
+
+
 def _block_bytes(config: Config, sizes: Sizes) -> tuple[float, float]:
     """Read and written by the kernels between products, forward and backward, compiled.
 
@@ -201,13 +224,16 @@ def _block_bytes(config: Config, sizes: Sizes) -> tuple[float, float]:
         forward   norm 2 d, rotation 2 each, sum and norm 4 d, activation up + hidden, sum 3 d
         backward  activation hidden + 2 up, norms 4 d each, rotation 2 each
     and where context ranks exchange them q, k and v are put together from their gradients.
+    Activations that fp8 casts make: _cast_bytes.
     """
     mlp, plain = config.model.mlp, is_plain(config, sizes)
     stream, turned = sizes.width / sizes.tensor, 2 * sum(rotated(config, sizes).values())
     fused = sizes.q + 2 * sizes.kv if sizes.context > 1 else 0
     square = sizes.hidden if mlp is Mlp.relu2 else 0
-    active = 0 if plain and mlp is Mlp.gelu else sizes.up + sizes.hidden + square
+    apart = 1 - _fp8_mlps(config, sizes)
+    active = 0.0 if plain and mlp is Mlp.gelu else apart * (sizes.up + sizes.hidden + square)
     forward = (4 if plain else 9) * stream + turned + active
-    backward = (10 if plain else 8) * stream + turned + 2 * fused + sizes.hidden + 2 * sizes.up
+    backward = (10 if plain else 8) * stream + turned + 2 * fused
+    backward += apart * (sizes.hidden + 2 * sizes.up)
     both = sizes.tokens * sizes.itemsize
     return forward * both, backward * both

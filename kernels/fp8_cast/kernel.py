@@ -18,6 +18,11 @@ from kernels.launch import run
 from kernels.sizes import cdiv, padded
 
 LEAST = tl.constexpr(FLOOR)
+# Where a kernel stores fp8 numbers as they lie and, moved to other threads, transposed, ptxas 12.9
+# writes bytes that are none of them; Triton brings it to 3.8 at least (triton-lang/triton#11111). A
+# kernel with one of the stores is right, and so is one whose 16-bit numbers move before they are
+# cast, which is what Triton 3.6 makes of these kernels (tests on an H200) and 3.7 does not.
+ONE_PASS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 
 
 @triton.jit
@@ -74,8 +79,8 @@ def tensorwise_kernel(
         turned = columns[:, None].to(tl.int64) * M + rows[None, :]
         inside = (columns[:, None] < K) & (rows[None, :] < M)
         if x_ptr.dtype.element_ty == tl.float32:
-            # read again, from L1, as it is to be written: where both layouts are stored and M is a
-            # multiple of 16, Triton 3.6 turns the tile wrongly (4 of 10 numbers, on an H200)
+            # read again, from L1, as it is to be written: fp32 numbers would be cast before they
+            # move (ONE_PASS; 4 of 10 were wrong on an H200)
             at = rows[None, :].to(tl.int64) * K + columns[:, None]
             x = tl.load(x_ptr + at, mask=inside, other=0.0)
             qt = (x * factor).to(qt_ptr.dtype.element_ty)
@@ -151,6 +156,10 @@ def tensorwise(
     tile: Tile | None = None,
 ) -> None:
     """x [M, K] contiguous into those of q [M, K] and qt [K, M] that are there, and scale, 0-dim."""
+    if q is not None and qt is not None and not ONE_PASS:
+        tensorwise(x, maximum, q, None, scale, tile)
+        tensorwise(x, maximum, None, qt, scale, tile)
+        return
     M, K = x.shape
     tile = tile or tiles.choose(x.device).tensorwise
     either = q if q is not None else qt

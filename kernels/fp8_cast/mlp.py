@@ -1,11 +1,11 @@
-"""The casts of what an MLP has between its products, where 16 bits of it are never written.
+"""The casts of what an MLP has between its products, which is never written in 16 bits.
 
 The first product gives z. Forward casts a = gelu(z), or silu(g) u of z = [g | u] (`gated`), for the
 second product: z is read for the largest |a|, and once more for the cast, 6 bytes a number in all,
 where a written in between, read for its maximum and for its cast would be 10.
 
 Backward casts dz, which z and d, the gradient of a, give. Its scale is of a bound, not of the
-largest number, so that one pass is enough, 6 bytes in place of 14. E5M2 is as exact over 29 powers
+largest number, so that one pass is enough, 6 bytes in place of 12. E5M2 is as exact over 29 powers
 of two, so it matters little how far above the largest number the bound lies:
 
     |dz| <= max |a'| max |d|        |d| = |dY D| <= K max |dY| max |D|        (K summed features)
@@ -34,7 +34,7 @@ def hidden_maxima(z: Tensor, *, gated: bool, backend: str = "auto") -> Tensor:
 
     Args:
         z: [N, F], gated [N, 2 F], 16-bit or fp32.
-        backend: auto (triton for 16 bits on CUDA, torch elsewhere), triton or torch.
+        backend: auto (triton for 16 bits on CUDA, torch elsewhere), triton (16 bits) or torch.
 
     Raises:
         ValueError: arguments that make no sense.
@@ -44,7 +44,7 @@ def hidden_maxima(z: Tensor, *, gated: bool, backend: str = "auto") -> Tensor:
         maxima: Tensor = _maxima(z.contiguous(), gated)
         return maxima
     a, slopes = reference.activated(z, gated)
-    return torch.stack([reference.absolute_maximum(a), reference.absolute_maximum(slopes)])
+    return torch.stack([reference.absolute_maximum(x) for x in (a.to(z.dtype), slopes)])
 
 
 def cast_hidden(
@@ -55,7 +55,7 @@ def cast_hidden(
     if _takes_triton(z, backend):
         q, qt, scale, _ = _cast(z.contiguous(), None, maximum, gated, columns, False)
         return Scaled(q, qt if columns else None, scale)
-    q, scale = reference.tensorwise(reference.activated(z, gated)[0], maximum, E4M3)
+    q, scale = reference.tensorwise(reference.activated(z, gated)[0].to(z.dtype), maximum, E4M3)
     return Scaled(q, q.t().contiguous() if columns else None, scale)
 
 
@@ -82,7 +82,7 @@ def cast_hidden_gradient(
         *made, total = _cast(z.contiguous(), d.contiguous(), bound, gated, True, sums)
         return Scaled(*made), total if sums else None
     dz = reference.gradient(z, d, gated)
-    q, scale = reference.tensorwise(dz, bound, E5M2)
+    q, scale = reference.tensorwise(dz.to(z.dtype), bound, E5M2)
     return Scaled(q, q.t().contiguous(), scale), dz.sum(0) if sums else None
 
 
@@ -94,6 +94,8 @@ def _check(z: Tensor, d: Tensor | None, gated: bool, backend: str) -> None:
     if z.dim() != 2 or z.numel() == 0 or (gated and z.size(1) % 2):
         what = "[N, 2 F], gate and value side by side" if gated else "[N, F]"
         raise ValueError(f"z is {list(z.shape)}: {what} is needed, with numbers in it")
+    if backend == "triton" and z.itemsize != 2:
+        raise ValueError(f"z is {z.dtype}: backend=triton casts 16 bits, backend=torch any")
     F = z.size(1) // 2 if gated else z.size(1)
     if d is not None and (d.shape != (z.size(0), F) or d.dtype != z.dtype):
         raise ValueError(f"d is {d.dtype} {list(d.shape)}: {z.dtype} [{z.size(0)}, {F}] is needed")
@@ -124,7 +126,8 @@ def _(z: Tensor, gated: bool) -> Tensor:
 def _cast(
     z: Tensor, d: Tensor | None, maximum: Tensor, gated: bool, columns: bool, sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a, or dz where d is given: as it lies, transposed; scale; sums. [0]: not wished."""
+    """a, or dz where d is given, in z's dtype and then fp8: as it lies, transposed; scale; sums.
+    [0]: not wished."""
     q, qt, scale, total = _empty(z, d, maximum, gated, columns, sums)
     _kernels().cast(
         z, d, maximum, q, qt if columns else None, scale, total if sums else None, gated

@@ -1,7 +1,10 @@
 """What an MLP in fp8 has between its products, in Triton: activations cast as they are computed.
 
 Dims: N tokens, F hidden features. z is [N, F], or gated [N, 2 F] = [g | u]; a = gelu(z) or silu(g)
-u, [N, F]; d the gradient of a, dz that of z. Neither a nor dz is ever in memory in 16 bits.
+u, [N, F]; d the gradient of a, dz that of z. Neither a nor dz is ever in memory but as fp8.
+
+Before they are cast both are rounded to z's 16 bits, as if they had been: 16-bit numbers may move
+to other threads, fp8 ones may not (ONE_PASS in kernel.py).
 """
 
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from kernels.device import on_device, processors
 from kernels.fp8_cast import tiles
-from kernels.fp8_cast.kernel import bits_of, factors
+from kernels.fp8_cast.kernel import ONE_PASS, bits_of, factors
 from kernels.fp8_cast.tiles import Tile, Walk
 from kernels.launch import run
 from kernels.linear.activations import gelu, silu
@@ -54,7 +57,7 @@ def maxima_kernel(
         rows = (start + tl.arange(0, R)).to(tl.int64)
         inside = (rows < end)[:, None] & (columns < F)[None, :]
         a, first, second = activated(z_ptr, rows, columns, F, inside, GATED)
-        peak = tl.maximum(peak, bits_of(a))
+        peak = tl.maximum(peak, bits_of(a.to(z_ptr.dtype.element_ty).to(tl.float32)))
         steepest = tl.maximum(steepest, bits_of(first))
         if GATED:
             steepest = tl.maximum(steepest, bits_of(second))
@@ -67,7 +70,7 @@ def cast_kernel(
     z_ptr,  # [N, F] or [N, 2 F]
     d_ptr,  # [N, F]; None: a is cast, not dz
     maximum_ptr,  # 0-dim fp32
-    q_ptr, qt_ptr,  # [N, width] and [width, N] fp8; qt may be None
+    q_ptr, qt_ptr,  # [N, width] and [width, N] fp8; one may be None
     scale_ptr,  # 0-dim fp32
     sums_ptr,  # [tiles down, width] fp32: of dz over a tile's tokens; may be None
     N, F,
@@ -88,13 +91,15 @@ def cast_kernel(
         at = rows[:, None] * F + columns[None, :]
         d = tl.load(d_ptr + at, mask=inside, other=0.0).to(tl.float32)
         a = d * first
-    put(a, factor, q_ptr, qt_ptr, rows, columns, inside, N, width)
+    put(a.to(z_ptr.dtype.element_ty), factor, q_ptr, qt_ptr, rows, columns, inside, N, width)
     if sums_ptr is not None:
         own = sums_ptr + down.to(tl.int64) * width + columns
         tl.store(own, tl.sum(a, 0), mask=columns < F)
     if pair:
         a = d * second
-        put(a, factor, q_ptr, qt_ptr, rows, columns + F, inside, N, width)
+        put(
+            a.to(z_ptr.dtype.element_ty), factor, q_ptr, qt_ptr, rows, columns + F, inside, N, width
+        )
         if sums_ptr is not None:
             tl.store(own + F, tl.sum(a, 0), mask=columns < F)
     if tile == 0:
@@ -103,11 +108,14 @@ def cast_kernel(
 
 @triton.jit
 def put(x, factor, q_ptr, qt_ptr, rows, columns, inside, N, width):
-    """x [BM, BK] as fp8, as it lies and transposed."""
-    q = (x * factor).to(q_ptr.dtype.element_ty)
-    tl.store(q_ptr + rows[:, None] * width + columns[None, :], q, mask=inside)
+    """x [BM, BK] of 16 bits as fp8, as it lies and transposed."""
+    x = x.to(tl.float32) * factor
+    if q_ptr is not None:
+        at = rows[:, None] * width + columns[None, :]
+        tl.store(q_ptr + at, x.to(q_ptr.dtype.element_ty), mask=inside)
     if qt_ptr is not None:
-        tl.store(qt_ptr + columns[:, None] * N + rows[None, :], tl.trans(q), mask=tl.trans(inside))
+        at = columns[:, None] * N + rows[None, :]
+        tl.store(qt_ptr + at, tl.trans(x.to(qt_ptr.dtype.element_ty)), mask=tl.trans(inside))
 
 
 def maxima(z: Tensor, gated: bool, walk: Walk | None = None) -> Tensor:
@@ -126,11 +134,17 @@ def maxima(z: Tensor, gated: bool, walk: Walk | None = None) -> Tensor:
 
 
 def cast(
-    z: Tensor, d: Tensor | None, maximum: Tensor, q: Tensor, qt: Tensor | None, scale: Tensor,
-    sums: Tensor | None, gated: bool, tile: Tile | None = None,
+    z: Tensor, d: Tensor | None, maximum: Tensor, q: Tensor | None, qt: Tensor | None,
+    scale: Tensor, sums: Tensor | None, gated: bool, tile: Tile | None = None,
 ) -> None:  # fmt: skip
-    """a, or dz if d is given, into q, its transpose into qt if that is there, and scale, 0-dim; the
-    sum of dz over tokens into `sums` [width] fp32, if that is there. All contiguous."""
+    """a, or dz if d is given, into those of q and, transposed, qt that are there, and scale, 0-dim;
+    the sum of dz over tokens into `sums` [width] fp32, if that is there. All contiguous."""
+    if q is not None and qt is not None and not ONE_PASS:
+        cast(z, d, maximum, q, None, scale, sums, gated, tile)
+        cast(z, d, maximum, None, qt, scale, None, gated, tile)
+        return
+    either = q if q is not None else qt
+    assert either is not None
     N, F = z.shape[0], z.shape[1] // (2 if gated else 1)
     chosen = tiles.choose(z.device)
     tile = tile or (chosen.gated if gated else chosen.hidden)
@@ -142,7 +156,7 @@ def cast(
         run(
             cast_kernel, (down * cdiv(F, tile.columns),),
             z, d, maximum, q, qt, scale, partial, N, F,
-            TOP=torch.finfo(q.dtype).max, GATED=gated, BM=tile.rows, BK=tile.columns,
+            TOP=torch.finfo(either.dtype).max, GATED=gated, BM=tile.rows, BK=tile.columns,
             num_warps=tile.warps,
         )  # fmt: skip
     if partial is not None:

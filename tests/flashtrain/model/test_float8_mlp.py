@@ -116,7 +116,6 @@ def test_an_mlp_takes_it_wherever_it_can(kind: Mlp, monkeypatch: pytest.MonkeyPa
     for layer in layers:
         layer.fuses = False  # as recompute=selective wants it
     two = mlp(norm, x)
-    assert not torch.equal(one, two)
     torch.testing.assert_close(one, two, rtol=0.03, atol=0.03)
 
 

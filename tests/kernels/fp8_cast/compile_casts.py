@@ -99,9 +99,11 @@ def compile_for(capability: int, name: str, x: str, fp8: str) -> dict[str, objec
         for way in ("ld", "st")
     }
     registers, spilled = resources(compiled.asm["cubin"])
+    moves = re.findall(r"convert_layout .*: tensor<\w+x(f8\w+|i8)", compiled.asm["ttgir"])
     return {
         "capability": capability, "kernel": name, "x": x, "fp8": fp8, "registers": registers,
         "spilled": spilled, "words a load": widest["ld"], "words a store": widest["st"],
+        "one pass": kernel.ONE_PASS, "moves fp8": bool(moves),
     }  # fmt: skip
 
 

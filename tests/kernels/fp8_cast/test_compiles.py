@@ -17,6 +17,9 @@ def test_the_kernels_compile_without_spills(capability: int, tmp_path: Path) -> 
     for kernel in found:
         name = str(kernel["kernel"])
         assert kernel["spilled"] == 0, kernel
+        # these kernels store both layouts, and are launched so where ptxas then makes no mistake
+        both = kernel["x"] == "bf16" and name.endswith(("tensorwise", "_cast"))
+        assert not (both and kernel["one pass"] and kernel["moves fp8"]), kernel
         # a loop's loads go to shared memory, ahead
         assert kernel["words a load"] == 4 or name.endswith("_maxima"), kernel
         assert kernel["words a store"] == 4 or name.endswith(("maximum", "maxima")), kernel

@@ -37,10 +37,17 @@ ROUNDING = {E4M3: (1 / 17, 2.0**-10), E5M2: (1 / 9, 2.0**-17)}
 FP32 = 2.0**-18
 
 
+def rounded(z: Tensor, all_: bool) -> float:
+    """Relative error of a number that was rounded to z's dtype before; the interpreter cuts off."""
+    return FP32 + (0.0 if z.dtype == torch.float32 else 2.0**-8 if all_ else 2.0**-7)
+
+
 def operands(
-    shape: tuple[int, int], gated: bool, platform: Platform, spread: float = 3.0
+    shape: tuple[int, int], gated: bool, platform: Platform, backend: str, spread: float = 3.0
 ) -> tuple[Tensor, Tensor]:
     """z and d; several tiles of a GPU's, odd sizes stay odd."""
+    if backend == "triton" and platform.dtype == torch.float32:
+        pytest.skip("the kernels cast 16 bits")
     N, width = (shape[0] * 31, shape[1] * 33) if platform.on_gpu else shape
     options: Any = {"device": platform.device, "dtype": torch.float32}
     z = torch.randn(N, width * (2 if gated else 1), **options) * spread
@@ -58,24 +65,23 @@ def exact(z: Tensor, gated: bool, d: Tensor | None = None) -> Tensor:
     return a.detach() if d is None else torch.autograd.grad(a, z, d.double())[0]
 
 
-def assert_cast(
-    made: Scaled, right: Tensor, peak: Tensor | float, dtype: torch.dtype, all_: bool
-) -> None:
+def assert_cast(made: Scaled, right: Tensor, peak: Tensor | float, z: Tensor, all_: bool) -> None:
     """Within a rounding of `right`, both layouts alike, `peak` the format's largest number."""
     assert made.rows is not None and made.columns is not None
-    assert made.rows.dtype == dtype and made.rows.shape == right.shape
+    dtype, before = made.rows.dtype, rounded(z, all_)
+    assert made.rows.shape == right.shape
     assert made.columns.is_contiguous()
     assert torch.equal(made.columns.t().float(), made.rows.float())
     top = torch.finfo(dtype).max
-    assert abs(made.scale.double() * top - peak) <= FP32 * peak
+    assert abs(made.scale.double() * top - peak) <= before * peak
     relative, smallest = ROUNDING[dtype]
     error = (made.rows.double() * made.scale.double() - right).abs()
     steps = smallest if all_ else 2 * smallest
-    limit = (relative + FP32) * right.abs() + (steps + FP32) * made.scale.double()
+    limit = (relative + before) * right.abs() + (steps + FP32) * made.scale.double()
     wrong = error > limit
     if not all_:
         mantissa = torch.frexp(right.abs() / made.scale.double()).mantissa
-        wrong &= mantissa < 1 - relative
+        wrong &= (mantissa < 1 - relative - before) & (mantissa > 0.5 + before)
     assert not wrong.any(), (error / limit)[wrong]
     assert (error > 0.5 * limit).any() or right.numel() < 100  # so the limit can fail
 
@@ -86,15 +92,17 @@ def assert_cast(
 def test_activations_are_cast_as_they_are_computed(
     shape: tuple[int, int], backend: str, gated: bool, platform: Platform
 ) -> None:
-    z, _ = operands(shape, gated, platform)
+    z, _ = operands(shape, gated, platform, backend)
     maximum, slope = hidden_maxima(z, gated=gated, backend=backend)
     right = exact(z, gated)
     peak, steepest = right.abs().max(), steepest_of(z, gated)
-    assert abs(maximum.double() - peak) <= FP32 * peak
+    all_ = platform.on_gpu or backend == "torch"
+    assert abs(maximum.double() - peak) <= rounded(z, all_) * peak
     assert abs(slope.double() - steepest) <= FP32 * steepest
     made = cast_hidden(z, maximum, gated=gated, backend=backend)
-    assert made.rows is not None and made.rows.float().abs().max().item() == 448
-    assert_cast(made, right, peak, E4M3, platform.on_gpu or backend == "torch")
+    assert made.rows is not None and made.rows.dtype == E4M3
+    assert made.rows.float().abs().max().item() == 448
+    assert_cast(made, right, peak, z, platform.on_gpu or backend == "torch")
     alone = cast_hidden(z, maximum, gated=gated, columns=False, backend=backend)
     assert alone.columns is None and alone.rows is not None
     assert torch.equal(alone.rows.float(), made.rows.float())
@@ -114,20 +122,20 @@ def test_their_gradients_too(
     far: float, shape: tuple[int, int], backend: str, gated: bool, platform: Platform
 ) -> None:
     """By a scale of their largest number, and of a bound far above it."""
-    z, d = operands(shape, gated, platform)
+    z, d = operands(shape, gated, platform, backend)
     right = exact(z, gated, d)
     bound = (far * right.abs().max()).float()
     made, sums = cast_hidden_gradient(z, d, bound, gated=gated, sums=True, backend=backend)
     alone, nothing = cast_hidden_gradient(z, d, bound, gated=gated, backend=backend)
     assert nothing is None and sums is not None
-    assert made.rows is not None and alone.rows is not None
+    assert made.rows is not None and alone.rows is not None and made.rows.dtype == E5M2
     assert torch.equal(alone.rows.float(), made.rows.float())
-    assert_cast(made, right, bound.item(), E5M2, platform.on_gpu or backend == "torch")
+    assert_cast(made, right, bound.item(), z, platform.on_gpu or backend == "torch")
     # 2^11 too far and E5M2 is as exact: all but what is 2^17 below the largest number
     error = (made.rows.double() * made.scale.double() - right).abs()
     large = right.abs() > right.abs().max() * 2.0**-17
     if platform.on_gpu or backend == "torch":
-        assert (error <= (ROUNDING[E5M2][0] + FP32) * right.abs())[large].all()
+        assert (error <= (ROUNDING[E5M2][0] + rounded(z, True)) * right.abs())[large].all()
     error = (sums.double() - right.sum(0)).abs()
     assert (error <= (FP32 + right.size(0) * 2.0**-24) * right.abs().sum(0)).all()
 
@@ -154,7 +162,7 @@ def test_no_gradient_exceeds_its_bound(gated: bool, platform: Platform) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_shows(bad: float, gated: bool, platform: Platform) -> None:
     """Every product with the result is NaN or infinite, so the step is skipped, not poisoned."""
-    z, d = operands((17, 40), gated, platform)
+    z, d = operands((17, 40), gated, platform, "triton")
     worse = z.clone()
     worse[3, 5] = bad
     maximum, slope = hidden_maxima(worse, gated=gated, backend="triton")
@@ -171,19 +179,19 @@ def test_what_is_not_finite_shows(bad: float, gated: bool, platform: Platform) -
 
 @GATED
 def test_large_inputs_do_not_overflow_on_the_way(gated: bool, platform: Platform) -> None:
-    z, d = operands((17, 40), gated, platform, spread=1e4)
+    z, d = operands((17, 40), gated, platform, "triton", spread=1e4)
     maximum, _ = hidden_maxima(z, gated=gated, backend="triton")
     made, right = cast_hidden(z, maximum, gated=gated, backend="triton"), exact(z, gated)
-    assert_cast(made, right, right.abs().max(), E4M3, platform.on_gpu)
+    assert_cast(made, right, right.abs().max(), z, platform.on_gpu)
     right = exact(z, gated, d)
     bound = right.abs().max().float()
     made, _ = cast_hidden_gradient(z, d, bound, gated=gated, backend="triton")
-    assert_cast(made, right, bound.item(), E5M2, platform.on_gpu)
+    assert_cast(made, right, bound.item(), z, platform.on_gpu)
 
 
 @GATED
 def test_library_checks_pass(gated: bool, platform: Platform) -> None:
-    z, d = operands((16, 32), gated, platform)
+    z, d = operands((16, 32), gated, platform, "triton")
     torch.library.opcheck(mlp._maxima, (z, gated))
     maximum = mlp._maxima(z, gated)[0]
     for columns in (True, False):
@@ -195,6 +203,10 @@ def test_library_checks_pass(gated: bool, platform: Platform) -> None:
 REFUSED: dict[str, tuple[Any, str]] = {
     "backend": (lambda z: hidden_maxima(z, gated=False, backend="cuda"), "'cuda' is not one of"),
     "float64": (lambda z: hidden_maxima(z.double(), gated=False), "z is torch.float64: fp32, bf"),
+    "fp32": (
+        lambda z: hidden_maxima(z, gated=False, backend="triton"),
+        "z is torch.float32: backend=triton casts 16 bits, backend=torch any",
+    ),
     "odd": (lambda z: hidden_maxima(z, gated=True), r"z is \[4, 3\]: \[N, 2 F\], gate and value"),
     "empty": (lambda z: hidden_maxima(z[:0], gated=False), r"z is \[0, 3\]: \[N, F\] is needed"),
     "d": (
