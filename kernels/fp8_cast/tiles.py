@@ -41,10 +41,12 @@ class Tiles:
     gated: Tile
 
 
-# 128 rows are 128 bytes of a row of the transposed result: whole lines are written
+# 128 rows are 128 bytes of a row of the transposed result: whole lines are written. An MLP's casts,
+# forward and backward, µs on one H100 (2026-11-28): GELU, 16384 x 8192, at 64 rows 193 and 272, at
+# 128 191 and 278; SwiGLU, 8192 x 14336, 240 and 420, 247 and 433, at 128 x 32 268 and 451
 _GPU = Tiles(
     16384, Tile(128, 64, 8), Tile(128, 32, 4),
-    Walk(rows=8, columns=256, warps=4, programs=6, stages=3), Tile(128, 64, 8), Tile(128, 32, 8),
+    Walk(rows=8, columns=256, warps=4, programs=6, stages=3), Tile(64, 64, 8), Tile(64, 64, 8),
 )  # fmt: skip
 _INTERPRETER = Tiles(  # small matrices have several tiles
     64, Tile(16, 32, 1), Tile(16, 16, 1),

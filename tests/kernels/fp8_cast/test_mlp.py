@@ -172,9 +172,11 @@ def test_what_is_not_finite_shows(bad: float, gated: bool, platform: Platform) -
     d[3, 5] = bad
     made, _ = cast_hidden_gradient(z, d, slope * math.inf, gated=gated, backend="triton")
     assert not made.scale.isfinite()
+    if not math.isnan(bad):
+        return  # a GPU casts an infinity to the largest number: its bound has to be infinite
     made, _ = cast_hidden_gradient(z, d, torch.ones_like(slope), gated=gated, backend="triton")
     assert made.rows is not None and made.columns is not None
-    assert not made.rows[3, 5].float().isfinite() and not made.columns[5, 3].float().isfinite()
+    assert made.rows[3, 5].float().isnan() and made.columns[5, 3].float().isnan()
 
 
 @GATED
