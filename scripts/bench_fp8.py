@@ -37,17 +37,8 @@ from flashtrain.model.float8 import refresh_weights, use_float8
 from flashtrain.model.float8_product import Float8Product, Recipe
 from flashtrain.model.gpt import GPT
 from flashtrain.model.linear import Linear
-from kernels.fp8_cast import (
-    E4M3,
-    E5M2,
-    absolute_maximum,
-    cast_columnwise,
-    cast_rowwise,
-    cast_tensorwise,
-    kernel,
-    reference,
-)
-from kernels.fp8_cast.tiles import Tile, choose
+from kernels.fp8_cast import E4M3, E5M2
+from scripts.parts.fp8_casts import Timed, shipped, tiles
 from scripts.parts.where import where
 
 TOKENS = {"gpt2_124m": (32, 1024), "gpt_1.3b": (8, 2048), "llama_8b": (1, 8192)}
@@ -63,12 +54,6 @@ BLOCK_FORMS: dict[str, Recipe | None] = {
     **{f"tensorwise {cast}": Recipe(backend=cast) for cast in ("auto", "torch", "triton")},
     **{f"rowwise {cast}": Recipe(rowwise=True, backend=cast) for cast in ("auto", "triton")},
 }
-TILES = [
-    Tile(rows, columns, warps)
-    for rows, columns in ((64, 64), (128, 64), (128, 128), (64, 128), (256, 64), (128, 32))
-    for warps in (4, 8)
-]
-BLOCKS = (4096, 8192, 16384, 32768)
 SLEEP = 20_000_000  # clock cycles, about 10 ms: longer than the host takes to queue `CALLS` calls
 CALLS = 6
 GROUPS = 3
@@ -182,37 +167,8 @@ def products(shape: Shape) -> Iterator[dict[str, Any]]:
             }
 
 
-def casts(M: int, K: int) -> Iterator[dict[str, Any]]:
-    """Kernels and compiled PyTorch on a bf16 activation [M, K]."""
-    x = torch.randn(M, K, device="cuda").bfloat16()
-    maximum = reference.absolute_maximum(x)
-    n = M * K
-
-    @torch.compile(dynamic=False)
-    def plain_maximum(x: Tensor) -> Tensor:
-        return reference.absolute_maximum(x)
-
-    @torch.compile(dynamic=False)
-    def plain_both(x: Tensor, maximum: Tensor) -> tuple[Tensor, ...]:
-        q, scale = reference.tensorwise(x, maximum, E4M3)
-        return q, q.t().contiguous(), scale
-
-    @torch.compile(dynamic=False)
-    def plain_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.rowwise(x, E4M3)
-
-    calls: dict[str, tuple[Callable[[], object], int]] = {
-        "maximum, kernel": (partial(absolute_maximum, x), 2 * n),
-        "maximum, compiled": (partial(plain_maximum, x), 2 * n),
-        "both layouts, kernel": (partial(cast_tensorwise, x, maximum, E4M3), 4 * n),
-        "both layouts e5m2, kernel": (partial(cast_tensorwise, x, maximum, E5M2), 4 * n),
-        "both layouts, compiled": (partial(plain_both, x, maximum), 4 * n),
-        "one layout, kernel": (partial(cast_tensorwise, x, maximum, E4M3, columns=False), 3 * n),
-        "rowwise, kernel": (partial(cast_rowwise, x, E4M3), 3 * n),
-        "rowwise, compiled": (partial(plain_rows, x), 3 * n),
-        "columnwise, kernel": (partial(cast_columnwise, x, E4M3), 3 * n),
-    }
-    for name, (call, size) in calls.items():
+def casts(M: int, K: int, calls: Callable[[int, int], Iterator[Timed]]) -> Iterator[dict[str, Any]]:
+    for name, call, size in calls(M, K):
         ms = median_ms(call)
         yield {"cast": name, **row(f"{M} x {K} {name}", ms=ms, gb_s=size / ms / 1e6)}
 
@@ -308,31 +264,6 @@ def blocks(model: str) -> Iterator[dict[str, Any]]:
         yield {"form": form, **row(f"{model} block, {form}", **figures)}
 
 
-def sweep(M: int, K: int) -> Iterator[dict[str, Any]]:
-    """Tiles of the cast kernels on a bf16 activation; the chosen ones are marked."""
-    x = torch.randn(M, K, device="cuda").bfloat16()
-    chosen = choose(x.device)
-    maximum = reference.absolute_maximum(x)
-    q, qt = (torch.empty(s, device="cuda", dtype=E4M3) for s in ((M, K), (K, M)))
-    scale, scales = torch.empty((), device="cuda"), torch.empty(K, 1, device="cuda")
-    n = M * K
-
-    def line(what: str, tile: Any, best: Any, call: Callable[[], object], size: int) -> Any:
-        ms = median_ms(call)
-        mark = "  <- chosen" if tile == best else ""
-        figures = row(f"{M} x {K} {what} {tile}{mark}", ms=ms, gb_s=size / ms / 1e6)
-        return {"kernel": what, "tile": str(tile), **figures}
-
-    for block in BLOCKS:
-        call = partial(kernel.absolute_maximum, x, block)
-        yield line("maximum", block, chosen.maximum, call, 2 * n)
-    for tile in TILES:
-        call = partial(kernel.tensorwise, x, maximum, q, qt, scale, tile)
-        yield line("tensorwise", tile, chosen.tensorwise, call, 4 * n)
-        call = partial(kernel.columnwise, x, qt, scales, tile)
-        yield line("columnwise", tile, chosen.columnwise, call, 3 * n)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -367,11 +298,11 @@ def main() -> int:
     inputs = [[(s.M, s.K) for s in every if s.model == model] for model in args.models]
     widths = sorted({size for sizes in inputs for size in (min(sizes), max(sizes))})
     for M, K in widths if args.sweep else []:
-        gather("sweep", sweep(M, K), M=M, K=K)
+        gather("sweep", casts(M, K, tiles), M=M, K=K)
     for part in () if args.sweep else args.parts:
         if part == "casts":
             for M, K in widths:
-                gather(part, casts(M, K), M=M, K=K)
+                gather(part, casts(M, K, shipped), M=M, K=K)
         elif part == "blocks":
             for model in args.models:
                 gather(part, blocks(model), model=model)
