@@ -70,7 +70,7 @@ class _MLP(torch.autograd.Function):
         backend = recipe.backend
         x8 = cast_tensorwise(x, absolute_maximum(x, backend), E4M3, columns=trains, backend=backend)
         z = multiply(x8.rows, up_rows, x8.scale, up_scale, x.dtype, fast=True, bias=bias)
-        maximum, slope = hidden_maxima(z, gated=gated, backend=backend).unbind()
+        maximum, slope = hidden_maxima(z, gated=gated, backend=backend)
         a8 = cast_hidden(z, maximum, gated=gated, columns=trains, backend=backend)
         ctx.save_for_backward(
             x8.columns, x8.scale, z, slope, a8.columns, a8.scale,

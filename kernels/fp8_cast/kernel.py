@@ -45,10 +45,13 @@ def maximum_kernel(
     x_ptr,  # [n]
     bits_ptr,  # 0-dim int32, zero before
     n,
-    BLOCK: tl.constexpr,
-):
+    POSITIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """POSITIVE: of the positive numbers, and NaN."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32)
+    if POSITIVE:
+        x = tl.where(x < 0.0, 0.0, x)
     tl.atomic_max(bits_ptr, tl.max(bits_of(x), 0), sem="relaxed")
 
 
@@ -137,13 +140,16 @@ def columnwise_kernel(
         tl.store(qt_ptr + turned, tl.trans(q), mask=inside)
 
 
-def absolute_maximum(x: Tensor, block: int | None = None) -> Tensor:
-    """As reference.absolute_maximum; x contiguous."""
+def absolute_maximum(x: Tensor, positive: bool = False, block: int | None = None) -> Tensor:
+    """As reference.absolute_maximum, or of the numbers above 0 only; x contiguous."""
     block = block or tiles.choose(x.device).maximum
     bits = torch.zeros((), dtype=torch.int32, device=x.device)
     with on_device(x):
         grid = (cdiv(x.numel(), block),)
-        run(maximum_kernel, grid, x, bits, x.numel(), BLOCK=block, num_warps=8)
+        run(
+            maximum_kernel, grid, x, bits, x.numel(),
+            POSITIVE=positive, BLOCK=block, num_warps=8,
+        )  # fmt: skip
     return bits.view(torch.float32)
 
 

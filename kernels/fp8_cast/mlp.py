@@ -2,7 +2,8 @@
 
 The first product gives z. Forward casts a = gelu(z), or silu(g) u of z = [g | u] (`gated`), for the
 second product: z is read for the largest |a|, and once more for the cast, 6 bytes a number in all,
-where a written in between, read for its maximum and for its cast would be 10.
+where a written in between, read for its maximum and for its cast would be 10. GELU grows with z
+where z is positive, and nowhere else is |a| above LOW: the largest z gives the largest a.
 
 Backward casts dz, which z and d, the gradient of a, give. Its scale is of a bound, not of the
 largest number, so that one pass is enough, 6 bytes in place of 12. E5M2 is as exact over 29 powers
@@ -26,11 +27,13 @@ from kernels.operation import operation, register_fake
 
 # of d, which is rounded to 16 bits, of the scales and of sums in fp32
 ROUNDINGS = 1.0 + 2.0**-6
+LOW = 0.1701  # |gelu(z)| for negative z: at most 0.17004
+STEEP = 1.1291  # gelu': at most 1.12904
 
 
-def hidden_maxima(z: Tensor, *, gated: bool, backend: str = "auto") -> Tensor:
-    """[2] fp32: max |a|, and the largest derivative of a number of a by one of z; NaN where there
-    is one.
+def hidden_maxima(z: Tensor, *, gated: bool, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """(max |a|, the largest derivative of a number of a by one of z), each 0-dim fp32; for GELU
+    what neither exceeds, max(max |a|, LOW) and STEEP. NaN where there is one.
 
     Args:
         z: [N, F], gated [N, 2 F], 16-bit or fp32.
@@ -40,11 +43,16 @@ def hidden_maxima(z: Tensor, *, gated: bool, backend: str = "auto") -> Tensor:
         ValueError: arguments that make no sense.
     """
     _check(z, None, gated, backend)
-    if _takes_triton(z, backend):
-        maxima: Tensor = _maxima(z.contiguous(), gated)
-        return maxima
-    a, slopes = reference.activated(z, gated)
-    return torch.stack([reference.absolute_maximum(x) for x in (a.to(z.dtype), slopes)])
+    kernels = _takes_triton(z, backend)
+    if gated:
+        if kernels:
+            peak, steepest = _gated_maxima(z.contiguous()).unbind()
+            return peak, steepest
+        a, slopes = reference.activated(z, gated)
+        return reference.absolute_maximum(a.to(z.dtype)), reference.absolute_maximum(slopes)
+    largest = _largest(z.contiguous()) if kernels else z.amax().to(torch.float32).clamp(min=0.0)
+    a, _ = reference.activated(largest, gated)
+    return a.to(z.dtype).to(torch.float32).clamp(min=LOW), torch.full_like(largest, STEEP)
 
 
 def cast_hidden(
@@ -112,13 +120,26 @@ def _kernels():
     return mlp_kernel
 
 
-@operation("flashtrain_fp8::hidden_maxima")
-def _maxima(z: Tensor, gated: bool) -> Tensor:
-    return _kernels().maxima(z, gated)
+@operation("flashtrain_fp8::largest")
+def _largest(z: Tensor) -> Tensor:
+    """max(z, 0), 0-dim fp32; NaN where z holds one."""
+    from kernels.fp8_cast import kernel
+
+    return kernel.absolute_maximum(z, positive=True)
 
 
-@register_fake(_maxima)
-def _(z: Tensor, gated: bool) -> Tensor:
+@register_fake(_largest)
+def _(z: Tensor) -> Tensor:
+    return z.new_empty((), dtype=torch.float32)
+
+
+@operation("flashtrain_fp8::gated_maxima")
+def _gated_maxima(z: Tensor) -> Tensor:
+    return _kernels().gated_maxima(z)
+
+
+@register_fake(_gated_maxima)
+def _(z: Tensor) -> Tensor:
     return z.new_empty(2, dtype=torch.float32)
 
 

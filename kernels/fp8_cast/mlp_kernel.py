@@ -41,11 +41,11 @@ def activated(z_ptr, rows, columns, F, inside, GATED: tl.constexpr):
 
 
 @triton.jit
-def maxima_kernel(
-    z_ptr,  # [N, F] or [N, 2 F]
+def gated_maxima_kernel(
+    z_ptr,  # [N, 2 F]
     bits_ptr,  # [2] int32, zeros before: of |a| and of its derivatives
     N, F, rows_each,
-    GATED: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program owns a range of rows and BLOCK columns and walks down its rows, R at a time."""
     begin = tl.program_id(0) * rows_each
@@ -56,11 +56,9 @@ def maxima_kernel(
     for start in tl.range(begin, end, R, num_stages=STAGES):
         rows = (start + tl.arange(0, R)).to(tl.int64)
         inside = (rows < end)[:, None] & (columns < F)[None, :]
-        a, first, second = activated(z_ptr, rows, columns, F, inside, GATED)
+        a, by_g, by_u = activated(z_ptr, rows, columns, F, inside, True)
         peak = tl.maximum(peak, bits_of(a.to(z_ptr.dtype.element_ty).to(tl.float32)))
-        steepest = tl.maximum(steepest, bits_of(first))
-        if GATED:
-            steepest = tl.maximum(steepest, bits_of(second))
+        steepest = tl.maximum(steepest, tl.maximum(bits_of(by_g), bits_of(by_u)))
     tl.atomic_max(bits_ptr, tl.max(tl.max(peak, 1), 0), sem="relaxed")
     tl.atomic_max(bits_ptr + 1, tl.max(tl.max(steepest, 1), 0), sem="relaxed")
 
@@ -118,17 +116,17 @@ def put(x, factor, q_ptr, qt_ptr, rows, columns, inside, N, width):
         tl.store(qt_ptr + at, tl.trans(x.to(qt_ptr.dtype.element_ty)), mask=tl.trans(inside))
 
 
-def maxima(z: Tensor, gated: bool, walk: Walk | None = None) -> Tensor:
-    """[2] fp32: the largest |a|, and the largest derivative of a; z contiguous."""
-    N, F = z.shape[0], z.shape[1] // (2 if gated else 1)
-    walk = walk or tiles.choose(z.device).hidden_maximum
+def gated_maxima(z: Tensor, walk: Walk | None = None) -> Tensor:
+    """[2] fp32: the largest |a|, and the largest derivative of a; z [N, 2 F] contiguous."""
+    N, F = z.shape[0], z.shape[1] // 2
+    walk = walk or tiles.choose(z.device).gated_maxima
     across = cdiv(F, walk.columns)
     ranges = min(max(walk.programs * processors(z.device) // across, 1), cdiv(N, walk.rows))
     bits = torch.zeros(2, dtype=torch.int32, device=z.device)
     with on_device(z):
         run(
-            maxima_kernel, (ranges, across), z, bits, N, F, cdiv(N, ranges),
-            GATED=gated, R=walk.rows, BLOCK=walk.columns, STAGES=walk.stages, num_warps=walk.warps,
+            gated_maxima_kernel, (ranges, across), z, bits, N, F, cdiv(N, ranges),
+            R=walk.rows, BLOCK=walk.columns, STAGES=walk.stages, num_warps=walk.warps,
         )  # fmt: skip
     return bits.view(torch.float32)
 

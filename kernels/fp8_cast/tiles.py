@@ -36,9 +36,9 @@ class Tiles:
     maximum: int  # numbers of a program of the maximum kernel, 8 warps
     tensorwise: Tile
     columnwise: Tile  # `rows` at a time, all rows in turn
-    hidden_maximum: Walk  # of an MLP's activations and their gradients
-    hidden: Tile
+    hidden: Tile  # of an MLP's activations and their gradients
     gated: Tile
+    gated_maxima: Walk
 
 
 # 128 rows are 128 bytes of a row of the transposed result: whole lines are written. An MLP's casts,
@@ -46,11 +46,11 @@ class Tiles:
 # 128 191 and 278; SwiGLU, 8192 x 14336, 240 and 420, 247 and 433, at 128 x 32 268 and 451
 _GPU = Tiles(
     16384, Tile(128, 64, 8), Tile(128, 32, 4),
-    Walk(rows=8, columns=256, warps=4, programs=6, stages=3), Tile(64, 64, 8), Tile(64, 64, 8),
+    Tile(64, 64, 8), Tile(64, 64, 8), Walk(rows=8, columns=256, warps=4, programs=6, stages=3),
 )  # fmt: skip
 _INTERPRETER = Tiles(  # small matrices have several tiles
     64, Tile(16, 32, 1), Tile(16, 16, 1),
-    Walk(rows=4, columns=16, warps=1, programs=4, stages=1), Tile(16, 32, 1), Tile(16, 16, 1),
+    Tile(16, 32, 1), Tile(16, 16, 1), Walk(rows=4, columns=16, warps=1, programs=4, stages=1),
 )  # fmt: skip
 
 

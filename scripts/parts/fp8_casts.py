@@ -89,7 +89,7 @@ def tiles(M: int, K: int) -> Iterator[Timed]:
         return f"{what} {tile}{'  <- chosen' if tile == best else ''}", call, size
 
     for block in BLOCKS:
-        call = partial(kernel.absolute_maximum, x, block)
+        call = partial(kernel.absolute_maximum, x, block=block)
         yield timed("maximum", block, chosen.maximum, call, 2 * n)
     for tile in TILES:
         call = partial(kernel.tensorwise, x, maximum, q, qt, scale, tile)
@@ -99,9 +99,9 @@ def tiles(M: int, K: int) -> Iterator[Timed]:
     for gated, name, best in ((False, "GELU", chosen.hidden), (True, "SwiGLU", chosen.gated)):
         z = torch.cat([x, x.flip(0)], 1) if gated else x
         given = 2 * z.numel()
-        for walk in WALKS:
-            call = partial(mlp_kernel.maxima, z, gated, walk)
-            yield timed(f"{name}, maxima", walk, chosen.hidden_maximum, call, given)
+        for walk in WALKS if gated else ():
+            call = partial(mlp_kernel.gated_maxima, z, walk)
+            yield timed(f"{name}, maxima", walk, chosen.gated_maxima, call, given)
         to, turned = (torch.empty(s, device="cuda", dtype=E5M2) for s in (z.shape, z.t().shape))
         for tile in TILES:
             call = partial(mlp_kernel.cast, z, None, maximum, q, qt, scale, None, gated, tile)

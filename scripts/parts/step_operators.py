@@ -24,7 +24,7 @@ PASSES = {
     "flashtrain_embedding::gather": "forward", "flashtrain_embedding::gradient": "backward",
     "flashtrain_rope::rotate_heads_": "rotations", "flashtrain_rope::rotate_heads": "rotations",
     "flashtrain_fp8::absolute_maximum": "fp8: maxima",
-    "flashtrain_fp8::hidden_maxima": "fp8: maxima",
+    "flashtrain_fp8::largest": "fp8: maxima", "flashtrain_fp8::gated_maxima": "fp8: maxima",
     "flashtrain_fp8::cast_hidden": "fp8: casts", "flashtrain_fp8::cast_tensorwise": "fp8: casts",
     "flashtrain_fp8::cast_rowwise": "fp8: casts", "flashtrain_fp8::cast_columnwise": "fp8: casts",
 }  # fmt: skip

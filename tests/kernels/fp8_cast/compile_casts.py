@@ -29,13 +29,14 @@ def hidden(x: str, fp8: str) -> dict[str, tuple[dict[str, str], dict[str, object
     """The two kernels of an MLP, GELU's and SwiGLU's: forward in e4m3, backward in e5m2."""
     made: dict[str, tuple[dict[str, str], dict[str, object], int]] = {}
     sizes = {"N": "i32", "F": "i32"}
+    walk = TILES.gated_maxima
+    made["gated_maxima"] = (
+        {"z_ptr": f"*{x}", "bits_ptr": "*i32", **sizes, "rows_each": "i32"},
+        {"R": walk.rows, "BLOCK": walk.columns, "STAGES": walk.stages},
+        walk.warps,
+    )
     for gated, tile in ((False, TILES.hidden), (True, TILES.gated)):
-        prefix, walk = "gated_" if gated else "hidden_", TILES.hidden_maximum
-        made[prefix + "maxima"] = (
-            {"z_ptr": f"*{x}", "bits_ptr": "*i32", **sizes, "rows_each": "i32"},
-            {"GATED": gated, "R": walk.rows, "BLOCK": walk.columns, "STAGES": walk.stages},
-            walk.warps,
-        )
+        prefix = "gated_" if gated else "hidden_"
         nothing = {} if fp8 == "fp8e5" else {"d_ptr": None, "sums_ptr": None}
         made[prefix + "cast"] = (
             {
@@ -53,7 +54,7 @@ def compile_for(capability: int, name: str, x: str, fp8: str) -> dict[str, objec
     signature, constants, warps = {
         "maximum": (
             {"x_ptr": f"*{x}", "bits_ptr": "*i32", "n": "i32"},
-            {"BLOCK": TILES.maximum},
+            {"POSITIVE": x == "bf16", "BLOCK": TILES.maximum},
             8,
         ),
         "tensorwise": (
@@ -85,8 +86,8 @@ def compile_for(capability: int, name: str, x: str, fp8: str) -> dict[str, objec
         for i, (argument, kind) in enumerate(signature.items())
         if kind != "constexpr" and argument not in ("scale_ptr", "maximum_ptr", "bits_ptr")
     }
-    of_mlp = name.removeprefix("hidden_").removeprefix("gated_")
-    function = getattr(kernel if of_mlp == name else mlp_kernel, f"{of_mlp}_kernel")
+    short = "cast" if name.endswith("_cast") else name
+    function = getattr(mlp_kernel if name in hidden(x, fp8) else kernel, f"{short}_kernel")
     source = ASTSource(function, signature, constants, aligned)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": warps})
@@ -112,6 +113,6 @@ if __name__ == "__main__":
     for case in itertools.product(map(int, sys.argv[1:]), names, ("bf16", "fp32"), TOPS):
         if case[1] != "maximum" or case[3] == "fp8e4nv":
             sys.stdout.write(json.dumps(compile_for(*case)) + "\n")
-    names = ("hidden_maxima", "hidden_cast", "gated_maxima", "gated_cast")
+    names = ("hidden_cast", "gated_maxima", "gated_cast")
     for case in itertools.product(map(int, sys.argv[1:]), names, ("bf16",), TOPS):
         sys.stdout.write(json.dumps(compile_for(*case)) + "\n")
