@@ -1,7 +1,9 @@
-"""What was measured on H200s: cases of scripts/bench_train.py and scripts/bench_scaling.py.
+"""What was measured on H200s and an H100: cases of scripts/bench_train.py and bench_scaling.py.
 
-2026-11-27, one host of four, driver 580.159, torch 2.11.0+cu130, triton 3.6.0, random tokens. auto
-records steps as CUDA graphs that ran kernel by kernel then: those say trainer.cuda_graph=off.
+H200: 2026-11-27, one host of four, driver 580.159, torch 2.11.0+cu130, triton 3.6.0, random tokens.
+auto records steps as CUDA graphs that ran kernel by kernel then: those say trainer.cuda_graph=off.
+MLPs in fp8 became one operation after it. H100 80GB, on which nothing but fp8 was fitted:
+2026-11-28, otherwise the same.
 """
 
 from flashtrain.compose import load
@@ -20,6 +22,11 @@ WIDE = (
 )
 LLAMA = "experiment=llama_8b data.sequence_length=8192"
 LAYERS8 = f"{LLAMA} model.n_layers=8 data.micro_batch_size=2 data.batch_size=2"
+LONG = (
+    "experiment=llama_8b data.batch_size=1 data.micro_batch_size=1 optimizer=adamw_bf16 "
+    "trainer.recompute=full trainer.mlp_chunks=16 trainer.offload_activations=true "
+    "parallel=fsdp parallel.context=4 parallel.context_kind=gather"
+)
 LIGHT = f"{LLAMA} data.batch_size=4 data.micro_batch_size=2 parallel=fsdp trainer.recompute=light"
 
 # case, GPUs, tokens/s of all of them, peak GB (None: not noted); medians of 8 to 20 steps
@@ -79,7 +86,32 @@ MEASURED: list[tuple[str, int, int, float | None]] = [
     # ranks had no kernel of its own
     (f"{MEDIUM} data.batch_size=16 parallel=tensor2", 2, 294_264, 9.42),
     (f"{SMALL} data.batch_size=32 parallel=tensor2", 2, 815_950, 6.31),
+    # the day after
+    (f"{LONG} data.sequence_length=262144", 4, 6_192, 37.56),
+    ("experiment=gpt_1.3b data.sequence_length=1024 data.batch_size=16 data.micro_batch_size=4 "
+     "parallel=data", 4, 185_668, 30.02),
+    ("experiment=gpt_1.3b data.sequence_length=1024 data.batch_size=16 data.micro_batch_size=2 "
+     "parallel=data parallel.pipeline=2 parallel.tensor=2", 4, 31_428, 9.51),
 ]  # fmt: skip
+
+LESS = "trainer.recompute=light"
+MOMENTS = f"{LESS} optimizer=adamw_bf16"
+FAST = f"{FP8} precision.fast_backward=true"
+# of one H100: case, tokens/s, peak GB
+ON_H100: list[tuple[str, int, float]] = [
+    (f"{SMALL} data.batch_size=32", 569_383, 11.06),
+    (f"{SMALL} data.batch_size=32 {LESS}", 554_097, 8.51),
+    (f"{SMALL} data.batch_size=32 {MOMENTS}", 550_056, 8.02),
+    (f"{MEDIUM} data.batch_size=16", 203_447, 16.92),
+    (f"{MEDIUM} data.batch_size=16 {LESS}", 198_158, 13.1),
+    (f"{MEDIUM} data.batch_size=16 {MOMENTS}", 199_296, 11.68),
+    (f"{MEDIUM} data.batch_size=16 {FAST}", 229_159, 16.49),
+    (f"{GPT} data.batch_size=8", 63_770, 41.86),
+    (f"{GPT} data.batch_size=8 {LESS}", 62_009, 33.06),
+    (f"{GPT} data.batch_size=8 {MOMENTS}", 62_583, 27.81),
+    (f"{GPT} data.batch_size=8 {FAST}", 82_524, 41.06),
+    (f"{LAYERS8} parallel=data {FAST}", 48_684, 57.08),
+]
 
 
 def config_of(case: str, gpus: int = 1) -> Config:

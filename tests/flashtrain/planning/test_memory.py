@@ -20,7 +20,7 @@ from flashtrain.planning.activations import everything, kept
 from flashtrain.planning.memory import Memory, host_bytes, predict_memory
 from flashtrain.planning.sizes import sizes_of
 from kernels.linear import mlp, op, tiles
-from tests.flashtrain.planning.measured import MEASURED, config_of
+from tests.flashtrain.planning.measured import MEASURED, ON_H100, config_of
 from tests.kernels.interpreter import interpreted
 
 LLAMA = "experiment=llama_8b data.batch_size=64 data.micro_batch_size=1"
@@ -34,7 +34,10 @@ PARTITIONED = "aot_eager_decomp_partition"  # what torch.compile keeps, without 
 
 @pytest.mark.parametrize(
     ("case", "gpus", "gigabytes"),
-    [(case, gpus, peak) for case, gpus, _, peak in MEASURED if peak is not None],
+    [
+        *((case, gpus, peak) for case, gpus, _, peak in MEASURED if peak is not None),
+        *((case, 1, peak) for case, _, peak in ON_H100),
+    ],
 )
 def test_within_a_tenth_of_the_measured_peak(case: str, gpus: int, gigabytes: float) -> None:
     """The farthest: FSDP with recompute=selective +7.8 %, tensor ranks of a pipeline -6.7 %."""
