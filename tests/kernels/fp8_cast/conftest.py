@@ -4,11 +4,12 @@ import torch
 
 from tests.kernels.interpreter import platforms
 
-platform = platforms(
+KERNELS = (
     "kernels.fp8_cast.mlp_kernel",  # the first one calls the others
     "kernels.fp8_cast.kernel",
     "kernels.linear.activations",
     "kernels.norm.kernel",
-    cpu=(torch.float32, torch.bfloat16),
-    cuda=(torch.float32, torch.bfloat16),
+)
+platform = platforms(
+    *KERNELS, cpu=(torch.float32, torch.bfloat16), cuda=(torch.float32, torch.bfloat16)
 )

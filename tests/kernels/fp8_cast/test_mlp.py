@@ -25,11 +25,16 @@ from kernels.fp8_cast import (
     hidden_maxima,
     mlp,
 )
-from tests.kernels.interpreter import Platform
+from tests.kernels.fp8_cast.conftest import KERNELS
+from tests.kernels.interpreter import Platform, platforms
 
 SHAPES = [(1, 1), (16, 32), (17, 40), (5, 66), (70, 3)]
 GATED = pytest.mark.parametrize("gated", [False, True], ids=["gelu", "swiglu"])
-BACKENDS = pytest.mark.parametrize("backend", ["triton", "torch"])
+WAYS = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("triton", torch.bfloat16), ("torch", torch.bfloat16), ("torch", torch.float32)],
+    ids=["triton", "torch", "torch-fp32"],
+)
 # relative error of a rounding to nearest, u / (1 + u), and half of the smallest number
 ROUNDING = {E4M3: (1 / 17, 2.0**-10), E5M2: (1 / 9, 2.0**-17)}
 # of a number before it is rounded: a dozen operations in fp32, an exponential by hardware among
@@ -42,16 +47,19 @@ def rounded(z: Tensor, all_: bool) -> float:
     return FP32 + (0.0 if z.dtype == torch.float32 else 2.0**-8 if all_ else 2.0**-7)
 
 
+# the kernels cast 16 bits
+platform = platforms(*KERNELS, cpu=(torch.bfloat16,), cuda=(torch.bfloat16,))
+
+
 def operands(
-    shape: tuple[int, int], gated: bool, platform: Platform, backend: str, spread: float = 3.0
-) -> tuple[Tensor, Tensor]:
+    shape: tuple[int, int], gated: bool, platform: Platform, dtype: torch.dtype = torch.bfloat16,
+    spread: float = 3.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """z and d; several tiles of a GPU's, odd sizes stay odd."""
-    if backend == "triton" and platform.dtype == torch.float32:
-        pytest.skip("the kernels cast 16 bits")
     N, width = (shape[0] * 31, shape[1] * 33) if platform.on_gpu else shape
     options: Any = {"device": platform.device, "dtype": torch.float32}
     z = torch.randn(N, width * (2 if gated else 1), **options) * spread
-    return z.to(platform.dtype), torch.randn(N, width, **options).to(platform.dtype)
+    return z.to(dtype), torch.randn(N, width, **options).to(dtype)
 
 
 def exact(z: Tensor, gated: bool, d: Tensor | None = None) -> Tensor:
@@ -87,12 +95,12 @@ def assert_cast(made: Scaled, right: Tensor, peak: Tensor | float, z: Tensor, al
 
 
 @GATED
-@BACKENDS
+@WAYS
 @pytest.mark.parametrize("shape", SHAPES)
 def test_activations_are_cast_as_they_are_computed(
-    shape: tuple[int, int], backend: str, gated: bool, platform: Platform
+    shape: tuple[int, int], backend: str, dtype: torch.dtype, gated: bool, platform: Platform
 ) -> None:
-    z, _ = operands(shape, gated, platform, backend)
+    z, _ = operands(shape, gated, platform, dtype)
     maximum, slope = hidden_maxima(z, gated=gated, backend=backend)
     right = exact(z, gated)
     peak, steepest = right.abs().max(), steepest_of(z, gated)
@@ -118,14 +126,19 @@ def steepest_of(z: Tensor, gated: bool) -> Tensor:
 
 
 @GATED
-@BACKENDS
+@WAYS
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("far", [1.0, 2.0**11])
 def test_their_gradients_too(
-    far: float, shape: tuple[int, int], backend: str, gated: bool, platform: Platform
+    far: float,
+    shape: tuple[int, int],
+    backend: str,
+    dtype: torch.dtype,
+    gated: bool,
+    platform: Platform,
 ) -> None:
     """By a scale of their largest number, and of a bound far above it."""
-    z, d = operands(shape, gated, platform, backend)
+    z, d = operands(shape, gated, platform, dtype)
     right = exact(z, gated, d)
     bound = (far * right.abs().max()).float()
     made, sums = cast_hidden_gradient(z, d, bound, gated=gated, sums=True, backend=backend)
@@ -173,7 +186,7 @@ def test_no_gradient_exceeds_its_bound(gated: bool, platform: Platform) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_shows(bad: float, gated: bool, platform: Platform) -> None:
     """Every product with the result is NaN or infinite, so the step is skipped, not poisoned."""
-    z, d = operands((17, 40), gated, platform, "triton")
+    z, d = operands((17, 40), gated, platform)
     worse = z.clone()
     worse[3, 5] = bad
     maximum, slope = hidden_maxima(worse, gated=gated, backend="triton")
@@ -192,7 +205,7 @@ def test_what_is_not_finite_shows(bad: float, gated: bool, platform: Platform) -
 
 @GATED
 def test_large_inputs_do_not_overflow_on_the_way(gated: bool, platform: Platform) -> None:
-    z, d = operands((17, 40), gated, platform, "triton", spread=1e4)
+    z, d = operands((17, 40), gated, platform, spread=1e4)
     maximum, _ = hidden_maxima(z, gated=gated, backend="triton")
     made, right = cast_hidden(z, maximum, gated=gated, backend="triton"), exact(z, gated)
     assert_cast(made, right, right.abs().max(), z, platform.on_gpu)
@@ -204,7 +217,7 @@ def test_large_inputs_do_not_overflow_on_the_way(gated: bool, platform: Platform
 
 @GATED
 def test_library_checks_pass(gated: bool, platform: Platform) -> None:
-    z, d = operands((16, 32), gated, platform, "triton")
+    z, d = operands((16, 32), gated, platform)
     torch.library.opcheck(*((mlp._gated_maxima, (z,)) if gated else (mlp._largest, (z,))))
     maximum, _ = hidden_maxima(z, gated=gated, backend="triton")
     for columns in (True, False):
