@@ -13,7 +13,8 @@ Times whole optimizer steps (loader, forward, backward, norm, clip, AdamW) with 
 warm-up and reports medians. FLOPs per token: flashtrain/metrics.py.
 
 --peer: a folder with nanoGPT's model.py. Its step (parts/training_peer.py) on as many made-up
-tokens is timed after each case, and the ratios are printed: tokens/s, and peak memory.
+tokens is timed after each case, once for cases of the same sizes, and the ratios are printed:
+tokens/s, and peak memory.
 """
 
 import argparse
@@ -128,9 +129,19 @@ def time_steps(
     return statistics.median(timed[warmup:]), result
 
 
-def race(case: str, folder: Path, steps: int, warmup: int, device: torch.device) -> dict[str, Any]:
-    """nanoGPT's figures for the same sizes."""
+def race(
+    case: str, folder: Path, steps: int, warmup: int, device: torch.device,
+    raced: dict[str, dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """nanoGPT's figures for the same sizes, from `raced` where it has run them, which is kept."""
     config = read_case(case, steps + warmup)
+    data = config.data
+    sizes = repr((
+        config.model, data.batch_size, data.micro_batch_size, data.sequence_length,
+        config.precision.compute, config.optimizer.name, config.optimizer.clip_norm,
+    ))  # fmt: skip
+    if sizes in raced:
+        return raced[sizes]
     if dist.is_initialized():
         raise ConfigError(f"--peer {folder}: nanoGPT is raced on one GPU, without torchrun")
     forget(device)
@@ -139,12 +150,13 @@ def race(case: str, folder: Path, steps: int, warmup: int, device: torch.device)
     with loader:
         median, loss = time_steps(lambda n: step(loader.step(n)), steps, warmup, device)
     tokens = config.data.batch_size * config.data.sequence_length
-    return {
+    raced[sizes] = {
         "peer ms/step": round(median, 2),
         "peer tokens/s": round(tokens / median * 1e3),
         **{f"peer {key}": value for key, value in memory(device).items()},
         "peer loss": round(float(loss), 4),
     }
+    return raced[sizes]
 
 
 def with_ratios(row: dict[str, Any]) -> dict[str, Any]:
@@ -211,6 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     rank = int(os.environ.get("RANK", 0))
     rows: list[dict[str, Any]] = []
+    raced: dict[str, dict[str, Any]] = {}
 
     def keep(row: dict[str, Any]) -> None:
         """What is known is shown and written at once: a run may be cut short."""
@@ -227,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
             row |= measure(case, options.steps, options.warmup, device)
             keep(row)
             if options.peer is not None:
-                its = race(case, options.peer, options.steps, options.warmup, device)
+                its = race(case, options.peer, options.steps, options.warmup, device, raced)
                 before = set(row)
                 row |= with_ratios(row | its)
                 keep({key: value for key, value in row.items() if key not in before})

@@ -72,6 +72,21 @@ def test_both_are_timed_on_the_same_sizes(peer: Path) -> None:
     assert row["peer loss"] > 0
 
 
+def test_cases_of_the_same_sizes_share_one_race(peer: Path) -> None:
+    cases = [CASE, f"{CASE} trainer.recompute=full", f"{CASE} data.batch_size=2"]
+    arguments = [word for case in cases for word in ("--case", case)]
+    path = peer / "rows.json"
+    status = bench_train.main(
+        ["--cpu", "--steps", "2", "--warmup", "1", "--peer", str(peer), "--json", str(path),
+         *arguments]
+    )  # fmt: skip
+    first, same, other = json.loads(path.read_text())["rows"]
+    assert status == 0
+    assert same["peer ms/step"] == first["peer ms/step"] != other["peer ms/step"]
+    assert same["peer loss"] == first["peer loss"] and same["ms/step"] != first["ms/step"]
+    assert same["speed ratio"] == pytest.approx(first["peer ms/step"] / same["ms/step"], rel=0.01)
+
+
 def test_what_nanogpt_has_not_is_refused(peer: Path) -> None:
     for change, what in (("model.mlp=swiglu", "model.mlp=swiglu"), ("optimizer=muon", "muon")):
         row = row_of(["--case", f"{CASE} {change}", "--peer", str(peer)], peer / "rows.json")
