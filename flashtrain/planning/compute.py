@@ -14,7 +14,7 @@ from flashtrain.config import (
 )
 from flashtrain.planning.activations import is_plain, mlp_matrices
 from flashtrain.planning.gpus import Gpu
-from flashtrain.planning.rates import FP8, ROWS, STREAM, attention_rates, product_share
+from flashtrain.planning.rates import FP8, FP8_FAST, ROWS, STREAM, attention_rates, product_share
 from flashtrain.planning.sizes import Sizes, rotated
 from kernels.linear_cross_entropy.tiles import chunk_tokens
 
@@ -54,17 +54,18 @@ class BlockWork:
 
 def block_work(config: Config, sizes: Sizes, gpu: Gpu) -> BlockWork:
     """ValueError for a precision or a backend whose speed is not known."""
-    if config.precision.compute is not Compute.bf16:
-        raise ValueError(
-            f"precision={config.precision.compute.name}: speed is predicted for bf16 only"
-        )
+    precision = config.precision
+    if precision.compute is not Compute.bf16:
+        raise ValueError(f"precision={precision.compute.name}: speed is predicted for bf16 only")
     width, tokens = sizes.width, sizes.tokens
     qkv, out = (sizes.q + 2 * sizes.kv, width), (width, sizes.q)
     up, down = (sizes.up, width), (width, sizes.hidden)
     chunks = config.trainer.mlp_chunks
     products = _products(tokens, (qkv, out), gpu)
     products += _products(tokens, (up, down), gpu, rows=tokens // chunks)
-    saved = sizes.fp8 * products * (1 - 1 / FP8)  # by fp8, of each of the three kinds of products
+    # by fp8, of each of the three kinds of products
+    saved = sizes.fp8 * products * (1 - 1 / FP8)
+    saved_back = sizes.fp8 * products * (1 - 1 / (FP8_FAST if precision.fast_backward else FP8))
     attention = _attention(config, sizes, gpu)
     forward_bytes, backward_bytes = (
         sum(both)
@@ -73,10 +74,10 @@ def block_work(config: Config, sizes: Sizes, gpu: Gpu) -> BlockWork:
     # of fp32 weights for the forward pass
     casts, grads = 6 * sizes.block_matrices, _gradient_bytes(config, sizes)
     bandwidth = STREAM * gpu.bandwidth
-    both = 2 if config.precision.linear is LinearKind.fp8_tensorwise else 1  # rowwise: not dW
+    both = 2 if precision.linear is LinearKind.fp8_tensorwise else 1  # rowwise: not dW
     forward = Work(products - saved, attention[0], (forward_bytes + casts) / bandwidth)
     backward = Work(
-        2 * products - both * saved,
+        2 * products - both * saved_back,
         attention[1],
         (backward_bytes + grads) / bandwidth,
     )

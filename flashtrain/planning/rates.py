@@ -16,11 +16,12 @@ from flashtrain.planning.gpus import Gpu
 # of 989.4. For 4096 fitted: a product of 8192^3 alone reaches 792, but not one in a step.
 PRODUCTS = {768: 0.632, 2048: 0.695, 4096: 0.70}
 
-# fp8 products run so many times as fast, fitted with their casts to gpt_1.3b, gpt2_350m and 8
-# layers of llama_8b with fast_backward on one H100: 82.5, 229.2 and 48.7 thousand tokens/s
-# (2026-11-28), where this predicts 80.3, 231.3 and 45.9. 16384 x {6144 x 2048, 2048 x 8192} alone
-# are at 1,313 to 1,341 TFLOP/s beside 677 and 707 in bf16, 1.92 times that
-FP8 = 1.84
+# fp8 products run so many times as fast, and so with fast accumulation in the backward pass, which
+# took 6 of 202 ms of gpt_1.3b on an H200 (2026-11-27). Fitted with their casts to gpt_1.3b,
+# gpt2_350m and 8 layers of llama_8b with fast_backward on one H100: 82.5, 229.2 and 48.7 thousand
+# tokens/s (2026-11-28). 16384 x {6144 x 2048, 2048 x 8192} alone are at 1,313 to 1,341 TFLOP/s
+# beside 677 and 707 in bf16, 1.92 times that
+FP8, FP8_FAST = 1.78, 1.96
 
 # Attention, TFLOP/s forward and backward by head size and length, causal:
 # kernels/attention/README.md, "Measured" (hopper, triton, and FA2, which `torch` runs); used as
