@@ -1,11 +1,11 @@
 """Activation checkpointing: forget a block's activations in forward, make them again in backward.
 
 `light` forgets what a pass over memory makes again: GELU's or SwiGLU's output, within a kernel that
-runs anyhow, and weights in the compute dtype (kernels/linear); where layers are not plain ones
-(flashtrain/model/linear.py), nothing. `full` keeps a block's input only. `selective` also keeps
-what is dear to make again for its size: attention outputs and every second matrix product
-(Korthikanti et al. 2022, arXiv:2205.05198, with the per-operator choice of PyTorch's selective
-checkpointing). The MLP alone may run chunk by chunk.
+runs anyhow, and weights in the compute dtype (kernels/linear); of MLPs in fp8 that output
+(flashtrain/model/float8_mlp.py); of other layers that are not plain ones, nothing. `full` keeps a
+block's input only. `selective` also keeps what is dear to make again for its size: attention
+outputs and every second matrix product (Korthikanti et al. 2022, arXiv:2205.05198, with the
+per-operator choice of PyTorch's selective checkpointing). The MLP alone may run chunk by chunk.
 """
 
 import functools

@@ -7,8 +7,9 @@ Dims: M tokens, K features of the stream, F hidden features; z is [M, F], gated 
     z = X U^T + u    a = gelu(z), or silu(g) v of z = [g | v]    Y = a D^T
     dD = dY^T a      da = dY D    dz = da a'(z)                  dX = dz U      dU = dz^T X
 
-Kept for backward: X and a in fp8, transposed, and z in 16 bits, as of two layers. All scales are of
-largest numbers but that of dz, which is of a bound.
+Kept for backward: X and a in fp8, transposed, and z in 16 bits, as of two layers. Where the first
+layer `remakes` (trainer.recompute=light) a is cast from z once more, and not kept. All scales are
+of largest numbers but that of dz, which is of a bound.
 """
 
 from typing import Any
@@ -53,6 +54,7 @@ def float8_mlp(x: Tensor, up: Any, down: Any, *, gated: bool) -> Tensor:
     y: Tensor = _MLP.apply(
         flat, up.weight, up.bias, down.weight, *first.cast(up.weight), first.columns,
         *second.cast(down.weight), second.columns, gated, trains, first.recipe,
+        getattr(up, "remakes", False),
     )  # type: ignore[no-untyped-call]  # fmt: skip
     y = down.leave(y.view(x.shape))
     # in fp32, so that the bias' gradient is never rounded; a compiler fuses it with what comes next
@@ -65,15 +67,15 @@ class _MLP(torch.autograd.Function):
         ctx: Any, x: Tensor, up: Tensor, bias: Tensor | None, down: Tensor,
         up_rows: Tensor, up_scale: Tensor, up_columns: Tensor | None,
         down_rows: Tensor, down_scale: Tensor, down_columns: Tensor | None,
-        gated: bool, trains: bool, recipe: Recipe,
+        gated: bool, trains: bool, recipe: Recipe, remakes: bool,
     ) -> Tensor:  # fmt: skip
         backend = recipe.backend
         x8 = cast_tensorwise(x, absolute_maximum(x, backend), E4M3, columns=trains, backend=backend)
         z = multiply(x8.rows, up_rows, x8.scale, up_scale, x.dtype, fast=True, bias=bias)
         maximum, slope = hidden_maxima(z, gated=gated, backend=backend)
-        a8 = cast_hidden(z, maximum, gated=gated, columns=trains, backend=backend)
+        a8 = cast_hidden(z, maximum, gated=gated, columns=trains and not remakes, backend=backend)
         ctx.save_for_backward(
-            x8.columns, x8.scale, z, slope, a8.columns, a8.scale,
+            x8.columns, x8.scale, z, maximum, slope, a8.columns, a8.scale,
             up if up_columns is None else up_columns, up_scale,
             down if down_columns is None else down_columns, down_scale,
         )  # fmt: skip
@@ -83,15 +85,17 @@ class _MLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x_columns, x_scale, z, slope, a_columns, a_scale, up, up_scale, down, down_scale = (
-            ctx.saved_tensors
-        )
+        x_columns, x_scale, z, maximum, slope, a_columns, a_scale, *weights = ctx.saved_tensors
+        up, up_scale, down, down_scale = weights
         backend, fast, gated = ctx.recipe.backend, ctx.recipe.fast_backward, ctx.gated
         of_up, of_down, of_bias = ctx.dtypes
         if ctx.casts:
             down, down_scale = one_layout(down, backend, rows=False)
         dy8 = cast_tensorwise(dy, absolute_maximum(dy, backend), E5M2, backend=backend)
         da = multiply(dy8.rows, down, dy8.scale, down_scale, z.dtype, fast=fast)
+        if a_columns is None:
+            again = cast_hidden(z, maximum, gated=gated, rows=False, backend=backend)
+            a_columns, a_scale = again.columns, again.scale
         d_down = multiply(dy8.columns, a_columns, dy8.scale, a_scale, of_down, fast=fast)
         bound = gradient_bound(slope, dy8.scale, down_scale, dy.size(1))
         dz8, sums = cast_hidden_gradient(
@@ -101,4 +105,4 @@ class _MLP(torch.autograd.Function):
             up, up_scale = one_layout(up, backend, rows=False)
         dx = multiply(dz8.rows, up, dz8.scale, up_scale, z.dtype, fast=fast)
         d_up = multiply(dz8.columns, x_columns, dz8.scale, x_scale, of_up, fast=fast)
-        return dx, d_up, None if sums is None else sums.to(of_bias), d_down, *[None] * 9
+        return dx, d_up, None if sums is None else sums.to(of_bias), d_down, *[None] * 10

@@ -8,7 +8,8 @@ kernels. So a GELU block without rotations keeps 16 d numbers a token:
     x d | norm d | q, k, v 3 d | attention d | x d | norm d | up 4 d | gelu 4 d
 
 Where layers are plain ones (flashtrain/model/linear.py) the norms are written again in backward and
-not kept, with trainer.recompute=light neither GELU's or SwiGLU's result nor the weights in bf16.
+not kept, with trainer.recompute=light neither GELU's or SwiGLU's result nor the weights in bf16; of
+MLPs in fp8 that result is forgotten, too.
 
 A rotation of q and k adds 2 d: attention keeps the rotated ones, and the fused projection lives on
 because v is a view of it; not where attention takes one tensor of all heads, rotated. Eager, the
@@ -59,7 +60,19 @@ def kept(
             whole -= _casts(sizes, mlp_matrices(sizes))
             if config.model.mlp is not Mlp.relu2:
                 whole -= sizes.tokens * sizes.hidden * sizes.itemsize
+    if recompute is Recompute.light and sizes.tensor == 1 and not chunked:
+        whole -= fp8_mlps(config, sizes) * sizes.tokens * sizes.hidden
     return whole
+
+
+def fp8_mlps(config: Config, sizes: Sizes) -> float:
+    """The share of the MLPs that are one operation in fp8 (flashtrain/model/float8_mlp.py)."""
+    one = (
+        config.precision.linear is LinearKind.fp8_tensorwise
+        and config.model.mlp is not Mlp.relu2
+        and config.trainer.recompute is not Recompute.selective
+    )
+    return sizes.fp8 if one else 0.0
 
 
 def is_plain(config: Config, sizes: Sizes) -> bool:

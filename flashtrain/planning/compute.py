@@ -12,7 +12,7 @@ from flashtrain.config import (
     OptimizerKind,
     Recompute,
 )
-from flashtrain.planning.activations import is_plain, mlp_matrices
+from flashtrain.planning.activations import fp8_mlps, is_plain, mlp_matrices
 from flashtrain.planning.gpus import Gpu
 from flashtrain.planning.rates import FP8, FP8_FAST, ROWS, STREAM, attention_rates, product_share
 from flashtrain.planning.sizes import Sizes, rotated
@@ -114,6 +114,8 @@ def _again(config: Config, sizes: Sizes, gpu: Gpu, forward: Work) -> Work:
         traffic += tokens * inside * sizes.itemsize + (chunks - 1 if light else chunks) * casts
     elif light and config.model.mlp is not Mlp.relu2:
         traffic += tokens * sizes.hidden * sizes.itemsize
+    elif recompute is Recompute.light and sizes.tensor == 1:
+        traffic += fp8_mlps(config, sizes) * tokens * (2 * sizes.up + sizes.hidden)
     return Work(products, 0.0, traffic / bandwidth)
 
 
@@ -190,23 +192,13 @@ def _gradient_bytes(config: Config, sizes: Sizes) -> float:
     return float(each * sizes.block_matrices + parts * mlp_matrices(sizes))
 
 
-def _fp8_mlps(config: Config, sizes: Sizes) -> float:
-    """The share of the MLPs that are one operation in fp8 (flashtrain/model/float8_mlp.py)."""
-    one = (
-        config.precision.linear is LinearKind.fp8_tensorwise
-        and config.model.mlp is not Mlp.relu2
-        and config.trainer.recompute is not Recompute.selective
-    )
-    return sizes.fp8 if one else 0.0
-
-
 def _cast_bytes(config: Config, sizes: Sizes) -> tuple[float, float]:
     """Of the casts to fp8 of what is multiplied, forward and backward.
 
     Read for the scale, read to be cast, written as it lies and transposed: 6 bytes a number. What
     an MLP has between its products is made of z, and of z and d, on the way (kernels/fp8_cast).
     """
-    hidden, up, one = sizes.hidden, sizes.up, _fp8_mlps(config, sizes)
+    hidden, up, one = sizes.hidden, sizes.up, fp8_mlps(config, sizes)
     apart = sizes.fp8 - one
     forward = sizes.fp8 * 6 * (2 * sizes.width + sizes.q)
     forward += apart * 6 * hidden + one * (4 * up + 2 * hidden)
@@ -231,7 +223,7 @@ def _block_bytes(config: Config, sizes: Sizes) -> tuple[float, float]:
     stream, turned = sizes.width / sizes.tensor, 2 * sum(rotated(config, sizes).values())
     fused = sizes.q + 2 * sizes.kv if sizes.context > 1 else 0
     square = sizes.hidden if mlp is Mlp.relu2 else 0
-    apart = 1 - _fp8_mlps(config, sizes)
+    apart = 1 - fp8_mlps(config, sizes)
     active = 0.0 if plain and mlp is Mlp.gelu else apart * (sizes.up + sizes.hidden + square)
     forward = (4 if plain else 9) * stream + turned + active
     backward = (10 if plain else 8) * stream + turned + 2 * fused

@@ -56,15 +56,23 @@ def hidden_maxima(z: Tensor, *, gated: bool, backend: str = "auto") -> tuple[Ten
 
 
 def cast_hidden(
-    z: Tensor, maximum: Tensor, *, gated: bool, columns: bool = True, backend: str = "auto"
-) -> Scaled:
-    """a [N, F] in E4M3, with its transpose where `columns`; maximum: 0-dim, of `hidden_maxima`."""
+    z: Tensor, maximum: Tensor, *, gated: bool, rows: bool = True, columns: bool = True,
+    backend: str = "auto",
+) -> Scaled:  # fmt: skip
+    """a [N, F] in E4M3, as it lies where `rows` and transposed where `columns`.
+
+    maximum: the first of `hidden_maxima`. Raises ValueError for neither layout, too.
+    """
     _check(z, None, gated, backend)
+    if not rows and not columns:
+        raise ValueError("rows=False, columns=False: nothing is left to write")
     if _takes_triton(z, backend):
-        q, qt, scale, _ = _cast(z.contiguous(), None, maximum, gated, columns, False)
-        return Scaled(q, qt if columns else None, scale)
-    q, scale = reference.tensorwise(reference.activated(z, gated)[0].to(z.dtype), maximum, E4M3)
-    return Scaled(q, q.t().contiguous() if columns else None, scale)
+        q, qt, scale, _ = _cast(z.contiguous(), None, maximum, gated, rows, columns, False)
+    else:
+        a = reference.activated(z, gated)[0].to(z.dtype)
+        q, scale = reference.tensorwise(a, maximum, E4M3)
+        qt = q.t().contiguous() if columns else q
+    return Scaled(q if rows else None, qt if columns else None, scale)
 
 
 def gradient_bound(slope: Tensor, dy_scale: Tensor, weight_scale: Tensor, features: int) -> Tensor:
@@ -87,7 +95,7 @@ def cast_hidden_gradient(
     """
     _check(z, d, gated, backend)
     if _takes_triton(z, backend):
-        *made, total = _cast(z.contiguous(), d.contiguous(), bound, gated, True, sums)
+        *made, total = _cast(z.contiguous(), d.contiguous(), bound, gated, True, True, sums)
         return Scaled(*made), total if sums else None
     dz = reference.gradient(z, d, gated)
     q, scale = reference.tensorwise(dz.to(z.dtype), bound, E5M2)
@@ -145,23 +153,24 @@ def _(z: Tensor) -> Tensor:
 
 @operation("flashtrain_fp8::cast_hidden")
 def _cast(
-    z: Tensor, d: Tensor | None, maximum: Tensor, gated: bool, columns: bool, sums: bool
+    z: Tensor, d: Tensor | None, maximum: Tensor, gated: bool, rows: bool, columns: bool, sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a, or dz where d is given, in z's dtype and then fp8: as it lies, transposed; scale; sums.
     [0]: not wished."""
-    q, qt, scale, total = _empty(z, d, maximum, gated, columns, sums)
+    q, qt, scale, total = _empty(z, d, maximum, gated, rows, columns, sums)
     _kernels().cast(
-        z, d, maximum, q, qt if columns else None, scale, total if sums else None, gated
-    )
+        z, d, maximum, q if rows else None, qt if columns else None, scale,
+        total if sums else None, gated,
+    )  # fmt: skip
     return q, qt, scale, total
 
 
 @register_fake(_cast)
 def _empty(
-    z: Tensor, d: Tensor | None, maximum: Tensor, gated: bool, columns: bool, sums: bool
+    z: Tensor, d: Tensor | None, maximum: Tensor, gated: bool, rows: bool, columns: bool, sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N, width = z.size(0), z.size(1) // 2 if gated and d is None else z.size(1)
     dtype, fp32 = E4M3 if d is None else E5M2, torch.float32
-    q = z.new_empty((N, width), dtype=dtype)
+    q = z.new_empty((N, width) if rows else (0,), dtype=dtype)
     qt = z.new_empty((width, N) if columns else (0,), dtype=dtype)
     return q, qt, z.new_empty((), dtype=fp32), z.new_empty(width if sums else 0, dtype=fp32)

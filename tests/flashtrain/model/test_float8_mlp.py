@@ -98,6 +98,31 @@ def test_weights_cast_on_the_way_give_the_same(gated: bool, device: str) -> None
         assert torch.equal(ours, theirs)
 
 
+@DEVICES
+@GATED
+def test_light_recomputation_forgets_what_a_pass_makes_again(gated: bool, device: str) -> None:
+    kept: dict[bool, tuple[int, list[Tensor]]] = {}
+    for remakes in (False, True):
+        up, down = layers_of(gated, True, device)
+        up.remakes = remakes
+        bytes_: list[int] = []
+
+        def note(tensor: Tensor, bytes_: list[int] = bytes_) -> Tensor:
+            bytes_.append(tensor.untyped_storage().nbytes())
+            return tensor
+
+        def run(x: Tensor, up: Linear, down: Linear, note: Any = note) -> Tensor:
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                return float8_mlp(x, up, down, gated=gated)
+
+        made = gradients(run, (up, down), device)
+        kept[remakes] = sum(bytes_), made
+    (whole, all_), (less, same) = kept[False], kept[True]
+    assert whole - less == 64 * down.in_features  # a byte a number of a
+    for ours, theirs in zip(same, all_, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("kind", [Mlp.gelu, Mlp.swiglu])
 def test_an_mlp_takes_it_wherever_it_can(kind: Mlp, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelConfig(d_model=32, n_heads=2, n_kv_heads=2, d_ff=64, mlp=kind)

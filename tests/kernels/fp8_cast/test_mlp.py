@@ -117,6 +117,9 @@ def test_activations_are_cast_as_they_are_computed(
     alone = cast_hidden(z, maximum, gated=gated, columns=False, backend=backend)
     assert alone.columns is None and alone.rows is not None
     assert torch.equal(alone.rows.float(), made.rows.float())
+    turned = cast_hidden(z, maximum, gated=gated, rows=False, backend=backend)
+    assert turned.rows is None and turned.columns is not None and made.columns is not None
+    assert torch.equal(turned.columns.float(), made.columns.float())
 
 
 def steepest_of(z: Tensor, gated: bool) -> Tensor:
@@ -220,10 +223,10 @@ def test_library_checks_pass(gated: bool, platform: Platform) -> None:
     z, d = operands((16, 32), gated, platform)
     torch.library.opcheck(*((mlp._gated_maxima, (z,)) if gated else (mlp._largest, (z,))))
     maximum, _ = hidden_maxima(z, gated=gated, backend="triton")
-    for columns in (True, False):
-        torch.library.opcheck(mlp._cast, (z, None, maximum, gated, columns, False))
+    for rows, columns in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(mlp._cast, (z, None, maximum, gated, rows, columns, False))
     for sums in (True, False):
-        torch.library.opcheck(mlp._cast, (z, d, maximum, gated, True, sums))
+        torch.library.opcheck(mlp._cast, (z, d, maximum, gated, True, True, sums))
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -235,6 +238,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "odd": (lambda z: hidden_maxima(z, gated=True), r"z is \[4, 3\]: \[N, 2 F\], gate and value"),
     "empty": (lambda z: hidden_maxima(z[:0], gated=False), r"z is \[0, 3\]: \[N, F\] is needed"),
+    "nothing": (
+        lambda z: cast_hidden(z, z.max(), gated=False, rows=False, columns=False),
+        "nothing is left to write",
+    ),
     "d": (
         lambda z: cast_hidden_gradient(z, z[:, :2], z.max(), gated=False),
         r"d is torch.float32 \[4, 2\]: torch.float32 \[4, 3\] is needed",
