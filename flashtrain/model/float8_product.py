@@ -70,11 +70,14 @@ class Float8Product(nn.Module):
         trains = self.trains(flat, weight)
         rows, scale = self.cast(weight)
         product = _Rowwise if self.recipe.rowwise else _Tensorwise
+        # products with a scale a row have not been seen to add a bias on a GPU
+        inside = None if self.recipe.rowwise else bias
         y: Tensor = product.apply(  # type: ignore[no-untyped-call]
-            flat, weight, bias, rows, scale, self.columns, self.column_scale,
+            flat, weight, inside, rows, scale, self.columns, self.column_scale,
             trains, self.recipe.fast_backward, self.recipe.backend,
         )  # fmt: skip
-        return y.view(*x.shape[:-1], weight.size(0))
+        y = y.view(*x.shape[:-1], weight.size(0))
+        return y if bias is None or not self.recipe.rowwise else (y + bias).to(y.dtype)
 
     def trains(self, rows: Tensor, weight: Tensor) -> bool:
         """Whether backward will come. ValueError for so many rows [M, K] as it cannot take."""
@@ -163,15 +166,15 @@ class _Tensorwise(torch.autograd.Function):
 class _Rowwise(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, scale: Tensor,
+        ctx: Any, x: Tensor, weight: Tensor, _bias: None, rows: Tensor, scale: Tensor,
         columns: Tensor | None, column_scale: Tensor | None,
         trains: bool, fast_backward: bool, backend: str,
     ) -> Tensor:  # fmt: skip
         q, x_scale = cast_rowwise(x, E4M3, backend)
         ctx.save_for_backward(x, weight if columns is None else columns, column_scale)
         ctx.casts, ctx.fast, ctx.backend = columns is None, fast_backward, backend
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        return multiply(q, rows, x_scale, scale.t(), x.dtype, fast=True, bias=bias)
+        ctx.dtype = weight.dtype
+        return multiply(q, rows, x_scale, scale.t(), x.dtype, fast=True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -180,9 +183,7 @@ class _Rowwise(torch.autograd.Function):
             columns, scale = cast_columnwise(columns, E4M3, ctx.backend)
         q, grad_scale = cast_rowwise(grad, E4M3, ctx.backend)
         dx = multiply(q, columns, grad_scale, scale.t(), x.dtype, fast=ctx.fast)
-        of_weight, of_bias = ctx.dtypes
-        db = None if of_bias is None else grad.sum(0, dtype=of_bias)
-        return dx, (grad.t() @ x).to(of_weight), db, *[None] * 7
+        return dx, (grad.t() @ x).to(ctx.dtype), *[None] * 8
 
 
 def multiply(

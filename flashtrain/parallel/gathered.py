@@ -1,8 +1,8 @@
 """Causal attention of a rank's queries over the keys and values of all ranks, gathered.
 
-A plain causal forward pass goes round instead (ring.py): on two H200 at 65,536 tokens 630 and 656
-TFLOP/s a GPU in two runs beside 571 and 581 of gathered keys (2026-11-27 and -28); at 262,144 both
-had 606. Its backward pass, and all of any other mask, is gathered.
+A plain causal forward pass goes round instead (ring.py): on two H200 at 65,536 tokens 631 TFLOP/s a
+GPU where gathered keys had 581, at 262,144 607 and 606; forward with backward stayed at 551 and 552
+there, 584 and 580 here (2026-11-28). Its backward pass, and all of any other mask, is gathered.
 
 Heads go through in groups: the keys and values of one group travel while attention computes the
 group before, and so do the gradients of the group before in the backward pass. In the open are the
