@@ -9,7 +9,8 @@ they lie and transposed; one pass casts both ways (kernels/fp8_cast). Scales are
 at hand, never of an earlier step ("current scaling"); X and W are e4m3.
 
     tensorwise  one scale a tensor; dY e5m2, all three products in fp8, dW in fp32. Of X only the
-                transposed fp8 numbers are kept for the backward: half of bf16.
+                transposed fp8 numbers are kept for the backward: half of bf16. Where X is a norm's
+                output it is cast as it is computed, by the scale of a bound.
     rowwise     a scale for each row of an operand (token, or output feature); dY e4m3; dW in bf16
                 from X and dY as they are, because there the summed dimension is that of the scales
 
@@ -18,21 +19,25 @@ otherwise (`precision.fast_backward`): errors of gradients add up over the depth
 those of torchao's float8 recipes of the same names (rowwise: its "rowwise_with_gw_hp").
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flashtrain.model.norm import StreamNorm
 from flashtrain.precision import MULTIPLE
 from kernels.fp8_cast import (
     E4M3,
-    E5M2,
     absolute_maximum,
     cast_columnwise,
+    cast_gradient,
+    cast_norm,
     cast_rowwise,
     cast_tensorwise,
 )
+from kernels.norm import norm_gradient
 
 
 @dataclass(frozen=True)
@@ -65,19 +70,39 @@ class Float8Product(nn.Module):
         self.columns: Tensor | None = None  # [K, N] fp8
         self.column_scale: Tensor | None = None  # [K, 1]; None where `scale` is of both
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor | None = None
+    ) -> Tensor:
+        """stream [.., N], in x's dtype, is added."""
         flat = x.reshape(-1, x.shape[-1])
         trains = self.trains(flat, weight)
         rows, scale = self.cast(weight)
-        product = _Rowwise if self.recipe.rowwise else _Tensorwise
-        # products with a scale a row have not been seen to add a bias on a GPU
-        inside = None if self.recipe.rowwise else bias
-        y: Tensor = product.apply(  # type: ignore[no-untyped-call]
-            flat, weight, inside, rows, scale, self.columns, self.column_scale,
-            trains, self.recipe.fast_backward, self.recipe.backend,
+        if self.recipe.rowwise:
+            y: Tensor = _Rowwise.apply(  # type: ignore[no-untyped-call]
+                flat, weight, rows, scale, self.columns, self.column_scale, self.recipe
+            )
+            y = y.view(*x.shape[:-1], weight.size(0))
+            # products with a scale a row have not been seen to add a bias on a GPU
+            y = y if bias is None else (y + bias).to(y.dtype)
+            return y if stream is None else stream + y
+        y = _Tensorwise.apply(  # type: ignore[no-untyped-call]
+            flat, weight, bias, None if stream is None else stream.reshape(-1, weight.size(0)),
+            rows, scale, self.columns, trains, self.recipe,
         )  # fmt: skip
-        y = y.view(*x.shape[:-1], weight.size(0))
-        return y if bias is None or not self.recipe.rowwise else (y + bias).to(y.dtype)
+        return y.view(*x.shape[:-1], weight.size(0))
+
+    def behind_norm(
+        self, norm: StreamNorm, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """norm(x) weight^T + bias, and x, the stream, whose gradient is added by the kernel that
+        differentiates the norm. Tensorwise only."""
+        flat = x.reshape(-1, x.shape[-1])
+        trains = self.trains(flat, weight)
+        y, rows = _NormTensorwise.apply(  # type: ignore[no-untyped-call]
+            flat, norm.weight, norm.bias, norm.eps, norm.centers, weight, bias,
+            *self.cast(weight), self.columns, trains, self.recipe,
+        )  # fmt: skip
+        return y.view(*x.shape[:-1], weight.size(0)), rows.view(x.shape)
 
     def trains(self, rows: Tensor, weight: Tensor) -> bool:
         """Whether backward will come. ValueError for so many rows [M, K] as it cannot take."""
@@ -139,60 +164,106 @@ def one_layout(weight: Tensor, backend: str, rows: bool) -> tuple[Tensor, Tensor
 class _Tensorwise(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, scale: Tensor,
-        columns: Tensor | None, _column_scale: None,
-        trains: bool, fast_backward: bool, backend: str,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor | None,
+        rows: Tensor, scale: Tensor, columns: Tensor | None, trains: bool, recipe: Recipe,
     ) -> Tensor:  # fmt: skip
-        maximum = absolute_maximum(x, backend)
-        x8 = cast_tensorwise(x, maximum, E4M3, columns=trains, backend=backend)
+        maximum = absolute_maximum(x, recipe.backend)
+        x8 = cast_tensorwise(x, maximum, E4M3, columns=trains, backend=recipe.backend)
         ctx.save_for_backward(x8.columns, x8.scale, weight if columns is None else columns, scale)
-        ctx.casts, ctx.fast, ctx.backend = columns is None, fast_backward, backend
+        ctx.casts, ctx.recipe, ctx.adds = columns is None, recipe, stream is not None
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        return multiply(x8.rows, rows, x8.scale, scale, x.dtype, fast=True, bias=bias)
+        return multiply(
+            x8.rows, rows, x8.scale, scale, x.dtype, fast=True, bias=bias, stream=stream
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_columns, x_scale, columns, scale = ctx.saved_tensors
-        if ctx.casts:
-            columns, scale = one_layout(columns, ctx.backend, rows=False)
-        maximum = absolute_maximum(grad, ctx.backend)
-        grad8 = cast_tensorwise(grad, maximum, E5M2, backend=ctx.backend)
-        of_x, of_weight, of_bias = ctx.dtypes
-        dx = multiply(grad8.rows, columns, grad8.scale, scale, of_x, fast=ctx.fast)
-        dw = multiply(grad8.columns, x_columns, grad8.scale, x_scale, of_weight, fast=ctx.fast)
-        return dx, dw, None if of_bias is None else grad.sum(0, dtype=of_bias), *[None] * 7
+        gradients = _gradients(grad, ctx.saved_tensors, ctx.casts, ctx.recipe, ctx.dtypes)
+        return *gradients, grad if ctx.adds else None, *[None] * 5
+
+
+class _NormTensorwise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, eps: float,
+        centers: bool, weight: Tensor, bias: Tensor | None, rows: Tensor, scale: Tensor,
+        columns: Tensor | None, trains: bool, recipe: Recipe,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        x8, mean, rstd = cast_norm(
+            x, norm_weight, norm_bias,
+            eps=eps, centers=centers, columns=trains, backend=recipe.backend,
+        )  # fmt: skip
+        ctx.save_for_backward(
+            x, norm_weight, norm_bias, mean, rstd,
+            x8.columns, x8.scale, weight if columns is None else columns, scale,
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.casts, ctx.recipe, ctx.centers = columns is None, recipe, centers
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        return multiply(x8.rows, rows, x8.scale, scale, x.dtype, fast=True, bias=bias), x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, norm_weight, norm_bias, mean, rstd, *multiplied = ctx.saved_tensors
+        if grad is None:  # only the stream went on
+            return ds, *[None] * 11
+        dy, dw, db = _gradients(grad, multiplied, ctx.casts, ctx.recipe, ctx.dtypes)
+        of_norm = norm_gradient(
+            dy, ds, x, norm_weight, norm_bias, mean, rstd, ctx.centers, ctx.recipe.backend
+        )
+        return *of_norm, None, None, dw, db, *[None] * 5
+
+
+def _gradients(
+    grad: Tensor, multiplied: Sequence[Tensor], casts: bool, recipe: Recipe, dtypes: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dX, dW, db, in `dtypes`. multiplied: X in fp8 transposed and its scale, and so the weight,
+    which with `casts` is as it is and cast now."""
+    x_columns, x_scale, columns, scale = multiplied
+    of_x, of_weight, of_bias = dtypes
+    if casts:
+        columns, scale = one_layout(columns, recipe.backend, rows=False)
+    maximum = absolute_maximum(grad, recipe.backend)
+    grad8, sums = cast_gradient(grad, maximum, sums=of_bias is not None, backend=recipe.backend)
+    fast = recipe.fast_backward
+    dx = multiply(grad8.rows, columns, grad8.scale, scale, of_x, fast=fast)
+    dw = multiply(grad8.columns, x_columns, grad8.scale, x_scale, of_weight, fast=fast)
+    return dx, dw, None if sums is None else sums.to(of_bias)
 
 
 class _Rowwise(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, _bias: None, rows: Tensor, scale: Tensor,
-        columns: Tensor | None, column_scale: Tensor | None,
-        trains: bool, fast_backward: bool, backend: str,
+        ctx: Any, x: Tensor, weight: Tensor, rows: Tensor, scale: Tensor,
+        columns: Tensor | None, column_scale: Tensor | None, recipe: Recipe,
     ) -> Tensor:  # fmt: skip
-        q, x_scale = cast_rowwise(x, E4M3, backend)
+        q, x_scale = cast_rowwise(x, E4M3, recipe.backend)
         ctx.save_for_backward(x, weight if columns is None else columns, column_scale)
-        ctx.casts, ctx.fast, ctx.backend = columns is None, fast_backward, backend
-        ctx.dtype = weight.dtype
+        ctx.casts, ctx.recipe, ctx.dtype = columns is None, recipe, weight.dtype
         return multiply(q, rows, x_scale, scale.t(), x.dtype, fast=True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, columns, scale = ctx.saved_tensors
+        backend, fast = ctx.recipe.backend, ctx.recipe.fast_backward
         if ctx.casts:
-            columns, scale = cast_columnwise(columns, E4M3, ctx.backend)
-        q, grad_scale = cast_rowwise(grad, E4M3, ctx.backend)
-        dx = multiply(q, columns, grad_scale, scale.t(), x.dtype, fast=ctx.fast)
-        return dx, (grad.t() @ x).to(ctx.dtype), *[None] * 8
+            columns, scale = cast_columnwise(columns, E4M3, backend)
+        q, grad_scale = cast_rowwise(grad, E4M3, backend)
+        dx = multiply(q, columns, grad_scale, scale.t(), x.dtype, fast=fast)
+        return dx, (grad.t() @ x).to(ctx.dtype), *[None] * 5
 
 
 def multiply(
     a: Tensor | None, b: Tensor | None, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype,
-    *, fast: bool, bias: Tensor | None = None,
+    *, fast: bool, bias: Tensor | None = None, stream: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """a [m, k], b [n, k] in fp8, each times its scale -> a b^T + bias [m, n] in dtype; bias [n]."""
+    """a [m, k], b [n, k] in fp8, each times its scale -> a b^T + bias + stream [m, n] in dtype.
+
+    bias: [n]; stream: [m, n] in dtype.
+    """
     assert a is not None and b is not None
     bias = None if bias is None else bias.to(dtype)
-    return torch._scaled_mm(
+    y = torch._scaled_mm(
         a, b.t(), scale_a=a_scale, scale_b=b_scale, bias=bias, out_dtype=dtype, use_fast_accum=fast
     )
+    return y if stream is None else stream + y

@@ -2,7 +2,8 @@
 weights, activations decide the compute dtype.
 
 Layers that hold all of their weight and multiply in the compute dtype are *plain*; kernels/linear
-then computes norm, product and sum as one operation. Others (tensor-parallel, fp8) run one by one.
+then computes norm, product and sum as one operation. In fp8 with a scale a tensor it is one, too
+(float8_product.py). Others (tensor-parallel, a scale a row) run one by one.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashtrain.model.float8_product import Float8Product
 from flashtrain.model.norm import StreamNorm
 from kernels.linear import linear, norm_linear
 
@@ -20,7 +22,7 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x [.., in], weight [out, in], bias [out] -> [.., out]`, all in x's dtype.
 
-    What a layer multiplies with; `flashtrain/model/float8.py` puts another in its place.
+    What a layer multiplies with; float8.py puts another in its place.
     """
     return linear(x, weight, bias)
 
@@ -64,6 +66,12 @@ def is_plain(layer: Any) -> bool:
     return getattr(layer, "product", None) is product and layer.fuses
 
 
+def is_float8(layer: Any) -> bool:
+    """Whether it is a whole layer in fp8, with a scale a tensor, that fuses."""
+    made = isinstance(layer, Linear) and layer.fuses and isinstance(layer.product, Float8Product)
+    return made and not layer.product.recipe.rowwise
+
+
 def behind_norm(
     layer: Any, norm: StreamNorm, x: Tensor, branch: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -73,6 +81,9 @@ def behind_norm(
             x, norm.weight, norm.bias, layer.weight, layer.bias,
             eps=norm.eps, centers=norm.centers, remakes=layer.remakes,
         )  # fmt: skip
+    if branch is None and is_float8(layer):
+        both: tuple[Tensor, Tensor] = layer.product.behind_norm(norm, x, layer.weight, layer.bias)
+        return both
     normed, x = norm.add(x, branch)
     y: Tensor = layer(normed)
     return y, x
@@ -82,4 +93,6 @@ def onto_stream(layer: Any, x: Tensor, stream: Tensor) -> tuple[Tensor, Tensor |
     """stream + layer(x), as their sum and None or still as two."""
     if is_plain(layer):
         return linear(x, layer.weight, layer.bias, stream, remakes=layer.remakes), None
+    if is_float8(layer):
+        return layer.product(x, layer.weight, layer.bias, stream), None
     return stream, layer(x)

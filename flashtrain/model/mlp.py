@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from flashtrain.config import Mlp, ModelConfig
 from flashtrain.model import float8_mlp
 from flashtrain.model.checkpointing import make_again
-from flashtrain.model.linear import Linear, behind_norm, is_plain, onto_stream
+from flashtrain.model.linear import Linear, behind_norm, is_float8, is_plain, onto_stream
 from flashtrain.model.norm import StreamNorm
 from kernels.linear import norm_gelu_mlp, norm_swiglu_mlp, swiglu
 
@@ -105,6 +105,8 @@ def in_float8(
     up: Linear, down: Linear, norm: StreamNorm, x: Tensor, branch: Tensor | None, *, gated: bool
 ) -> Tensor:
     """x + branch and what the MLP makes of its norm, as one over what are two layers in fp8."""
+    if branch is None and is_float8(up) and is_float8(down):
+        return float8_mlp.norm_float8_mlp(norm, x, up, down, gated=gated)
     normed, x = norm.add(x, branch)
     return x + float8_mlp.float8_mlp(normed, up, down, gated=gated)
 

@@ -6,12 +6,14 @@ from kernels.fp8_cast.mlp import (
     gradient_bound,
     hidden_maxima,
 )
+from kernels.fp8_cast.norm import cast_norm
 from kernels.fp8_cast.op import (
     E4M3,
     E5M2,
     Scaled,
     absolute_maximum,
     cast_columnwise,
+    cast_gradient,
     cast_rowwise,
     cast_tensorwise,
 )
@@ -22,8 +24,10 @@ __all__ = [
     "Scaled",
     "absolute_maximum",
     "cast_columnwise",
+    "cast_gradient",
     "cast_hidden",
     "cast_hidden_gradient",
+    "cast_norm",
     "cast_rowwise",
     "cast_tensorwise",
     "gradient_bound",

@@ -15,6 +15,7 @@ from kernels.fp8_cast import tiles
 from kernels.fp8_cast.reference import FLOOR
 from kernels.fp8_cast.tiles import Tile
 from kernels.launch import run
+from kernels.norm.kernel import add_up
 from kernels.sizes import cdiv, padded
 
 LEAST = tl.constexpr(FLOOR)
@@ -41,6 +42,18 @@ def factors(bits, TOP: tl.constexpr):
 
 
 @triton.jit
+def put(x, factor, q_ptr, qt_ptr, rows, columns, inside, N, width):
+    """x [BM, BK] of 16 bits as fp8, as it lies and transposed; q or qt may be None."""
+    x = x.to(tl.float32) * factor
+    if q_ptr is not None:
+        at = rows[:, None] * width + columns[None, :]
+        tl.store(q_ptr + at, x.to(q_ptr.dtype.element_ty), mask=inside)
+    if qt_ptr is not None:
+        at = columns[:, None] * N + rows[None, :]
+        tl.store(qt_ptr + at, tl.trans(x.to(qt_ptr.dtype.element_ty)), mask=tl.trans(inside))
+
+
+@triton.jit
 def maximum_kernel(
     x_ptr,  # [n]
     bits_ptr,  # 0-dim int32, zero before
@@ -61,6 +74,7 @@ def tensorwise_kernel(
     maximum_ptr,  # 0-dim fp32
     q_ptr, qt_ptr,  # [M, K] and [K, M] fp8
     scale_ptr,  # 0-dim fp32
+    sums_ptr,  # [tiles down, K] fp32: of x over a tile's rows; may be None
     M, K,
     TOP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr,
@@ -76,6 +90,9 @@ def tensorwise_kernel(
     factor, scale = factors(bits, TOP)
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     q = (x * factor).to(q_ptr.dtype.element_ty)
+    if sums_ptr is not None:
+        down = (tile // across).to(tl.int64)
+        tl.store(sums_ptr + down * K + columns, tl.sum(x, 0), mask=columns < K)
     if ROWS:
         tl.store(q_ptr + at, q, mask=inside)
     if COLUMNS:
@@ -159,24 +176,33 @@ def tensorwise(
     q: Tensor | None,
     qt: Tensor | None,
     scale: Tensor,
+    sums: Tensor | None = None,
     tile: Tile | None = None,
 ) -> None:
-    """x [M, K] contiguous into those of q [M, K] and qt [K, M] that are there, and scale, 0-dim."""
+    """x [M, K] contiguous into those of q [M, K] and qt [K, M] that are there, and scale, 0-dim;
+    its sum over the rows into `sums` [K] fp32, if that is there."""
     if q is not None and qt is not None and not ONE_PASS:
-        tensorwise(x, maximum, q, None, scale, tile)
-        tensorwise(x, maximum, None, qt, scale, tile)
+        tensorwise(x, maximum, q, None, scale, sums, tile)
+        tensorwise(x, maximum, None, qt, scale, None, tile)
         return
     M, K = x.shape
     tile = tile or tiles.choose(x.device).tensorwise
     either = q if q is not None else qt
     assert either is not None
+    down, partial = cdiv(M, tile.rows), None
+    if sums is not None:
+        partial = torch.empty((down, K), dtype=torch.float32, device=x.device)
     with on_device(x):
         run(
-            tensorwise_kernel, (cdiv(M, tile.rows) * cdiv(K, tile.columns),),
-            x, maximum, either if q is None else q, either if qt is None else qt, scale, M, K,
+            tensorwise_kernel, (down * cdiv(K, tile.columns),),
+            x, maximum, either if q is None else q, either if qt is None else qt, scale, partial,
+            M, K,
             TOP=torch.finfo(either.dtype).max, ROWS=q is not None, COLUMNS=qt is not None,
             BM=tile.rows, BK=tile.columns, num_warps=tile.warps,
         )  # fmt: skip
+    if partial is not None:
+        assert sums is not None
+        add_up(partial, sums)
 
 
 def rowwise(x: Tensor, q: Tensor, scale: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.device import on_device, processors
 from kernels.fp8_cast import tiles
-from kernels.fp8_cast.kernel import ONE_PASS, bits_of, factors
+from kernels.fp8_cast.kernel import ONE_PASS, bits_of, factors, put
 from kernels.fp8_cast.tiles import Tile, Walk
 from kernels.launch import run
 from kernels.linear.activations import gelu, silu
@@ -102,18 +102,6 @@ def cast_kernel(
             tl.store(own + F, tl.sum(a, 0), mask=columns < F)
     if tile == 0:
         tl.store(scale_ptr, scale)
-
-
-@triton.jit
-def put(x, factor, q_ptr, qt_ptr, rows, columns, inside, N, width):
-    """x [BM, BK] of 16 bits as fp8, as it lies and transposed."""
-    x = x.to(tl.float32) * factor
-    if q_ptr is not None:
-        at = rows[:, None] * width + columns[None, :]
-        tl.store(q_ptr + at, x.to(q_ptr.dtype.element_ty), mask=inside)
-    if qt_ptr is not None:
-        at = columns[:, None] * N + rows[None, :]
-        tl.store(qt_ptr + at, tl.trans(x.to(qt_ptr.dtype.element_ty)), mask=tl.trans(inside))
 
 
 def gated_maxima(z: Tensor, walk: Walk | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """The casts as `torch.library` ops: checks, choice of backend, fakes for torch.compile.
 
 A cast has no gradient: what multiplies fp8 numbers says how its own backward goes
-(flashtrain/model/float8.py).
+(flashtrain/model/float8_product.py).
 """
 
 from typing import NamedTuple
@@ -66,10 +66,23 @@ def cast_tensorwise(
     if not rows and not columns:
         raise ValueError("rows=False, columns=False: nothing is left to write")
     if _takes_triton(x, backend):
-        q, qt, scale = _tensorwise(x.contiguous(), maximum, dtype, rows, columns)
+        q, qt, scale, _ = _tensorwise(x.contiguous(), maximum, dtype, rows, columns, False)
         return Scaled(q if rows else None, qt if columns else None, scale)
     q, scale = reference.tensorwise(x, maximum, dtype)
     return Scaled(q if rows else None, q.t().contiguous() if columns else None, scale)
+
+
+def cast_gradient(
+    dy: Tensor, maximum: Tensor, *, sums: bool, backend: str = "auto"
+) -> tuple[Scaled, Tensor | None]:
+    """dy [M, K] in E5M2, as it lies and transposed, with its sum over the rows [K] in fp32 where
+    `sums`: the gradient of a bias, from the same pass. The rest as of `cast_tensorwise`."""
+    if sums and _takes_triton(dy, backend):
+        _check(dy, E5M2, backend)
+        *made, total = _tensorwise(dy.contiguous(), maximum, E5M2, True, True, True)
+        return Scaled(*made), total
+    made8 = cast_tensorwise(dy, maximum, E5M2, backend=backend)
+    return made8, dy.sum(0, dtype=torch.float32) if sums else None
 
 
 def cast_rowwise(x: Tensor, dtype: torch.dtype, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -134,28 +147,25 @@ def _(x: Tensor) -> Tensor:
 
 @operation("flashtrain_fp8::cast_tensorwise")
 def _tensorwise(
-    x: Tensor, maximum: Tensor, dtype: torch.dtype, rows: bool, columns: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A layout that is not asked for is [0]."""
-    q, qt, scale = _empty_tensorwise(x, dtype, rows, columns)
-    _kernels().tensorwise(x, maximum, q if rows else None, qt if columns else None, scale)
-    return q, qt, scale
+    x: Tensor, maximum: Tensor, dtype: torch.dtype, rows: bool, columns: bool, sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As it lies, transposed; scale; the sum over the rows. [0]: not wished."""
+    q, qt, scale, total = _empty_tensorwise(x, maximum, dtype, rows, columns, sums)
+    _kernels().tensorwise(
+        x, maximum, q if rows else None, qt if columns else None, scale, total if sums else None
+    )
+    return q, qt, scale, total
 
 
 @register_fake(_tensorwise)
-def _(
-    x: Tensor, maximum: Tensor, dtype: torch.dtype, rows: bool, columns: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_tensorwise(x, dtype, rows, columns)
-
-
 def _empty_tensorwise(
-    x: Tensor, dtype: torch.dtype, rows: bool, columns: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, maximum: Tensor, dtype: torch.dtype, rows: bool, columns: bool, sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     M, K = x.shape
     q = x.new_empty((M, K) if rows else (0,), dtype=dtype)
     qt = x.new_empty((K, M) if columns else (0,), dtype=dtype)
-    return q, qt, x.new_empty((), dtype=torch.float32)
+    total = x.new_empty(K if sums else 0, dtype=torch.float32)
+    return q, qt, x.new_empty((), dtype=torch.float32), total
 
 
 @operation("flashtrain_fp8::cast_rowwise")

@@ -41,6 +41,22 @@ def gradient(z: Tensor, d: Tensor, gated: bool) -> Tensor:
     return slopes * (torch.cat([d, d], -1) if gated else d)
 
 
+def norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centers: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """norm(x) [N, D] in x's dtype, mean ([0] for RMSNorm) and rstd [N], and what no |norm(x)|
+    exceeds, 0-dim: sqrt(D) max |weight| + max |bias|. The three in fp32."""
+    wide = x.to(torch.float32)
+    mean = wide.mean(1) if centers else wide.new_empty(0)
+    h = wide - mean[:, None] if centers else wide
+    rstd = (h.square().mean(1) + eps).rsqrt()
+    y = h * rstd[:, None] * weight.to(torch.float32)
+    bound = absolute_maximum(weight) * math.sqrt(x.size(1))
+    if bias is not None:
+        y, bound = y + bias.to(torch.float32), bound + absolute_maximum(bias)
+    return y.to(x.dtype), mean, rstd, bound
+
+
 def absolute_maximum(x: Tensor) -> Tensor:
     """max |x| of all x, 0-dim fp32; NaN where x has one."""
     return x.abs().amax().to(torch.float32)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.norm.reference import add_norm_reference
+from kernels.norm.reference import add_norm_reference, norm_gradient_reference
 from kernels.norm.tiles import LONGEST
 from kernels.operation import operation, register_fake
 
@@ -90,8 +90,26 @@ class _AddNorm(torch.autograd.Function):
         return dx, dx if ctx.has_branch else None, total[0], db, None, None
 
 
-# kernels/linear builds on these, too. A namespace of their own: what attention registers is kept
-# through activation checkpointing.
+def norm_gradient(
+    dy: Tensor, ds: Tensor | None, stream: Tensor, weight: Tensor, bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, centers: bool, backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(dx, dw, db) of a norm that somebody else computed (kernels/fp8_cast/norm.py).
+
+    Args:
+        dy: [N, D], the gradient of norm(stream); ds: what comes along the stream, added, or None.
+        mean: [N] ([0] for RMSNorm) and rstd [N], fp32.
+        backend: auto (triton on CUDA, torch elsewhere), triton or torch.
+    """
+    fits = stream.dtype in DTYPES and stream.shape[-1] <= LONGEST
+    if backend == "torch" or (backend == "auto" and not (fits and stream.is_cuda)):
+        return norm_gradient_reference(dy, ds, stream, weight, bias, mean, rstd, centers)
+    dx, total, _ = backward(dy, ds, stream, weight, bias, mean, rstd, centers, False, False)
+    return dx, total[0], None if bias is None else total[1]
+
+
+# kernels/linear and kernels/fp8_cast build on these, too. A namespace of their own: what attention
+# registers is kept through activation checkpointing.
 
 
 @operation("flashtrain_norm::forward")

@@ -22,3 +22,25 @@ def add_norm_reference(
     else:
         y = F.rms_norm(values, weight.shape, weight, eps)
     return y.to(x.dtype), stream
+
+
+def norm_gradient_reference(
+    dy: Tensor, ds: Tensor | None, stream: Tensor, weight: Tensor, bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, centers: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """dx [N, D], dw, db [D] (None without a bias) in the dtypes of stream and weight, by the
+    equations in kernel.py."""
+    h = stream.to(torch.float32)
+    if centers:
+        h = h - mean[:, None]
+    h = h * rstd[:, None]
+    dy = dy.to(torch.float32)
+    g = dy * weight.to(torch.float32)
+    dx = g - h * (g * h).mean(1, keepdim=True)
+    if centers:
+        dx = dx - g.mean(1, keepdim=True)
+    dx = dx * rstd[:, None]
+    if ds is not None:
+        dx = dx + ds
+    db = None if bias is None else dy.sum(0).to(weight.dtype)
+    return dx.to(stream.dtype), (dy * h).sum(0).to(weight.dtype), db

@@ -92,7 +92,7 @@ def tiles(M: int, K: int) -> Iterator[Timed]:
         call = partial(kernel.absolute_maximum, x, block=block)
         yield timed("maximum", block, chosen.maximum, call, 2 * n)
     for tile in TILES:
-        call = partial(kernel.tensorwise, x, maximum, q, qt, scale, tile)
+        call = partial(kernel.tensorwise, x, maximum, q, qt, scale, None, tile)
         yield timed("tensorwise", tile, chosen.tensorwise, call, 4 * n)
         call = partial(kernel.columnwise, x, qt, scales, tile)
         yield timed("columnwise", tile, chosen.columnwise, call, 3 * n)

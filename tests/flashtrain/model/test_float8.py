@@ -27,7 +27,8 @@ from flashtrain.model.float8 import refresh_weights, use_float8
 from flashtrain.model.float8_product import Float8Product, Recipe
 from flashtrain.model.gpt import GPT
 from flashtrain.model.init import init_weights
-from flashtrain.model.linear import Linear
+from flashtrain.model.linear import Linear, behind_norm, onto_stream
+from flashtrain.model.norm import StreamNorm
 from flashtrain.optim.adamw import build_adamw
 
 TENSORWISE, ROWWISE = Recipe(), Recipe(rowwise=True)
@@ -106,6 +107,56 @@ def test_within_the_bound_of_fp8(recipe: Recipe, keeps_weight: bool, device: str
         # roundings of both signs: a result without them would be as far as its terms are many
         assert error.mean() < 0.3 * limit.mean(), name
         assert error.mean() > 0, name
+
+
+@DEVICES
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("keeps_weight", [True, False])
+def test_behind_its_norm(keeps_weight: bool, bias: bool, device: str) -> None:
+    """layer(norm(x)) with the stream's own gradient, as close to exact as where the norm's output
+    is written."""
+    K, N = (64, 80) if device == "cpu" else (768, 1024)
+    layer = layer_of(K, N, TENSORWISE, device, bias=bias, keeps_weight=keeps_weight)
+    norm = StreamNorm(K, 1e-5, centers=True, bias=bias)
+    for parameter in norm.parameters():
+        parameter.data = 1 + 0.3 * torch.randn(K, device=device)
+    x, dy = operands(64, K, N, device)
+    ds = torch.randn_like(x)
+    leaves = [x, *norm.parameters(), *layer.parameters()]
+
+    def results(y: Tensor, stream: Tensor) -> list[Tensor]:
+        total = (y * dy).sum(dtype=torch.float64) + (stream * ds).sum(dtype=torch.float64)
+        return [y, *torch.autograd.grad(total, leaves)]
+
+    one = results(*behind_norm(layer, norm, x))
+    two = results(layer(norm(x)), x)
+    wide = x.double()
+    product = F.linear(norm(wide), *(p.double() for p in layer.parameters()))
+    for ours, theirs, exact in zip(one, two, results(product, wide), strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        error, usual = ((t.double() - exact.double()).norm() for t in (ours, theirs))
+        more = 1.5 if ours.dim() == 1 else 1.1  # errors of a vector's few numbers scatter
+        assert error <= more * usual + 1e-5 * exact.double().norm(), (error, usual)
+        assert error < 0.1 * exact.double().norm()
+
+
+@DEVICES
+@RECIPES
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_onto_the_stream(bias: bool, recipe: Recipe, device: str) -> None:
+    layer = layer_of(64, 80, recipe, device, bias=bias)
+    x, dy = operands(48, 64, 80, device)
+    stream = torch.randn_like(dy).requires_grad_()
+    made, branch = onto_stream(layer, x, stream)
+    made = made if branch is None else made + branch
+    leaves = [stream, x, *layer.parameters()]
+    ours = [made, *torch.autograd.grad(made, leaves, dy)]
+    plain = stream + layer(x)
+    theirs = [plain, *torch.autograd.grad(plain, leaves, dy)]
+    # the sum is rounded once or twice
+    torch.testing.assert_close(ours[0], theirs[0], rtol=2.0**-7, atol=2.0**-6)
+    for a, b in zip(ours[1:], theirs[1:], strict=True):
+        assert torch.equal(a, b)
 
 
 @RECIPES

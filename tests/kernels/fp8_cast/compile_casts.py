@@ -17,11 +17,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.fp8_cast import kernel, mlp_kernel
+from kernels.fp8_cast import kernel, mlp_kernel, norm_kernel
 from kernels.fp8_cast.tiles import choose, row_warps
+from kernels.norm.tiles import forward_tile
 from tests.kernels.attention.compile_kernels import resources
 
 TILES = choose(torch.device("cuda"))
+WIDTH = 2048  # of a norm
+WHOLE = forward_tile(WIDTH, torch.device("cuda"))
 TOPS = {"fp8e4nv": 448.0, "fp8e5": 57344.0}
 
 
@@ -51,6 +54,7 @@ def hidden(x: str, fp8: str) -> dict[str, tuple[dict[str, str], dict[str, object
 
 def compile_for(capability: int, name: str, x: str, fp8: str) -> dict[str, object]:
     top = {"TOP": TOPS[fp8]}
+    rows = dict.fromkeys(("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr"), "*fp32")
     signature, constants, warps = {
         "maximum": (
             {"x_ptr": f"*{x}", "bits_ptr": "*i32", "n": "i32"},
@@ -60,10 +64,11 @@ def compile_for(capability: int, name: str, x: str, fp8: str) -> dict[str, objec
         "tensorwise": (
             {
                 "x_ptr": f"*{x}", "maximum_ptr": "*fp32", "q_ptr": f"*{fp8}", "qt_ptr": f"*{fp8}",
-                "scale_ptr": "*fp32", "M": "i32", "K": "i32",
+                "scale_ptr": "*fp32", "sums_ptr": "*fp32", "M": "i32", "K": "i32",
             },
             {
                 **top, "ROWS": True, "COLUMNS": True,
+                **({"sums_ptr": None} if fp8 == "fp8e4nv" else {}),
                 "BM": TILES.tensorwise.rows, "BK": TILES.tensorwise.columns,
             },
             TILES.tensorwise.warps,
@@ -78,16 +83,37 @@ def compile_for(capability: int, name: str, x: str, fp8: str) -> dict[str, objec
             {**top, "BM": TILES.columnwise.rows, "BK": TILES.columnwise.columns},
             TILES.columnwise.warps,
         ),
+        "statistics": (
+            {
+                "x_ptr": f"*{x}", **rows, "bound_ptr": "*fp32", "N": "i32", "D": "i32",
+                "eps": "fp32", "root": "fp32",
+            },
+            {"R": WHOLE.rows, "BLOCK": WIDTH},
+            WHOLE.warps,
+        ),
+        "norm_cast": (
+            {
+                "x_ptr": f"*{x}", **rows, "bound_ptr": "*fp32", "q_ptr": f"*{fp8}",
+                "qt_ptr": f"*{fp8}", "scale_ptr": "*fp32", "N": "i32", "D": "i32",
+            },
+            {**top, "BM": TILES.tensorwise.rows, "BK": TILES.tensorwise.columns},
+            TILES.tensorwise.warps,
+        ),
         **hidden(x, fp8),
     }[name]  # fmt: skip
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (argument, kind) in enumerate(signature.items())
-        if kind != "constexpr" and argument not in ("scale_ptr", "maximum_ptr", "bits_ptr")
+        if kind not in ("constexpr", "fp32")
+        and argument not in ("scale_ptr", "maximum_ptr", "bits_ptr", "bound_ptr")
     }
-    short = "cast" if name.endswith("_cast") else name
-    function = getattr(mlp_kernel if name in hidden(x, fp8) else kernel, f"{short}_kernel")
+    module, short = kernel, name
+    if name in hidden(x, fp8):
+        module, short = mlp_kernel, "cast" if name.endswith("_cast") else name
+    elif name in ("statistics", "norm_cast"):
+        module = norm_kernel
+    function = getattr(module, f"{short}_kernel")
     source = ASTSource(function, signature, constants, aligned)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": warps})
@@ -113,6 +139,6 @@ if __name__ == "__main__":
     for case in itertools.product(map(int, sys.argv[1:]), names, ("bf16", "fp32"), TOPS):
         if case[1] != "maximum" or case[3] == "fp8e4nv":
             sys.stdout.write(json.dumps(compile_for(*case)) + "\n")
-    names = ("hidden_cast", "gated_maxima", "gated_cast")
+    names = ("hidden_cast", "gated_maxima", "gated_cast", "statistics", "norm_cast")
     for case in itertools.product(map(int, sys.argv[1:]), names, ("bf16",), TOPS):
         sys.stdout.write(json.dumps(compile_for(*case)) + "\n")

@@ -5,7 +5,8 @@ import torch
 from tests.kernels.interpreter import platforms
 
 KERNELS = (
-    "kernels.fp8_cast.mlp_kernel",  # the first one calls the others
+    "kernels.fp8_cast.norm_kernel",  # the first two call the others
+    "kernels.fp8_cast.mlp_kernel",
     "kernels.fp8_cast.kernel",
     "kernels.linear.activations",
     "kernels.norm.kernel",

@@ -201,7 +201,7 @@ def test_library_checks_pass(platform: Platform) -> None:
     torch.library.opcheck(op._maximum, (x,))
     maximum = absolute_maximum(x, "torch")
     for layouts in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(op._tensorwise, (x, maximum, E4M3, *layouts))
+        torch.library.opcheck(op._tensorwise, (x, maximum, E4M3, *layouts, layouts[0]))
     for cast in (op._rowwise, op._columnwise):
         torch.library.opcheck(cast, (x, E4M3))
 

@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).with_name("compile_casts.py")
 @pytest.mark.parametrize("capability", [89, 90])
 def test_the_kernels_compile_without_spills(capability: int, tmp_path: Path) -> None:
     found = compiled(SCRIPT, capability, tmp_path)
-    assert len(found) == 20
+    assert len(found) == 24
     for kernel in found:
         name = str(kernel["kernel"])
         assert kernel["spilled"] == 0, kernel
@@ -22,4 +22,5 @@ def test_the_kernels_compile_without_spills(capability: int, tmp_path: Path) -> 
         assert not (both and kernel["one pass"] and kernel["moves fp8"]), kernel
         # a loop's loads go to shared memory, ahead
         assert kernel["words a load"] == 4 or name.endswith("_maxima"), kernel
-        assert kernel["words a store"] == 4 or name.endswith(("maximum", "maxima")), kernel
+        few = name.endswith(("maximum", "maxima", "statistics"))  # which store a number or a few
+        assert kernel["words a store"] == 4 or few, kernel

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.norm import add_norm, op
+from kernels.norm import add_norm, norm_gradient, op
 from tests.accuracy import assert_as_accurate
 from tests.kernels.interpreter import Platform
 
@@ -202,3 +202,35 @@ def test_refusals_say_what_and_why(name: str) -> None:
     }
     with pytest.raises(ValueError, match=sentence):
         add_norm(**{**given, "eps": EPS, "centers": True, **changes})
+
+
+@BACKENDS
+@KINDS
+@pytest.mark.parametrize("along", [True, False])
+def test_the_gradient_of_a_norm_computed_elsewhere(
+    along: bool, kind: str, backend: str, platform: Platform
+) -> None:
+    """As accurate as eager's, by the statistics alone."""
+    x, _, weight, bias = inputs((37, 40), kind, False, torch.float32, platform)
+    assert x is not None and weight is not None
+    centers = kind != "rmsnorm"
+    dy, ds = torch.randn_like(x), torch.randn_like(x) if along else None
+    *_, mean, rstd = op.forward(x, None, weight, bias, EPS, centers)
+    made = norm_gradient(dy, ds, x, weight, bias, mean, rstd, centers, backend)
+
+    def by_autograd(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [
+            None if t is None else t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)
+        ]
+        y, stream = eager(leaves[0], None, leaves[1], leaves[2], kind)  # type: ignore[arg-type]
+        total = (y * dy.to(dtype)).sum(dtype=torch.float64)
+        if ds is not None:
+            total = total + (stream * ds.to(dtype)).sum(dtype=torch.float64)
+        return torch.autograd.grad(total, [t for t in leaves if t is not None])
+
+    low, exact = by_autograd(platform.dtype), by_autograd(torch.float64)
+    assert (made[2] is None) == (bias is None)
+    for number, (a, b, c) in enumerate(zip(made, low, exact, strict=False)):
+        assert a is not None and a.dtype == (x.dtype if number == 0 else weight.dtype)
+        terms = float(c.abs().max()) if a.dtype == torch.float32 else 0.0
+        assert_as_accurate(a, b.to(a.dtype), c, name=f"gradient {number}", terms=terms)
