@@ -196,7 +196,7 @@ def _consumer(
         mbarrier.arrive(kv_empty.index(s), count=1)
         p, peak, total, ramp = first_softmax(
             qk, head, row, key, seen, biases, scale, sizes,
-            W, BN, CAUSAL, LIMITS, EDGE, HALF, ALIBI, SOFTCAP, SINKS, DTYPE, True,
+            W, BN, CAUSAL, LIMITS, EDGE, HALF, ALIBI, SOFTCAP, SINKS, DTYPE,
         )  # fmt: skip
         p16 = gl.convert_layout(p, P_LAYOUT)
         acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
@@ -205,7 +205,7 @@ def _consumer(
             p16, acc, peak, total = key_step(
                 q, p16, acc, peak, total, i, it, (low + n_iter - 1 - i) * BN, row, seen, ramp,
                 biases[2], scale, k_ring, v_ring, sizes, D, BN, S_LAYOUT, O_LAYOUT, STAGES, CAUSAL,
-                LIMITS, EDGE, ALIBI, SOFTCAP, DTYPE, True,
+                LIMITS, EDGE, ALIBI, SOFTCAP, DTYPE,
             )  # fmt: skip
             it += 1
         if not SHARE:

@@ -53,8 +53,6 @@ def chained_consumer(
     v_smem, v_full = v_ring
     H, T, S, n_heads, n_tiles, chunk = sizes
     DTYPE: gl.constexpr = out_desc.dtype
-    # D=64, at 4096 and 16384: 476 and 509 TFLOP/s with, 494 and 535 without (H100, 2026-11-28)
-    FAR: gl.constexpr = D > 64
     n_positions = n_tiles * n_heads
     n_iter = (S + BN - 1) // BN  # key tiles
     seen = (0, 0, 0, 0)
@@ -74,7 +72,7 @@ def chained_consumer(
     mbarrier.arrive(kv_empty.index(it % STAGES), count=1)
     p, peak, total, ramp = first_softmax(
         qk, head, row, (n_iter - 1) * BN, seen, biases, scale, sizes,
-        W, BN, False, 0, EDGE, False, False, SOFTCAP, SINKS, DTYPE, FAR,
+        W, BN, False, 0, EDGE, False, False, SOFTCAP, SINKS, DTYPE,
     )  # fmt: skip
     p16 = gl.convert_layout(p, P_LAYOUT)
     it += 1
@@ -85,7 +83,7 @@ def chained_consumer(
             p16, acc, peak, total = key_step(
                 q, p16, acc, peak, total, i, it, (n_iter - 1 - i) * BN, row, seen, ramp,
                 biases[2], scale, k_ring, v_ring, sizes, D, BN, S_LAYOUT, O_LAYOUT, STAGES, False,
-                0, EDGE, False, SOFTCAP, DTYPE, FAR,
+                0, EDGE, False, SOFTCAP, DTYPE,
             )  # fmt: skip
             it += 1
         mbarrier.arrive(q_empty.index(place), count=1)
@@ -112,7 +110,7 @@ def chained_consumer(
         share = gl.convert_layout(1.0 / total, ROW_O)
         p, peak, total, ramp = first_softmax(
             qk, next_head, next_row, (n_iter - 1) * BN, seen, biases, scale, sizes,
-            W, BN, False, 0, EDGE, False, False, SOFTCAP, SINKS, DTYPE, FAR,
+            W, BN, False, 0, EDGE, False, False, SOFTCAP, SINKS, DTYPE,
         )  # fmt: skip
         acc = warpgroup_mma_wait(0, deps=(acc,))
         if more:

@@ -53,7 +53,6 @@ def first_softmax(
     qk, head, row, key, seen, biases, scale, sizes, W: gl.constexpr, BN: gl.constexpr,
     CAUSAL: gl.constexpr, LIMITS: gl.constexpr, EDGE: gl.constexpr, HALF: gl.constexpr,
     ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, DTYPE: gl.constexpr,
-    FAR: gl.constexpr,
 ):  # fmt: skip
     """P [64, BN], peak, total and ALiBi's ramp after the first key tile of a tile of rows.
 
@@ -85,7 +84,7 @@ def first_softmax(
     elif EDGE > 0:
         limit = limit_of(row, S, S - T, ROW, CAUSAL) - key
         qk = keep_run(qk, limit, limit, MASKED_BITS, False, True, CLEAR)
-    p, peak, total, _ = softmax_step(qk, peak, total, scale, LAYOUT, FAR)
+    p, peak, total, _ = softmax_step(qk, peak, total, scale)
     p = p.to(DTYPE)
     if KEYS < BN:  # zeros for the other half: all later steps are alike
         FULL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -101,7 +100,7 @@ def key_step(
     q, p16, acc, peak, total, i, it, key, row, seen, ramp, bend, scale, k_ring, v_ring, sizes,
     D: gl.constexpr, BN: gl.constexpr, LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr, EDGE: gl.constexpr,
-    ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, DTYPE: gl.constexpr, FAR: gl.constexpr,
+    ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Key tile i of a tile of rows, number `it` of all, that starts at `key`: P V of the tile
     before beside this one's scores. Its P, and acc, peak and total scaled alike."""
@@ -131,7 +130,7 @@ def key_step(
         if i < EDGE:
             limit = limit_of(row, S, S - T, ROW, CAUSAL) - key
             qk = keep_run(qk, limit, limit, MASKED_BITS, False, True)
-    p, peak, total, shrink = softmax_step(qk, peak, total, scale, LAYOUT, FAR)
+    p, peak, total, shrink = softmax_step(qk, peak, total, scale)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(kv_empty.index(s), count=1)
     acc = acc * gl.convert_layout(shrink, ROW_O)[:, None]

@@ -16,24 +16,9 @@ LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _row_max(s, LAYOUT: gl.constexpr, FAR: gl.constexpr):
-    """The largest of each row. A reduction takes a thread's numbers one after the other, each step
-    waiting for the one before; FAR: columns far apart are compared first, all at the same time."""
-    if FAR:
-        x = s
-        for _ in gl.static_range(3):
-            a, b = gl.split(x.reshape([64, 2, x.shape[1] // 2]).permute((0, 2, 1)))
-            x = gl.maximum(a, b)
-        most = gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, LAYOUT), assert_trivial=True)
-    else:
-        most = gl.max(s, 1)
-    return most
-
-
-@gluon.jit
-def softmax_step(s, peak, total, scale, LAYOUT: gl.constexpr, FAR: gl.constexpr):
+def softmax_step(s, peak, total, scale):
     """Online softmax: P of these scores, and by how much what came before shrinks."""
-    new_peak = gl.maximum(peak, _row_max(s, LAYOUT, FAR))
+    new_peak = gl.maximum(peak, gl.max(s, 1))
     shift = new_peak * scale
     p = gl.exp2(s * scale - shift[:, None])
     shrink = gl.exp2(peak * scale - shift)
