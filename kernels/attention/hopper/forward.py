@@ -47,6 +47,7 @@ from kernels.attention.hopper.forward_parts import (
     key_step,
     store_lse,
     store_out,
+    whole_total,
 )
 from kernels.attention.hopper.masks import key_tiles
 from kernels.attention.hopper.schedule import draw, drawn, following, tile_at
@@ -217,6 +218,7 @@ def _consumer(
         if LIMITS:
             it = _pass_by(before, it, k_ring, v_ring, STAGES)
 
+        total = whole_total(total, ROW)
         store_lse(lse_ptr, peak, total, ramp, head, row, T, scale, ROW, ALIBI)
         acc = acc * gl.convert_layout(1.0 / total, ROW_O)[:, None]
         store_out(out_desc, out_smem, acc, head, row, H, W, D)

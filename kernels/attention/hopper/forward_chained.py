@@ -30,6 +30,7 @@ from kernels.attention.hopper.forward_parts import (
     key_step,
     store_lse,
     store_out,
+    whole_total,
 )
 from kernels.attention.hopper.schedule import tile_at
 
@@ -106,8 +107,9 @@ def chained_consumer(
         v = v_smem.index(last % STAGES).reshape([BN, D])
         acc = warpgroup_mma(p16, v, acc, is_async=True)
         qk = warpgroup_mma_wait(1, deps=(qk,))
-        store_lse(lse_ptr, peak, total, ramp, head, row, T, scale, ROW, False)
-        share = gl.convert_layout(1.0 / total, ROW_O)
+        sums = whole_total(total, ROW)
+        store_lse(lse_ptr, peak, sums, ramp, head, row, T, scale, ROW, False)
+        share = gl.convert_layout(1.0 / sums, ROW_O)
         p, peak, total, ramp = first_softmax(
             qk, next_head, next_row, (n_iter - 1) * BN, seen, biases, scale, sizes,
             W, BN, False, 0, EDGE, False, False, SOFTCAP, SINKS, DTYPE,

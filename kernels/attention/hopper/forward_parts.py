@@ -18,7 +18,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels.attention.hopper.runs import keep_run
 from kernels.attention.hopper.shim import tma_store
-from kernels.attention.hopper.softmax import LN_2, MASKED, MASKED_BITS, bias_scores, softmax_step
+from kernels.attention.hopper.softmax import (
+    LN_2,
+    MASKED,
+    MASKED_BITS,
+    SUMS,
+    bias_scores,
+    softmax_step,
+)
 
 
 @gluon.jit
@@ -70,13 +77,14 @@ def first_softmax(
     if ALIBI:
         ramp = gl.load(slopes_ptr + head % H) / (scale * LN_2)  # in the unit of the scores
     peak = gl.full([64], MASKED, gl.float32, ROW)
-    total = gl.full([64], 0.0, gl.float32, ROW)
+    total = gl.full([64, 4], 0.0, gl.float32, SUMS)
     if SINKS:  # one more score, whose value is zero
         sink = gl.load(sinks_ptr + head % H).to(gl.float32) / (scale * LN_2)
         peak = gl.full([64], 0.0, gl.float32, ROW) + sink
         if ALIBI:
             peak += ramp * (rows - row).to(gl.float32)
-        total += 1.0
+        first = gl.arange(0, 4, gl.SliceLayout(0, SUMS)) == 0
+        total += gl.where(first, 1.0, 0.0)[None, :]
     keys = key + gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))
     qk = bias_scores(qk, keys, row + (S - T), ramp, bend, SOFTCAP, ALIBI)
     if LIMITS:
@@ -91,7 +99,6 @@ def first_softmax(
         p = gl.join(p, gl.zeros([64, KEYS], DTYPE, LAYOUT)).permute((0, 2, 1)).reshape([64, BN])
         p = gl.convert_layout(p, FULL, assert_trivial=True)
         peak = gl.convert_layout(peak, gl.SliceLayout(1, FULL), assert_trivial=True)
-        total = gl.convert_layout(total, gl.SliceLayout(1, FULL), assert_trivial=True)
     return p, peak, total, ramp
 
 
@@ -136,6 +143,12 @@ def key_step(
     acc = acc * gl.convert_layout(shrink, ROW_O)[:, None]
     p16 = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
     return p16, acc, peak, total
+
+
+@gluon.jit
+def whole_total(total, ROW: gl.constexpr):
+    """[64]: what the four threads of each row have."""
+    return gl.convert_layout(gl.sum(total, 1), ROW, assert_trivial=True)
 
 
 @gluon.jit

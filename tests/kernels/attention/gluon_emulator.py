@@ -365,7 +365,14 @@ def _no_layout(*_: Any, **__: Any) -> None:
 _GL = types.SimpleNamespace(
     **{name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int32", "int64")},
     **dict.fromkeys(
-        ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout"), _no_layout
+        (
+            "NVMMADistributedLayout",
+            "DotOperandLayout",
+            "SliceLayout",
+            "BlockedLayout",
+            "DistributedLinearLayout",
+        ),
+        _no_layout,
     ),
     SwizzledSharedLayout=_no_layout,
     NVMMASharedLayout=types.SimpleNamespace(get_default_for=_no_layout),

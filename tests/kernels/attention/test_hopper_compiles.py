@@ -80,8 +80,8 @@ def few(cases: list[tuple[Any, ...]], slow: list[tuple[Any, ...]]) -> list[Any]:
             (256, "window", 0),
             (256, "documents", 8),
             (64, "everything", 0),
-            (128, "everything", 0),
-            (256, "everything", 16),
+            (128, "everything", 24),
+            (256, "everything", 28),
         ],
     ),
 )
