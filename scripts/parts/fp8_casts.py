@@ -12,8 +12,10 @@ from kernels.fp8_cast import (
     E5M2,
     absolute_maximum,
     cast_columnwise,
+    cast_gradient,
     cast_hidden,
     cast_hidden_gradient,
+    cast_norm,
     cast_rowwise,
     cast_tensorwise,
     hidden_maxima,
@@ -22,6 +24,7 @@ from kernels.fp8_cast import (
     reference,
 )
 from kernels.fp8_cast.tiles import Tile, Walk, choose
+from kernels.norm.tiles import LONGEST
 
 TILES = [
     Tile(rows, columns, warps)
@@ -67,6 +70,11 @@ def shipped(M: int, K: int) -> Iterator[Timed]:
     yield "rowwise, kernel", partial(cast_rowwise, x, E4M3), 3 * n
     yield "rowwise, compiled", partial(plain_rows, x), 3 * n
     yield "columnwise, kernel", partial(cast_columnwise, x, E4M3), 3 * n
+    yield "both layouts e5m2, sums", partial(cast_gradient, x, maximum, sums=True), 4 * n
+    if K <= LONGEST:
+        weight, bias = torch.randn(2, K, device="cuda").unbind()
+        call = partial(cast_norm, x, weight, bias, eps=1e-5, centers=True)
+        yield "LayerNorm, both layouts", call, 6 * n
     for gated, name in ((False, "GELU"), (True, "SwiGLU")):
         z = torch.cat([x, x.flip(0)], 1) if gated else x
         given = 2 * z.numel()
