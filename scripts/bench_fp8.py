@@ -1,14 +1,18 @@
 """fp8 linear layers beside bf16 on one GPU: products, casts, layers, compiled blocks.
 
-    python scripts/bench_fp8.py                                   # gpt2_124m, gpt_1.3b, llama_8b
+    python scripts/bench_fp8.py                                   # all models, all but blocks
     python scripts/bench_fp8.py --parts blocks --models gpt_1.3b  # which casts serve compiled code
     python scripts/bench_fp8.py --sweep                           # tiles of the cast kernels
 
     products  the three matrix products of a layer alone, bf16 and fp8, fast accumulation or not
+    sums      Y of the layers that end in the residual stream, bias too where the model has one:
+              product alone, product then sum, and kernels.linear.add_float8_product; as CUDA graphs
     casts     our kernels and PyTorch's operations under torch.compile, GB/s of bytes read + written
     layers    forward and backward of one linear layer, eager, casts included, weight cast once
     blocks    forward and backward of one transformer block under torch.compile, by kind of casts:
               auto, torch (all left to the compiler), triton (our kernels for everything)
+
+    models    gpt2_124m, gpt2_350m, gpt_1.3b, llama_8b
 
 TFLOP/s count the products' 2 M N K each, the same for bf16 and fp8. Times are medians; the device
 is kept busy while the host fills its queue, so they hold no launch gaps. Errors: norm of the
@@ -39,10 +43,17 @@ from flashtrain.model.gpt import GPT
 from flashtrain.model.linear import Linear
 from kernels.fp8_cast import E4M3, E5M2
 from scripts.parts.fp8_casts import Timed, shipped, tiles
+from scripts.parts.fp8_sums import onto_stream
+from scripts.parts.graph_timing import microseconds
 from scripts.parts.where import where
 
-TOKENS = {"gpt2_124m": (32, 1024), "gpt_1.3b": (8, 2048), "llama_8b": (1, 8192)}
-PARTS = ("products", "casts", "layers", "blocks")
+TOKENS = {
+    "gpt2_124m": (32, 1024),
+    "gpt2_350m": (16, 1024),
+    "gpt_1.3b": (8, 2048),
+    "llama_8b": (1, 8192),
+}
+PARTS = ("products", "sums", "casts", "layers", "blocks")
 FORMS: dict[str, Recipe | None] = {
     "bf16": None,
     "tensorwise": Recipe(),
@@ -68,6 +79,7 @@ class Shape:
     M: int
     K: int
     N: int
+    biased: bool
 
     def __str__(self) -> str:
         return f"{self.model:9} {self.layer:7} {self.M:5} x {self.K:5} -> {self.N:5}"
@@ -77,7 +89,7 @@ def config_of(model: str) -> Config:
     batch, length = TOKENS[model]
     sizes = [f"data.sequence_length={length}", f"data.batch_size={batch}"]
     overrides = [f"model={model}", "data=random", *sizes, f"data.micro_batch_size={batch}"]
-    if model == "gpt2_124m":
+    if model.startswith("gpt2"):
         overrides.append("position=gpt2")
     return load([*overrides, "model.vocabulary=50304", "model.n_layers=1"])
 
@@ -95,7 +107,7 @@ def shapes(models: list[str]) -> Iterator[Shape]:
         batch, length = TOKENS[model]
         for name, layer in dense(model).blocks[0].named_modules():
             if isinstance(layer, Linear):
-                sizes = layer.in_features, layer.out_features
+                sizes = layer.in_features, layer.out_features, layer.bias is not None
                 yield Shape(model, name.rpartition(".")[2], batch * length, *sizes)
 
 
@@ -121,7 +133,8 @@ def row(title: str, **figures: Any) -> dict[str, Any]:
     cells = []
     for name, value in figures.items():
         if isinstance(value, float):
-            digits = 4 if name.startswith("error") else 3 if name.endswith("ms") else 0
+            kind = "error" if name.startswith("error") else name[-2:]
+            digits = {"error": 4, "ms": 3, "us": 1}.get(kind, 0)
             value = f"{value:.{digits}f}"
         cells.append(f"{name} {value}")
     print(f"{title:60} " + "  ".join(cells), flush=True)
@@ -165,6 +178,13 @@ def products(shape: Shape) -> Iterator[dict[str, Any]]:
                 "form": form,
                 **row(f"{title} {form}", ms=ms, tflops=flops / ms),
             }
+
+
+def sums(shape: Shape) -> Iterator[dict[str, Any]]:
+    if shape.layer in ("out", "down"):
+        for name, call in onto_stream(shape.M, shape.K, shape.N, shape.biased):
+            us = microseconds(call)
+            yield {"form": name, **row(f"{shape}  {name}", us=us)}
 
 
 def casts(M: int, K: int, calls: Callable[[int, int], Iterator[Timed]]) -> Iterator[dict[str, Any]]:
@@ -276,7 +296,7 @@ def main() -> int:
         default=list(TOKENS),
         help="whose layers (default: all)",
     )
-    add("--parts", nargs="+", choices=PARTS, default=PARTS[:3], help="default: all but blocks")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS[:4], help="default: all but blocks")
     add("--sweep", action="store_true", help="time tiles of the cast kernels, nothing else")
     add("--json", type=Path, help="write the rows there")
     args = parser.parse_args()
@@ -308,7 +328,7 @@ def main() -> int:
                 gather(part, blocks(model), model=model)
         else:
             for shape in every:
-                call = products if part == "products" else layers
+                call = {"products": products, "sums": sums, "layers": layers}[part]
                 gather(part, call(shape), **vars(shape))
     print(f"{time.perf_counter() - began:.0f} s")
     if args.json:

@@ -8,6 +8,9 @@ dimension F, so D = Z^T is what is computed: its rows are features, its columns 
 
     Z = X W^T       D [F, N] = W [F, K] X^T [K, N]        plus C; or aux Z, out gelu(Z)
     dW = dY^T X     D [K, F] = X^T [K, N] dY [N, F]       in fp32
+
+Of fp8 it takes the first form alone, K contiguous on both sides, and A and B each times a scale.
+The numbers below are those of cublasLt.h and library_types.h of CUDA 13.
 """
 
 import ctypes
@@ -24,7 +27,10 @@ from torch import Tensor
 WORKSPACE = 32 << 20  # bytes; what PyTorch gives cuBLAS on Hopper
 COMPUTE_FP32 = 68
 MATMUL = (*(c_void_p,) * 14, c_size_t, c_void_p)  # what cublasLtMatmul takes
-KINDS = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
+KINDS = {  # cudaDataType
+    torch.float32: 0, torch.float16: 2, torch.bfloat16: 14,
+    torch.float8_e4m3fn: 28, torch.float8_e5m2: 29,
+}  # fmt: skip
 
 
 class Epilogue(IntEnum):
@@ -39,6 +45,7 @@ class _Of(IntEnum):
     """Attributes of a product's description."""
 
     transpose_a, transpose_b, epilogue, bias, aux, aux_ld = 3, 4, 7, 8, 11, 12
+    scale_a, scale_b, fast = 17, 18, 25
 
 
 class _Wish(IntEnum):
@@ -80,11 +87,13 @@ class Plan:
     """D = op(A) op(B) + C with an epilogue, for matrices of these sizes; see the module's text.
 
     choice: which of the library's ranked ways to take.
+    fast: of fp8, keep fewer bits of partial sums.
     """
 
     def __init__(
-        self, a: Matrix, b: Matrix, d: Matrix, epilogue: Epilogue, alignment: int, choice: int = 0
-    ) -> None:
+        self, a: Matrix, b: Matrix, d: Matrix, epilogue: Epilogue, alignment: int, choice: int = 0,
+        fast: bool = False,
+    ) -> None:  # fmt: skip
         """Raises UnsupportedError where the library has no such way."""
         self.lock = threading.Lock()  # addresses are a part of the description
         self.handle, self.description = _handle(torch.cuda.current_device()), c_void_p()
@@ -97,6 +106,10 @@ class Plan:
             self._set(_Of.aux, c_void_p(256))  # any address of that alignment
         if epilogue in (Epilogue.bias, Epilogue.gelu_aux_bias):
             self._set(_Of.bias, c_void_p(256))
+        if a.dtype.itemsize == 1:
+            self._set(_Of.fast, ctypes.c_int8(int(fast)))
+            self._set(_Of.scale_a, c_void_p(256))
+            self._set(_Of.scale_b, c_void_p(256))
         self.a, self.b, self.d = (_layout(matrix) for matrix in (a, b, d))
         found = self._ways(alignment, choice + 1)
         if len(found) <= choice:
@@ -110,8 +123,13 @@ class Plan:
     def run(
         self, a: Tensor, b: Tensor, d: Tensor, *,
         c: Tensor | None = None, aux: Tensor | None = None, bias: Tensor | None = None,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        """On the current stream. c: of d's shape and dtype, added."""
+        """On the current stream.
+
+        c: of d's shape and dtype, added; bias: in d's dtype; scales: of a and of b, one fp32 number
+        each on the device, which fp8 must have.
+        """
         size, workspace = self.workspace, None
         if size:
             workspace = torch.empty(size, dtype=torch.uint8, device=d.device)
@@ -121,6 +139,9 @@ class Plan:
                 self._point(_Of.aux, aux)
             if bias is not None:
                 self._point(_Of.bias, bias)
+            if scales is not None:
+                self._point(_Of.scale_a, scales[0])
+                self._point(_Of.scale_b, scales[1])
             _check(
                 "Matmul",
                 self.handle, self.description, self.one, a.data_ptr(), self.a, b.data_ptr(), self.b,

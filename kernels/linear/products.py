@@ -59,6 +59,33 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor, backend: s
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
+@operation("flashtrain_linear::add_float8_product")
+def add_float8_product(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, stream: Tensor,
+    fast: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    """As reference.add_float8_product, by cuBLASLt rounded once; checks: float8.py."""
+    stream = stream.contiguous()
+    a, b, bias = _as_they_count(a, b, bias)
+    if stream.dtype in SMALL and _takes_cublaslt(a, backend):
+        y = torch.empty_like(stream)
+        epilogue = Epilogue.none if bias is None else Epilogue.bias
+        with on_device(a):
+            plan = _plan(b, a, y, epilogue, True, stream, bias, fast=fast)
+            if plan is not None:
+                plan.run(b, a, y, c=stream, bias=bias, scales=(b_scale, a_scale))
+                return y
+    return reference.add_float8_product(a, b, a_scale, b_scale, bias, stream, fast)
+
+
+@register_fake(add_float8_product)
+def _(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, stream: Tensor,
+    fast: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    return stream.new_empty(stream.shape)
+
+
 @operation("flashtrain_linear::gelu_product")
 def gelu_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, backend: str
@@ -168,7 +195,11 @@ def _(
 
 
 @register_flop_formula(
-    [torch.ops.flashtrain_linear.add_product, torch.ops.flashtrain_linear.gelu_product]
+    [
+        torch.ops.flashtrain_linear.add_product,
+        torch.ops.flashtrain_linear.add_float8_product,
+        torch.ops.flashtrain_linear.gelu_product,
+    ]
 )
 def _forward_flops(x: Any, weight: Any, *_: Any, **_options: Any) -> int:
     """PyTorch's counter sees the op, not what it calls; arguments come as shapes."""
@@ -204,8 +235,9 @@ def _as_they_count(
 
 
 def _plan(
-    a: Tensor, b: Tensor, d: Tensor, epilogue: Epilogue, turns_a: bool, *others: Tensor | None
-) -> Plan | None:
+    a: Tensor, b: Tensor, d: Tensor, epilogue: Epilogue, turns_a: bool, *others: Tensor | None,
+    fast: bool = False,
+) -> Plan | None:  # fmt: skip
     """Made once for each product, on the current device; None where the library has no way, and
     PyTorch computes it.
 
@@ -213,13 +245,13 @@ def _plan(
     """
     alignment, device = _alignment(a, b, d, *others), torch.cuda.current_device()
     # d's sizes are those of a and b
-    key = (a.shape, b.shape, a.dtype, b.dtype, d.dtype, epilogue, turns_a, alignment, device)
+    key = (a.shape, b.shape, a.dtype, b.dtype, d.dtype, epilogue, turns_a, fast, alignment, device)
     if key not in _plans:
         if len(_plans) >= MOST_PLANS:
             _plans.clear()
         matrices = row_major(a, turns_a), row_major(b, not turns_a), row_major(d)
         try:
-            _plans[key] = Plan(*matrices, epilogue, alignment)
+            _plans[key] = Plan(*matrices, epilogue, alignment, fast=fast)
         except UnsupportedError as error:
             log.warning("%s: PyTorch's operations compute it", error)
             _plans[key] = None
@@ -231,7 +263,8 @@ def _takes_cublaslt(x: Tensor, backend: str) -> bool:
     it computes."""
     if backend == "auto" and not (_is_hopper(x.device) and available()):
         return False
-    return backend in ("auto", "cublaslt") and x.shape[1] % 8 == 0 and x.shape[0] > 0
+    row_bytes = x.shape[1] * x.element_size()
+    return backend in ("auto", "cublaslt") and row_bytes % 16 == 0 and x.shape[0] > 0
 
 
 @cache

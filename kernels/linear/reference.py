@@ -14,6 +14,19 @@ def add_product(x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor) 
     return stream + F.linear(x, weight, bias)
 
 
+def add_float8_product(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, stream: Tensor,
+    fast: bool,
+) -> Tensor:  # fmt: skip
+    """stream + a_scale b_scale (a b^T) + bias. a [N, K] and b [F, K] in fp8, their scales 0-dim,
+    bias [F], stream [N, F]; [N, F]. fast: keep fewer bits of partial sums, where a GPU can."""
+    y = torch._scaled_mm(
+        a, b.t(), scale_a=a_scale, scale_b=b_scale, bias=bias, out_dtype=stream.dtype,
+        use_fast_accum=fast,
+    )  # fmt: skip
+    return stream + y
+
+
 def gelu_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """z = x W^T + b and a = gelu(z) in its tanh form. x [N, K], W [F, K], b [F]; [N, F] both."""
     z = F.linear(x, weight, bias)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.fp8_cast import E4M3
 from kernels.linear import cublaslt, products
 from kernels.linear.cublaslt import MATMUL, Epilogue, Plan
 
@@ -21,6 +22,8 @@ class Library:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.pointed: dict[int, int] = {}
+        self.bytes: dict[int, int] = {}
+        self.layouts: list[tuple[int, int, int, int]] = []
         self.cublasLtMatmul = ctypes.CFUNCTYPE(c_int, *MATMUL)(self._multiply)
         self.cublasLtMatmulDescSetAttribute = ctypes.CFUNCTYPE(c_int, *SET)(self._set)
 
@@ -29,6 +32,8 @@ class Library:
             number = CREATED.get(name.removeprefix("cublasLt"))
             if number is not None:
                 arguments[0]._obj.value = number
+            if name == "cublasLtMatrixLayoutCreate":
+                self.layouts.append(tuple(number.value for number in arguments[1:]))
             if name == "cublasLtMatmulAlgoGetHeuristic":
                 arguments[8][0].workspace = 64
                 arguments[9]._obj.value = 1
@@ -44,6 +49,8 @@ class Library:
     def _set(self, _: Any, attribute: int, value: Any, size: int) -> int:
         if size == 8:
             self.pointed[attribute] = ctypes.cast(value, ctypes.POINTER(ctypes.c_uint64))[0]
+        if size == 1:
+            self.bytes[attribute] = ctypes.cast(value, ctypes.POINTER(ctypes.c_int8))[0]
         return 0
 
 
@@ -75,6 +82,28 @@ def test_addresses_arrive(added: bool, library: Library) -> None:
         assert call[14:] == (64, 0x5EED)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_fp8_is_told_its_scales_and_how_to_sum(fast: bool, library: Library) -> None:
+    x, weight = torch.zeros(5, 16).to(torch.float8_e5m2), torch.zeros(32, 16).to(E4M3)
+    stream, y = (torch.zeros(5, 32, dtype=torch.bfloat16) for _ in "cd")
+    matrices = cublaslt.row_major(weight, True), cublaslt.row_major(x), cublaslt.row_major(y)
+    plan = Plan(*matrices, Epilogue.none, 16, fast=fast)
+    # cudaDataType, rows, columns, leading dimension
+    assert library.layouts == [(28, 16, 32, 16), (29, 16, 5, 16), (14, 32, 5, 32)]
+    assert library.bytes == {25: fast}
+    for _ in "again":
+        scales = torch.ones(()), torch.ones(())
+        plan.run(weight, x, y, c=stream, scales=scales)
+        assert [library.pointed[n] for n in (17, 18)] == [scale.data_ptr() for scale in scales]
+    assert library.calls[-1][7:9] == (1.0, stream.data_ptr())
+
+
+def test_16_bits_are_told_no_scale(library: Library) -> None:
+    a, b, d = (torch.zeros(8, 8, dtype=torch.bfloat16) for _ in "abd")
+    Plan(*(cublaslt.row_major(x) for x in (a, b, d)), Epilogue.none, 16).run(a, b, d)
+    assert not library.bytes and not {17, 18} & library.pointed.keys()
+
+
 def test_a_plan_serves_products_of_its_kind(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,5 +123,6 @@ def test_a_plan_serves_products_of_its_kind(
         products._plan(weight, x, y.float(), Epilogue.none, True),
         products._plan(x, made(16, 24), made(24, 8), Epilogue.none, False),
         products._plan(weight, x, y, Epilogue.none, True, made(16, 24, 8)),  # of 16 bytes
+        products._plan(weight, x, y, Epilogue.none, True, fast=True),
     ]
-    assert len({id(plan) for plan in (first, *others)}) == 6
+    assert len({id(plan) for plan in (first, *others)}) == 7
