@@ -37,6 +37,7 @@ from kernels.fp8_cast import (
     cast_rowwise,
     cast_tensorwise,
 )
+from kernels.linear import add_float8_product
 from kernels.norm import norm_gradient
 
 
@@ -262,8 +263,9 @@ def multiply(
     bias: [n]; stream: [m, n] in dtype.
     """
     assert a is not None and b is not None
+    if stream is not None:
+        return add_float8_product(a, b, a_scale, b_scale, bias, stream, fast)
     bias = None if bias is None else bias.to(dtype)
-    y = torch._scaled_mm(
+    return torch._scaled_mm(
         a, b.t(), scale_a=a_scale, scale_b=b_scale, bias=bias, out_dtype=dtype, use_fast_accum=fast
     )
-    return y if stream is None else stream + y
