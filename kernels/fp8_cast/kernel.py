@@ -186,7 +186,8 @@ def tensorwise(
         tensorwise(x, maximum, None, qt, scale, None, tile)
         return
     M, K = x.shape
-    tile = tile or tiles.choose(x.device).tensorwise
+    chosen = tiles.choose(x.device)
+    tile = tile or (chosen.tensorwise if sums is None else chosen.summed)
     either = q if q is not None else qt
     assert either is not None
     down, partial = cdiv(M, tile.rows), None

@@ -133,7 +133,8 @@ def cast(
     assert either is not None
     N, F = z.shape[0], z.shape[1] // (2 if gated else 1)
     chosen = tiles.choose(z.device)
-    tile = tile or (chosen.gated if gated else chosen.hidden)
+    hidden = chosen.hidden if sums is None else chosen.hidden_summed
+    tile = tile or (chosen.gated if gated else hidden)
     down = cdiv(N, tile.rows)
     partial = None
     if sums is not None:

@@ -35,22 +35,27 @@ class Walk:
 class Tiles:
     maximum: int  # numbers of a program of the maximum kernel, 8 warps
     tensorwise: Tile
+    summed: Tile  # the same, with sums over its rows
     columnwise: Tile  # `rows` at a time, all rows in turn
     hidden: Tile  # of an MLP's activations and their gradients
+    hidden_summed: Tile
     gated: Tile
     gated_maxima: Walk
 
 
-# 128 rows are 128 bytes of a row of the transposed result: whole lines are written. An MLP's casts,
-# forward and backward, µs on one H100 (2026-11-28): GELU, 16384 x 8192, at 64 rows 193 and 272, at
-# 128 191 and 278; SwiGLU, 8192 x 14336, 240 and 420, 247 and 433, at 128 x 32 268 and 451
+# µs on one H200 (2026-11-28). A gradient with sums in 8 / 4 warps: 118 / 94 (32768 x 2304), 47 / 38
+# (32768 x 768); without sums in 8 warps 80 and 28. GELU, 32768 x 3072, with 64 x 64 in 8 warps /
+# with these: forward 130 / 118, backward 168 / 159, with sums 251 / 203.
+# SwiGLU, 8192 x 14336, on one H100, forward and backward: 240 and 420, at 128 rows 247 and 433
 _GPU = Tiles(
-    16384, Tile(128, 64, 8), Tile(128, 32, 4),
-    Tile(64, 64, 8), Tile(64, 64, 8), Walk(rows=8, columns=256, warps=4, programs=6, stages=3),
+    16384, Tile(128, 64, 8), Tile(128, 64, 4), Tile(128, 32, 4),
+    Tile(32, 128, 4), Tile(64, 64, 4), Tile(64, 64, 8),
+    Walk(rows=8, columns=256, warps=4, programs=6, stages=3),
 )  # fmt: skip
 _INTERPRETER = Tiles(  # small matrices have several tiles
-    64, Tile(16, 32, 1), Tile(16, 16, 1),
-    Tile(16, 32, 1), Tile(16, 16, 1), Walk(rows=4, columns=16, warps=1, programs=4, stages=1),
+    64, Tile(16, 32, 1), Tile(16, 16, 1), Tile(16, 16, 1),
+    Tile(16, 32, 1), Tile(16, 16, 1), Tile(16, 16, 1),
+    Walk(rows=4, columns=16, warps=1, programs=4, stages=1),
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from kernels.norm.tiles import LONGEST
 
 TILES = [
     Tile(rows, columns, warps)
-    for rows, columns in ((64, 64), (128, 64), (128, 128), (64, 128), (256, 64), (128, 32))
+    for rows, columns in ((64, 64), (128, 64), (128, 128), (64, 128), (32, 128), (128, 32))
     for warps in (4, 8)
 ]
 BLOCKS = (4096, 8192, 16384, 32768)
@@ -91,6 +91,7 @@ def tiles(M: int, K: int) -> Iterator[Timed]:
     maximum = reference.absolute_maximum(x)
     q, qt = (torch.empty(s, device="cuda", dtype=E4M3) for s in ((M, K), (K, M)))
     scale, scales = torch.empty((), device="cuda"), torch.empty(K, 1, device="cuda")
+    sums = torch.empty(K, device="cuda")
     n = M * K
 
     def timed(what: str, tile: Any, best: Any, call: Callable[[], object], size: int) -> Timed:
@@ -102,6 +103,8 @@ def tiles(M: int, K: int) -> Iterator[Timed]:
     for tile in TILES:
         call = partial(kernel.tensorwise, x, maximum, q, qt, scale, None, tile)
         yield timed("tensorwise", tile, chosen.tensorwise, call, 4 * n)
+        call = partial(kernel.tensorwise, x, maximum, q, qt, scale, sums, tile)
+        yield timed("tensorwise, sums", tile, chosen.summed, call, 4 * n)
         call = partial(kernel.columnwise, x, qt, scales, tile)
         yield timed("columnwise", tile, chosen.columnwise, call, 3 * n)
     for gated, name, best in ((False, "GELU", chosen.hidden), (True, "SwiGLU", chosen.gated)):
@@ -116,3 +119,6 @@ def tiles(M: int, K: int) -> Iterator[Timed]:
             yield timed(name, tile, best, call, given + 2 * n)
             call = partial(mlp_kernel.cast, z, x, maximum, to, turned, scale, None, gated, tile)
             yield timed(f"{name}, gradient", tile, best, call, 2 * given + 2 * n)
+            if not gated:
+                call = partial(mlp_kernel.cast, z, x, maximum, to, turned, scale, sums, gated, tile)
+                yield timed("GELU, gradient, sums", tile, chosen.hidden_summed, call, 6 * n)

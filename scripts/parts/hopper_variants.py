@@ -97,9 +97,8 @@ def compile_one(job: Job) -> None:
     if job.backward:
         launches += plan.plan_backward(q, k, q, options, job.backward, 1)
         tensors |= plan.backward_buffers(q, k, job.backward)
+    tensors["counter"] = torch.zeros(1, dtype=torch.int32)
     for launch in launches:
-        drawn = launch.arguments.get("DRAW")
-        tensors["counter"] = torch.zeros(1, dtype=torch.int32) if drawn else None
         launch.kernel.warmup(**launch.bind(tensors), grid=launch.grid, **OPTIONS)
 
 

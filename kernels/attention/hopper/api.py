@@ -122,7 +122,7 @@ def _forward(
             launch = plan_forward(q, k, options, tile, _n_sm(q.device))
             _remember(_forward_plans, key, launch)
     made = forward_buffers(q)
-    counter = _counter(q.get_device()) if launch.arguments["DRAW"] else None
+    counter = _counter(q.get_device())
     launch.run({"q": q, "k": k, "v": v, "counter": counter, **more, **made})
     return made["out"], made["lse"]
 
@@ -193,7 +193,7 @@ def _backward(
             _remember(_backward_plans, key, plan)
     launches, tile = plan
     made = backward_buffers(q, k, tile, packed)
-    counter = _counter(q.get_device()) if launches[1].arguments["DRAW"] else None
+    counter = _counter(q.get_device())
     tensors = {"q": q, "k": k, "v": v, "d_out": d_out, "counter": counter, **more, **made}
     for launch in launches:
         launch.run(tensors)

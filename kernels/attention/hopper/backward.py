@@ -50,7 +50,7 @@ def _consumer(
     results, biases, scale, rings, staging, sizes, limits, ends,
     W: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, LIMITS: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr,
-    SOFTCAP: gl.constexpr, EARLY: gl.constexpr, DRAW: gl.constexpr,
+    SOFTCAP: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: keys [64 W, 64 W + 64) of every key tile."""
     dq_desc, dk_desc, _dv_desc = results
@@ -158,7 +158,7 @@ def _consumer(
             head % H_kv, W, BM, D, DQ_LAYOUT,
         )  # fmt: skip
         turn += 1
-        position = following(position, turn, ticket, DRAW)
+        position = following(turn, ticket)
     tma.store_wait(0)
 
 
@@ -167,18 +167,18 @@ def _work(
     results, biases, scale, rings, staging, sizes, limits, ends,
     W: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, LIMITS: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr,
-    SOFTCAP: gl.constexpr, EARLY: gl.constexpr, AHEAD: gl.constexpr, DRAW: gl.constexpr,
+    SOFTCAP: gl.constexpr, EARLY: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """A consumer, of either kind."""
     if AHEAD:
         ahead_consumer(
             results, biases, scale, rings, staging, sizes, W, D, BM, GROUP, STAGES, CAUSAL,
-            RAGGED, ALIBI, SOFTCAP, DRAW,
+            RAGGED, ALIBI, SOFTCAP,
         )  # fmt: skip
     else:
         _consumer(
             results, biases, scale, rings, staging, sizes, limits, ends, W, D, BM, GROUP,
-            STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, DRAW,
+            STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY,
         )  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def attention_bwd_kernel(
     dk_desc, dv_desc,  # [B, S, H_kv, D]
     slopes_ptr,  # [H] fp32
     bounds_ptr,  # [B, 2, T] int32: where each token's document starts and ends
-    counter_ptr,  # [1] int32, zero before and after; not read unless DRAW
+    counter_ptr,  # [1] int32, zero before and after
     scale,
     cap,  # the soft cap in log2 units
     inner,  # scale / cap: what the products are multiplied by before tanh
@@ -204,7 +204,6 @@ def attention_bwd_kernel(
     LIMITS: gl.constexpr,  # see masks.py
     RAGGED: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, EARLY: gl.constexpr,
     AHEAD: gl.constexpr,  # see backward_ahead.py
-    DRAW: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of the key tiles this program gets, and what they add to dQ."""
     DTYPE: gl.constexpr = q_desc.dtype
@@ -261,10 +260,10 @@ def attention_bwd_kernel(
     # fmt: off
     gl.warp_specialize([
         (_work, (results, biases, scale, rings, staging, sizes, limits, ends, 0, D, BM, GROUP,
-                 STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, DRAW)),
+                 STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD)),
         (_work, (results, biases, scale, rings, staging, sizes, limits, ends, 1, D, BM, GROUP,
-                 STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD, DRAW)),
+                 STAGES, CAUSAL, LIMITS, RAGGED, ALIBI, SOFTCAP, EARLY, AHEAD)),
         (producer, (sources, rings, counter_ptr, sizes, limits, ends,
-                    BM, GROUP, STAGES, CAUSAL, LIMITS, DRAW)),
+                    BM, GROUP, STAGES, CAUSAL, LIMITS)),
     ], [4, 1], [240, 24])
     # fmt: on

@@ -114,7 +114,6 @@ def ahead_consumer(
     results, biases, scale, rings, staging, sizes,
     W: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, RAGGED: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr,
-    DRAW: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: keys [64 W, 64 W + 64) of every key tile."""
     q_ring, _do_ring, kv, ticket = rings
@@ -182,5 +181,5 @@ def ahead_consumer(
             head - b * H_kv, W, BM, D, DQ_LAYOUT,
         )  # fmt: skip
         turn += 1
-        position = following(position, turn, ticket, DRAW)
+        position = following(turn, ticket)
     tma.store_wait(0)

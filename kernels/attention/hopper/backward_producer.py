@@ -4,7 +4,6 @@ Dims: BM queries of a tile, BN = 128 keys, GROUP = H / H_kv. See backward.py.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="untyped-decorator, misc"
-# ruff: noqa: SIM102 -- the outer `if` is decided at compile time
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -21,7 +20,7 @@ from kernels.attention.hopper.shim import tma_load
 def producer(
     sources, rings, counter_ptr, sizes, limits, ends,
     BM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    LIMITS: gl.constexpr, DRAW: gl.constexpr,
+    LIMITS: gl.constexpr,
 ):  # fmt: skip
     """One warp: loads Q, dO and their row statistics, and K and V of each key tile."""
     q_desc, k_desc, v_desc, do_desc, stats_desc = sources
@@ -42,9 +41,8 @@ def producer(
         hand_over(rank * BN, (first, per_head), turn, b, T, S, limits, ends, 2, 2, True, LIMITS)
         number = 0
         for i in range(per_head * GROUP):
-            if DRAW:
-                if i == per_head * GROUP - 1:  # late: who draws a tile is about to start it
-                    number = draw(counter_ptr, DRAW)
+            if i == per_head * GROUP - 1:  # late: who draws a tile is about to start it
+                number = draw(counter_ptr)
             s = it % STAGES
             member, query = query_at(i, first, per_head, BM, GROUP)
             row = (head * GROUP + member) * rows + query // BM
@@ -68,5 +66,5 @@ def producer(
                 stats_desc, [row + n_heads * GROUP * rows, 0], do_full.index(s), delta_smem.index(s)
             )
             it += 1
-        position = drawn(number, position, n_tiles * n_heads, turn, counter_ptr, ticket, DRAW)
+        position = drawn(number, n_tiles * n_heads, turn, counter_ptr, ticket)
         turn += 1

@@ -58,7 +58,7 @@ from kernels.attention.hopper.shim import tma_load
 def _producer(
     sources, rings, counter_ptr, sizes, limits, ends,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, LIMITS: gl.constexpr, DRAW: gl.constexpr, PLACES: gl.constexpr,
+    CAUSAL: gl.constexpr, LIMITS: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
     """One warp: loads Q, K and V of every tile as soon as their places are free."""
     q_desc, k_desc, v_desc = sources
@@ -72,7 +72,7 @@ def _producer(
     turn = 0
     position = gl.program_id(0)
     while position < n_tiles * n_heads:
-        number = draw(counter_ptr, DRAW)
+        number = draw(counter_ptr)
         rank, head = tile_at(position, n_tiles, n_heads, chunk)
         row = rank * BM
         if CAUSAL or LIMITS:
@@ -98,7 +98,7 @@ def _producer(
             mbarrier.expect(v_full.index(s), v_desc.block_type.nbytes)
             tma_load(v_desc, [b, key, h // GROUP, 0], v_full.index(s), v_smem.index(s))
             it += 1
-        position = drawn(number, position, n_tiles * n_heads, turn, counter_ptr, ticket, DRAW)
+        position = drawn(number, n_tiles * n_heads, turn, counter_ptr, ticket)
         turn += 1
 
 
@@ -156,7 +156,7 @@ def _consumer(
     W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr, EDGE: gl.constexpr,
     SKIP: gl.constexpr, HALF: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr,
-    SINKS: gl.constexpr, DRAW: gl.constexpr, SHARE: gl.constexpr, PLACES: gl.constexpr,
+    SINKS: gl.constexpr, SHARE: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: rows [64 W, 64 W + 64) of every tile."""
     out_desc, lse_ptr = results
@@ -226,7 +226,7 @@ def _consumer(
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(place), count=1)
         turn += 1
-        position = following(position, turn, ticket, DRAW)
+        position = following(turn, ticket)
     tma.store_wait(0)
 
 
@@ -236,13 +236,13 @@ def _work(
     W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr, EDGE: gl.constexpr,
     SKIP: gl.constexpr, HALF: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr,
-    SINKS: gl.constexpr, DRAW: gl.constexpr, SHARE: gl.constexpr, PLACES: gl.constexpr,
+    SINKS: gl.constexpr, SHARE: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
     """A consumer, of either kind: tiles of equal length go through without a gap between them."""
     if CAUSAL or LIMITS or SHARE:
         _consumer(
             results, biases, scale, rings, out_smem, sizes, limits, ends, W, D, CONSUMERS, BN,
-            STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP, SINKS, DRAW, SHARE, PLACES,
+            STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP, SINKS, SHARE, PLACES,
         )  # fmt: skip
     else:
         chained_consumer(
@@ -258,7 +258,7 @@ def attention_fwd_kernel(
     slopes_ptr,  # [H] fp32
     sinks_ptr,  # [H]
     bounds_ptr,  # [B, 2, T] int32: where each token's document starts and ends
-    counter_ptr,  # [1] int32, zero before and after; not read unless DRAW
+    counter_ptr,  # [1] int32, zero before and after
     scale,  # of the scores, in log2 units; 1 with a soft cap
     cap,  # in log2 units
     inner,  # scale / cap: what the products are multiplied by before tanh
@@ -274,7 +274,7 @@ def attention_fwd_kernel(
     EDGE: gl.constexpr,  # key tiles at the end of a row that may need the mask
     HALF: gl.constexpr,  # see first_scores of forward_parts.py
     SKIP: gl.constexpr,  # key tiles may be of no use to some warpgroups
-    ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, DRAW: gl.constexpr,
+    ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
     SHARE: gl.constexpr,  # out leaves through the place of Q
 ):  # fmt: skip
     """out and lse of the tiles this program gets; one launch has at most one program per SM."""
@@ -324,25 +324,25 @@ def attention_fwd_kernel(
         gl.warp_specialize([
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 0, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
-                         SINKS, DRAW, SHARE, PLACES)),
+                         SINKS, SHARE, PLACES)),
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 1, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
-                         SINKS, DRAW, SHARE, PLACES)),
+                         SINKS, SHARE, PLACES)),
             (_producer, (sources, rings, counter_ptr, sizes, limits, ends,
-                         GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, DRAW, PLACES)),
+                         GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, PLACES)),
         ], [4, 1], [240, 24])
     else:
         gl.warp_specialize([
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 0, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
-                         SINKS, DRAW, SHARE, PLACES)),
+                         SINKS, SHARE, PLACES)),
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 1, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
-                         SINKS, DRAW, SHARE, PLACES)),
+                         SINKS, SHARE, PLACES)),
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 2, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
-                         SINKS, DRAW, SHARE, PLACES)),
+                         SINKS, SHARE, PLACES)),
             (_producer, (sources, rings, counter_ptr, sizes, limits, ends,
-                         GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, DRAW, PLACES)),
+                         GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, PLACES)),
         ], [4, 4, 1], [160, 160, 24])
     # fmt: on

@@ -66,7 +66,6 @@ class Options(NamedTuple):
             after=(0 if self.causal else self.after) if limits & AFTER.value else None,
             CAUSAL=causal,
             LIMITS=limits,
-            DRAW=causal or limits > 0,  # they are of different lengths
         )
 
     def caps(self) -> dict[str, Any]:
@@ -135,7 +134,7 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
     even = keys % rows == 0 and past % keys == 0
     skip = masks["LIMITS"] > 0 or (causal and not even)
     chunk = 1  # tiles of one length come one head after the other
-    if masks["DRAW"]:
+    if causal or masks["LIMITS"]:
         chunk = _together(TOGETHER["forward"] // (4 * S * D), H // H_kv, B * H)
     values = dict(
         q_desc=Blocks("q", (1, 64, 1, BD)),

@@ -38,9 +38,11 @@ def hidden(x: str, fp8: str) -> dict[str, tuple[dict[str, str], dict[str, object
         {"R": walk.rows, "BLOCK": walk.columns, "STAGES": walk.stages},
         walk.warps,
     )
-    for gated, tile in ((False, TILES.hidden), (True, TILES.gated)):
+    backward = fp8 == "fp8e5"
+    of_hidden = TILES.hidden_summed if backward else TILES.hidden
+    for gated, tile in ((False, of_hidden), (True, TILES.gated)):
         prefix = "gated_" if gated else "hidden_"
-        nothing = {} if fp8 == "fp8e5" else {"d_ptr": None, "sums_ptr": None}
+        nothing = {} if backward else {"d_ptr": None, "sums_ptr": None}
         made[prefix + "cast"] = (
             {
                 "z_ptr": f"*{x}", "d_ptr": f"*{x}", "maximum_ptr": "*fp32", "q_ptr": f"*{fp8}",
@@ -54,6 +56,7 @@ def hidden(x: str, fp8: str) -> dict[str, tuple[dict[str, str], dict[str, object
 
 def compile_for(capability: int, name: str, x: str, fp8: str) -> dict[str, object]:
     top = {"TOP": TOPS[fp8]}
+    cast = TILES.summed if fp8 == "fp8e5" else TILES.tensorwise
     rows = dict.fromkeys(("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr"), "*fp32")
     signature, constants, warps = {
         "maximum": (
@@ -67,11 +70,10 @@ def compile_for(capability: int, name: str, x: str, fp8: str) -> dict[str, objec
                 "scale_ptr": "*fp32", "sums_ptr": "*fp32", "M": "i32", "K": "i32",
             },
             {
-                **top, "ROWS": True, "COLUMNS": True,
+                **top, "ROWS": True, "COLUMNS": True, "BM": cast.rows, "BK": cast.columns,
                 **({"sums_ptr": None} if fp8 == "fp8e4nv" else {}),
-                "BM": TILES.tensorwise.rows, "BK": TILES.tensorwise.columns,
             },
-            TILES.tensorwise.warps,
+            cast.warps,
         ),
         "rowwise": (
             {"x_ptr": f"*{x}", "q_ptr": f"*{fp8}", "scale_ptr": "*fp32", "K": "i32"},
