@@ -30,11 +30,11 @@ class Scaled(NamedTuple):
 def absolute_maximum(x: Tensor, backend: str = "auto") -> Tensor:
     """max |x|, 0-dim fp32, exact; NaN where x holds one.
 
-    backend: triton (one pass of a kernel), torch (PyTorch's operations, which torch.compile fuses
-    into what makes x), or auto: triton on CUDA, but torch where torch.compile is tracing.
+    backend: triton (one pass of a kernel), torch (PyTorch's operations, which torch.compile may
+        fuse into what makes x), or auto: triton on CUDA, torch elsewhere.
     """
     _check(x, None, backend)
-    if _takes_triton(x, backend) and not (backend == "auto" and torch.compiler.is_compiling()):
+    if _takes_triton(x, backend):
         return _maximum(x.contiguous())
     return reference.absolute_maximum(x)
 
@@ -88,7 +88,8 @@ def cast_gradient(
 def cast_rowwise(x: Tensor, dtype: torch.dtype, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """x [M, K] -> q [M, K] fp8 and a scale for each row, [M, 1] fp32, in one pass.
 
-    backend: as in `absolute_maximum`: a row's maximum fuses with what makes the row.
+    backend: triton, torch, or auto: triton on CUDA, but torch where torch.compile is tracing, since
+        a row's maximum fuses with what makes the row.
     Raises ValueError for a row longer than 65536 where Triton is to cast it.
     """
     _check(x, dtype, backend)
