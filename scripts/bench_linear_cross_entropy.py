@@ -1,7 +1,8 @@
 """Speed, memory and error of the head with its loss, beside its peers.
 
     python scripts/bench_linear_cross_entropy.py                    # 12 shapes, every peer found
-    python scripts/bench_linear_cross_entropy.py --sweep            # ours alone: chunks and tiles
+    python scripts/bench_linear_cross_entropy.py --sweep            # ours alone: sizes of a chunk
+    python scripts/bench_linear_cross_entropy.py --rows             # the row kernels alone, checked
     python scripts/bench_linear_cross_entropy.py --words 50304 --widths 2048 --tokens 16384
 
 As in training: bf16 hidden states, fp32 master weights that are cast in the measured call, sum of
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.linear_cross_entropy import linear_cross_entropy, rows_triton, tiles
+from kernels.linear_cross_entropy import linear_cross_entropy, rows_torch, rows_triton, tiles
 from kernels.linear_cross_entropy.problem import Terms
 from kernels.linear_cross_entropy.tiles import Tile, chunk_tokens
 from scripts.parts.where import where
@@ -39,10 +40,17 @@ CHUNKS = (512, 1024, 1536, 2048, 3072, 4096, 8192)
 TILES = tuple(
     Tile(*each)
     for each in (
-        (4096, 16, 2, 1), (4096, 16, 2, 3), (4096, 16, 3, 1), (4096, 16, 0, 1), (4096, 16, 0, 3),
-        (8192, 16, 2, 1), (8192, 16, 0, 1), (8192, 32, 1, 2), (2048, 8, 4, 3), (2048, 8, 0, 3),
+        (4096, 16, 2, 1), (4096, 16, 2, 3), (4096, 16, 3, 1), (4096, 16, 3, 3), (4096, 16, 0, 3),
+        (8192, 16, 2, 1), (8192, 32, 1, 2), (2048, 8, 4, 3), (2048, 8, 6, 3),
+        (4096, 16, 1, 1, "registers"), (8192, 32, 1, 1, "registers"),
+        (4096, 16, 2, 1, "shared"), (8192, 16, 2, 1, "shared"), (2048, 8, 2, 1, "shared"),
+        (8192, 32, 1, 1, "shared"),
     )
 )  # fmt: skip
+# rows and words: chunks of gpt2_124m (32,768 tokens) and gpt_1.3b (16,384), and of a vocabulary
+# that nothing keeps
+ROWS = ((4096, 50304), (2048, 50304), (4096, 128256))
+ROWS_CHECKED = 512
 
 
 @dataclass(frozen=True)
@@ -219,7 +227,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Ours over chunk sizes, then the row kernel alone over tiles, at every shape."""
+    """Ours over chunk sizes, at every shape."""
     rows: list[dict[str, Any]] = []
     for shape in shapes(args):
         default = chunk_tokens(shape.tokens)
@@ -234,37 +242,74 @@ def sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
                 flush=True,
             )
             rows.append({**asdict(shape), "chunk": chunk, **row})
-    chosen = tiles.choose(torch.device("cuda"))
-    for words in args.words:
-        rows += [sweep_rows(words, tile, tile == chosen, args.repeats) for tile in TILES]
     return rows
 
 
-def sweep_rows(words: int, tile: Tile, chosen: bool, repeats: int) -> dict[str, Any]:
-    """The row kernel on one chunk; GB/s count one read and one write."""
-    chunk = 2048
-    logits = torch.randn(chunk, -(-words // 64) * 64, device="cuda").bfloat16()[:, :words]
-    labels = torch.randint(words, (chunk,), device="cuda")
-    statistics = torch.empty(2, chunk, device="cuda")
-    terms = Terms(-100, 0.0, 0.0, 0)
-    row: dict[str, Any] = {"words": words, **asdict(tile)}
-    for name, does in (("both", (True, True)), ("loss alone", (True, False))):
-        keys = dict(zip(("measures", "differentiates"), does, strict=True))
+def bench_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The row kernels alone on one chunk, beside a copy of it; GB/s count one read and one write.
 
-        def call(keys: dict[str, bool] = keys) -> None:
-            rows_triton.launch(logits, labels, statistics, terms, tile=tile, **keys)
+    Every tile's statistics and gradients are compared with float64's first.
+    """
+    rows: list[dict[str, Any]] = []
+    for count, words in ROWS:
+        torch.manual_seed(0)
+        padded = -(-words // tiles.PADDING) * tiles.PADDING
+        whole = torch.randn(count, padded, device="cuda").mul_(2).bfloat16()
+        logits, other = whole[:, :words], torch.empty_like(whole)[:, :words]
+        labels = torch.randint(words, (count,), device="cuda")
+        labels[::16] = -100
+        ms = median_ms(lambda x=logits, y=other: y.copy_(x), 4 * args.repeats)  # type: ignore[misc]
+        print(f"rows {count} x {words}: a copy {1e3 * ms:6.0f} us {rate(other, ms):6.0f} GB/s")
+        chosen = tiles.choose(logits.device, logits.dtype, words)
+        for tile in TILES:
+            if tile.keeps and not tile.fits(words, logits.dtype):
+                continue
+            other.copy_(logits)
+            row = bench_tile(other, labels, tile, args.repeats)
+            print(
+                f"  block {tile.block:5} warps {tile.warps:2} programs {tile.programs}"
+                f" unroll {tile.unroll} {tile.keeps or 'read twice':10}"
+                f" {row['us']:6.0f} us {row['GB/s']:6.0f} GB/s, errors {row['lse error']:.1e}"
+                f" {row['gradient error']:.1e}{'  <- default' if tile == chosen else ''}",
+                flush=True,
+            )
+            rows.append({"rows": count, "words": words, **asdict(tile), **row})
+        del whole, logits, other
+    return rows
 
-        call()
-        row[f"{name} ms"] = ms = median_ms(call, 4 * repeats)
-        row[f"{name} GB/s"] = chunk * words * 2 * sum(does) / ms / 1e6
-    mark = "  <- default" if chosen else ""
-    print(
-        f"rows V={words} block {tile.block:5} warps {tile.warps:2} programs {tile.programs}"
-        f" unroll {tile.unroll}  {row['both ms']:7.3f} ms {row['both GB/s']:6.0f} GB/s,"
-        f" loss alone {row['loss alone GB/s']:6.0f} GB/s{mark}",
-        flush=True,
-    )
-    return row
+
+def rate(logits: Tensor, ms: float) -> float:
+    """GB/s of one read and one write."""
+    return 2 * logits.numel() * logits.element_size() / ms / 1e6
+
+
+def bench_tile(logits: Tensor, labels: Tensor, tile: Tile, repeats: int) -> dict[str, Any]:
+    """us, GB/s and errors of a tile, which turns these logits into gradients again and again.
+
+    Raises:
+        AssertionError: an error beyond the rounding of fp32 sums and bf16 gradients.
+    """
+    statistics = torch.empty(2, len(labels), device="cuda")
+    terms = Terms(-100, 0.0, 1e-4, 0)
+    first, its = logits[:ROWS_CHECKED].double(), labels[:ROWS_CHECKED]
+    exact = torch.empty(2, ROWS_CHECKED, device="cuda", dtype=torch.float64)
+    rows_torch.measure_and_differentiate(first, its, exact, terms)
+
+    def call() -> None:
+        rows_triton.launch(
+            logits, labels, statistics, terms, measures=True, differentiates=True, tile=tile
+        )
+
+    call()
+    wrong = (statistics[:, :ROWS_CHECKED] - exact).abs().max().item()
+    ours = logits[:ROWS_CHECKED].double()
+    # a rounding to bf16, and of probabilities e^-20 and less what fp32 makes of their exponents
+    far = ((ours - first).abs() / (first.abs() * 2**-8 + 1e-12)).max().item()
+    assert wrong < 1e-4, f"{tile}: statistics off by {wrong}"
+    assert far < 1.02, f"{tile}: gradients off by {far} roundings"
+    ms = median_ms(call, 4 * repeats)
+    error = {"lse error": wrong, "gradient error": far}
+    return {"us": 1e3 * ms, "GB/s": rate(logits, ms), **error}
 
 
 def shapes(args: argparse.Namespace) -> list[Shape]:
@@ -292,7 +337,8 @@ def main() -> None:
         default=list(PEERS),
         help="default: all found here",
     )
-    add("--sweep", action="store_true", help="time our chunk sizes and tiles, no peers")
+    add("--sweep", action="store_true", help="time our chunk sizes, no peers")
+    add("--rows", action="store_true", help="time and check the row kernels' tiles, nothing else")
     add("--repeats", type=int, default=5, help="timed steps a row")
     add("--no-errors", action="store_true", help="time and memory only")
     add("--json", type=Path, help="write the rows there")
@@ -301,7 +347,8 @@ def main() -> None:
         parser.error("needs a CUDA GPU, torch sees none")
     about, began = where("liger_kernel"), time.perf_counter()
     print(", ".join(f"{k} {v}" for k, v in about.items()))
-    rows = sweep(args) if args.sweep else compare(args)
+    part = bench_rows if args.rows else sweep if args.sweep else compare
+    rows = part(args)
     print(f"{time.perf_counter() - began:.0f} s")
     if args.json:
         args.json.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")

@@ -10,9 +10,15 @@ value of tanh:
 Maxima and sums are those of groups of neighbours, which one thread holds, until the end of the row:
 no block of columns waits for all threads.
 
-The second walk finds the row in L2 while all rows in flight together fit there: so there are no
-more programs than that.
+The kernel here is for any row, and for either walk alone. Its second walk finds the row in L2 while
+all rows in flight together fit there: so there are no more programs than that. A row that the chip
+can hold is read once, by the kernels of rows_shared.py or rows_registers.py (tiles.py chooses).
 """
+
+# mypy: disable-error-code="assignment"
+# (a tuple grows while the kernel is compiled)
+
+from typing import Any
 
 import torch
 import triton
@@ -22,68 +28,49 @@ from torch import Tensor
 from kernels.device import on_device, processors
 from kernels.launch import run
 from kernels.linear_cross_entropy.problem import Terms
+from kernels.linear_cross_entropy.rows_parts import (
+    GROUP,
+    LN_2,
+    LOG2_E,
+    LOWEST,
+    add_scores,
+    bend,
+    gradients,
+    whole_level,
+)
+from kernels.linear_cross_entropy.rows_registers import registers_rows_kernel
 from kernels.linear_cross_entropy.tiles import Tile, choose
 from kernels.sizes import cdiv
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3e38)  # no infinity, whose difference to itself is no number
-GROUP = tl.constexpr(8)  # neighbours, 16 bytes of bf16: a thread has them all
 SCALE_BLOCK = 4096  # numbers of a program of the scaling kernel
 
 
 @triton.jit
-def load_scores(
-    row_ptr, cols, V, stride, cap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr
-):
-    """x in log2 units and tanh's value; -inf beyond the last word. KEEP: will be read again."""
+def load_block(row_ptr, cols, stride, MASKED: tl.constexpr, KEEP: tl.constexpr):
+    """Logits of a block, 0 beyond the padding. KEEP: will be read again."""
     policy: tl.constexpr = "evict_last" if KEEP else "evict_first"
     if MASKED:
         # to the end of the padding, which is aligned: a mask that ends anywhere splits wide loads
-        y = tl.load(row_ptr + cols, mask=cols < stride, other=0.0, eviction_policy=policy)
-        y = tl.where(cols < V, y.to(tl.float32), 0.0)
-    else:
-        y = tl.load(row_ptr + cols, eviction_policy=policy).to(tl.float32)
-    bent = y
-    if SOFTCAP:
-        # through exp2, because libdevice has no interpreter; exact at both ends
-        bent = 1.0 - 2.0 / (tl.exp2(y * (2.0 * LOG2_E / cap)) + 1.0)
-        x = (cap * LOG2_E) * bent
-    else:
-        x = y * LOG2_E
-    if MASKED:
-        x = tl.where(cols < V, x, float("-inf"))
-    return x, bent
+        return tl.load(row_ptr + cols, mask=cols < stride, other=0.0, eviction_policy=policy)
+    return tl.load(row_ptr + cols, eviction_policy=policy)
 
 
 @triton.jit
-def add_block(
-    peak, total, row_ptr, cols, V, stride, cap,
-    SOFTCAP: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    """The running maximum and the sum of 2^(x - peak), both for each GROUP, a block later."""
-    x, _ = load_scores(row_ptr, cols, V, stride, cap, SOFTCAP, MASKED, KEEP)
-    new_peak = tl.maximum(peak, tl.max(x, 1))
-    total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(x - new_peak[:, None]), 1)
-    return new_peak, total
+def load_batch(row_ptr, cols, stride, BLOCK: tl.constexpr, COUNT: tl.constexpr, KEEP: tl.constexpr):
+    """COUNT blocks, all on their way before the first is needed."""
+    blocks = ()
+    for i in tl.static_range(COUNT):
+        blocks += (load_block(row_ptr, cols + i * BLOCK, stride, False, KEEP),)
+    return blocks
 
 
 @triton.jit
-def write_gradient(
-    row_ptr, cols, V, stride, cap, level, factor, local,
-    SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """dlogits over the logits; level is lse in log2 units, factor 1 + 2 z lse."""
-    x, bent = load_scores(row_ptr, cols, V, stride, cap, SOFTCAP, MASKED, False)
-    grad = tl.exp2(x - level) * factor
-    grad = tl.where(cols == local, grad - 1.0, grad)
-    if SOFTCAP:
-        grad = grad * (1.0 - bent * bent)
-    grad = grad.to(row_ptr.dtype.element_ty)
+def add_block(peak, total, block, cols, V, cap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
+    """The running maximum and sum, both for each group, a block later."""
+    x, _ = bend(block.to(tl.float32), cap, SOFTCAP)
     if MASKED:
-        tl.store(row_ptr + cols, grad, mask=cols < stride)
-    else:
-        tl.store(row_ptr + cols, grad)
+        x = tl.where(cols < V, x, float("-inf"))  # the padding may hold anything
+    return add_scores(peak, total, x)
 
 
 @triton.jit
@@ -95,8 +82,12 @@ def cross_entropy_rows_kernel(
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, SOFTCAP: tl.constexpr,
     MEASURE: tl.constexpr, DIFFERENTIATE: tl.constexpr,
 ):  # fmt: skip
+    ELEMENT: tl.constexpr = logits_ptr.dtype.element_ty
     lanes = tl.arange(0, BLOCK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     whole = V // BLOCK * BLOCK  # the columns after these need a mask
+    batches = whole
+    if UNROLL > 1:  # else the compiler does not see that no block is left over
+        batches = V // (BLOCK * UNROLL) * (BLOCK * UNROLL)
     for row in tl.range(tl.program_id(0), n, tl.num_programs(0)):
         row_ptr = logits_ptr + (row + tl.zeros([], tl.int64)) * stride
         label = tl.load(labels_ptr + row).to(tl.int64)
@@ -106,44 +97,59 @@ def cross_entropy_rows_kernel(
                 tl.store(lse_ptr + row, 0.0)
                 tl.store(target_ptr + row, 0.0)
             if DIFFERENTIATE:
-                zeros = tl.zeros([BLOCK // GROUP, GROUP], logits_ptr.dtype.element_ty)
+                zeros = tl.zeros([BLOCK // GROUP, GROUP], ELEMENT)
                 for start in tl.range(0, whole, BLOCK):
                     tl.store(row_ptr + start + lanes, zeros)
                 tl.store(row_ptr + whole + lanes, zeros, mask=whole + lanes < stride)
         else:
+            here = (local >= 0) & (local < V)
+            target = tl.load(row_ptr + local, mask=here, other=0.0).to(tl.float32)
             if MEASURE:
-                here = (local >= 0) & (local < V)
-                target = tl.load(row_ptr + local, mask=here, other=0.0).to(tl.float32)
-                if SOFTCAP:
-                    target = cap * (1.0 - 2.0 / (tl.exp2(target * (2.0 * LOG2_E / cap)) + 1.0))
-                tl.store(target_ptr + row, target)
                 peak = tl.full([BLOCK // GROUP], LOWEST, tl.float32)
                 total = tl.zeros([BLOCK // GROUP], tl.float32)
-                for start in tl.range(0, whole, BLOCK, loop_unroll_factor=UNROLL):
-                    peak, total = add_block(
-                        peak, total, row_ptr, start + lanes, V, stride, cap,
-                        SOFTCAP, False, DIFFERENTIATE,
-                    )  # fmt: skip
+                for start in tl.range(0, batches, BLOCK * UNROLL):
+                    blocks = load_batch(
+                        row_ptr, start + lanes, stride, BLOCK, UNROLL, DIFFERENTIATE
+                    )
+                    for i in tl.static_range(UNROLL):
+                        peak, total = add_block(
+                            peak, total, blocks[i], lanes, V, cap, SOFTCAP, False
+                        )
+                for start in tl.range(batches, whole, BLOCK):
+                    block = load_block(row_ptr, start + lanes, stride, False, DIFFERENTIATE)
+                    peak, total = add_block(peak, total, block, lanes, V, cap, SOFTCAP, False)
                 if whole < V:
-                    peak, total = add_block(
-                        peak, total, row_ptr, whole + lanes, V, stride, cap,
-                        SOFTCAP, True, DIFFERENTIATE,
-                    )  # fmt: skip
-                highest = tl.max(peak, 0)
-                level = highest + tl.log2(tl.sum(total * tl.exp2(peak - highest), 0))
+                    cols = whole + lanes
+                    block = load_block(row_ptr, cols, stride, True, DIFFERENTIATE)
+                    peak, total = add_block(peak, total, block, cols, V, cap, SOFTCAP, True)
+                level = whole_level(peak, total)
+                x, _ = bend(target, cap, SOFTCAP)
                 tl.store(lse_ptr + row, level * LN_2)
+                tl.store(target_ptr + row, x)
             else:
                 level = tl.load(lse_ptr + row) * LOG2_E
+                tl.debug_barrier()  # all have read the label's logit before one overwrites it
             if DIFFERENTIATE:
                 factor = 1.0 + 2.0 * z_loss * level * LN_2
-                for start in tl.range(0, whole, BLOCK, loop_unroll_factor=UNROLL):
-                    write_gradient(
-                        row_ptr, start + lanes, V, stride, cap, level, factor, local, SOFTCAP, False
-                    )
+                # a batch, because the compiler takes no load past the store of another block
+                for start in tl.range(0, batches, BLOCK * UNROLL):
+                    blocks = load_batch(row_ptr, start + lanes, stride, BLOCK, UNROLL, False)
+                    for i in tl.static_range(UNROLL):
+                        y = blocks[i].to(tl.float32)
+                        grad = gradients(y, cap, level, factor, 0.0, SOFTCAP)
+                        tl.store(row_ptr + start + i * BLOCK + lanes, grad.to(ELEMENT))
+                for start in tl.range(batches, whole, BLOCK):
+                    y = load_block(row_ptr, start + lanes, stride, False, False).to(tl.float32)
+                    grad = gradients(y, cap, level, factor, 0.0, SOFTCAP)
+                    tl.store(row_ptr + start + lanes, grad.to(ELEMENT))
                 if whole < V:
-                    write_gradient(
-                        row_ptr, whole + lanes, V, stride, cap, level, factor, local, SOFTCAP, True
-                    )
+                    cols = whole + lanes
+                    y = load_block(row_ptr, cols, stride, True, False).to(tl.float32)
+                    grad = gradients(y, cap, level, factor, 0.0, SOFTCAP)
+                    tl.store(row_ptr + cols, grad.to(ELEMENT), mask=cols < stride)
+                at_label = gradients(target, cap, level, factor, 1.0, SOFTCAP)
+                tl.debug_barrier()  # another thread has just written this column
+                tl.store(row_ptr + local, at_label.to(ELEMENT), mask=here)
 
 
 @triton.jit
@@ -197,17 +203,50 @@ def launch(
     tile: Tile | None = None,
 ) -> None:
     """logits [n, V] with rows stride(0) apart, of which the padding may be overwritten; labels [n]
-    contiguous; statistics [2, n] fp32, rows contiguous."""
-    tile = tile or choose(logits.device, logits.dtype)
-    programs = logits.size(0)
+    contiguous; statistics [2, n] fp32, rows contiguous.
+
+    Args:
+        tile: overrides the choice of tiles.py.
+
+    Raises:
+        ValueError: a tile that keeps rows, for one walk, for rows that do not fit, or for a stride
+            that is no multiple of 16 bytes.
+    """
+    n, V = logits.shape
+    twice = V if measures and differentiates else None
+    tile = tile or choose(logits.device, logits.dtype, twice)
+    stride = logits.stride(0)
+    if tile.keeps and (
+        twice is None or not tile.fits(V, logits.dtype) or stride * logits.itemsize % 16
+    ):
+        raise ValueError(f"{tile} cannot keep rows of {V} words, {stride} apart, for two walks")
+    programs = n
     if tile.programs:
         programs = min(programs, tile.programs * processors(logits.device))
+    numbers = (
+        labels, statistics[0], statistics[1],
+        n, stride, V, terms.first_word, terms.ignore_index, terms.softcap, terms.z_loss,
+    )  # fmt: skip
     with on_device(logits):
-        run(
-            cross_entropy_rows_kernel, (programs,),
-            logits, labels, statistics[0], statistics[1],
-            logits.size(0), logits.stride(0), logits.size(1), terms.first_word, terms.ignore_index,
-            terms.softcap, terms.z_loss,
-            BLOCK=tile.block, UNROLL=tile.unroll, SOFTCAP=terms.softcap > 0,
-            MEASURE=measures, DIFFERENTIATE=differentiates, num_warps=tile.warps,
-        )  # fmt: skip
+        if tile.keeps:
+            run(
+                _keeping_kernel(tile.keeps), (programs,), logits, *numbers,
+                BLOCK=tile.block, TILES=cdiv(V, tile.block), SOFTCAP=terms.softcap > 0,
+                num_warps=tile.warps,
+            )  # fmt: skip
+        else:
+            run(
+                cross_entropy_rows_kernel, (programs,), logits, *numbers,
+                BLOCK=tile.block, UNROLL=tile.unroll, SOFTCAP=terms.softcap > 0,
+                MEASURE=measures, DIFFERENTIATE=differentiates, num_warps=tile.warps,
+            )  # fmt: skip
+
+
+def _keeping_kernel(where: str) -> Any:
+    """The kernel that keeps rows there."""
+    if where == "registers":
+        return registers_rows_kernel
+    # at the first call: Gluon has no interpreter
+    from kernels.linear_cross_entropy.rows_shared import shared_rows_kernel
+
+    return shared_rows_kernel
