@@ -2,7 +2,7 @@
 
     python scripts/bench_linear_cross_entropy.py                    # 12 shapes, every peer found
     python scripts/bench_linear_cross_entropy.py --sweep            # ours alone: sizes of a chunk
-    python scripts/bench_linear_cross_entropy.py --rows             # the row kernels alone, checked
+    python scripts/bench_linear_cross_entropy.py --rows             # the row kernel alone, checked
     python scripts/bench_linear_cross_entropy.py --words 50304 --widths 2048 --tokens 16384
 
 As in training: bf16 hidden states, fp32 master weights that are cast in the measured call, sum of
@@ -42,13 +42,9 @@ TILES = tuple(
     for each in (
         (4096, 16, 2, 1), (4096, 16, 2, 3), (4096, 16, 3, 1), (4096, 16, 3, 3), (4096, 16, 0, 3),
         (8192, 16, 2, 1), (8192, 32, 1, 2), (2048, 8, 4, 3), (2048, 8, 6, 3),
-        (4096, 16, 1, 1, "registers"), (8192, 32, 1, 1, "registers"),
-        (4096, 16, 2, 1, "shared"), (8192, 16, 2, 1, "shared"), (2048, 8, 2, 1, "shared"),
-        (8192, 32, 1, 1, "shared"),
     )
 )  # fmt: skip
-# rows and words: chunks of gpt2_124m (32,768 tokens) and gpt_1.3b (16,384), and of a vocabulary
-# that nothing keeps
+# rows and words: chunks of gpt2_124m (32,768 tokens), of gpt_1.3b (16,384) and of Llama's words
 ROWS = ((4096, 50304), (2048, 50304), (4096, 128256))
 ROWS_CHECKED = 512
 
@@ -246,7 +242,7 @@ def sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def bench_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The row kernels alone on one chunk, beside a copy of it; GB/s count one read and one write.
+    """The row kernel alone on one chunk, beside a copy of it; GB/s count one read and one write.
 
     Every tile's statistics and gradients are compared with float64's first.
     """
@@ -262,13 +258,11 @@ def bench_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         print(f"rows {count} x {words}: a copy {1e3 * ms:6.0f} us {rate(other, ms):6.0f} GB/s")
         chosen = tiles.choose(logits.device, logits.dtype, words)
         for tile in TILES:
-            if tile.keeps and not tile.fits(words, logits.dtype):
-                continue
             other.copy_(logits)
             row = bench_tile(other, labels, tile, args.repeats)
             print(
                 f"  block {tile.block:5} warps {tile.warps:2} programs {tile.programs}"
-                f" unroll {tile.unroll} {tile.keeps or 'read twice':10}"
+                f" unroll {tile.unroll}"
                 f" {row['us']:6.0f} us {row['GB/s']:6.0f} GB/s, errors {row['lse error']:.1e}"
                 f" {row['gradient error']:.1e}{'  <- default' if tile == chosen else ''}",
                 flush=True,
@@ -338,7 +332,7 @@ def main() -> None:
         help="default: all found here",
     )
     add("--sweep", action="store_true", help="time our chunk sizes, no peers")
-    add("--rows", action="store_true", help="time and check the row kernels' tiles, nothing else")
+    add("--rows", action="store_true", help="time and check the row kernel's tiles, nothing else")
     add("--repeats", type=int, default=5, help="timed steps a row")
     add("--no-errors", action="store_true", help="time and memory only")
     add("--json", type=Path, help="write the rows there")

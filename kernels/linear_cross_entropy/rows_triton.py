@@ -10,15 +10,13 @@ value of tanh:
 Maxima and sums are those of groups of neighbours, which one thread holds, until the end of the row:
 no block of columns waits for all threads.
 
-The kernel here is for any row, and for either walk alone. Its second walk finds the row in L2 while
-all rows in flight together fit there: so there are no more programs than that. A row that the chip
-can hold is read once, by the kernels of rows_shared.py or rows_registers.py (tiles.py chooses).
+The second walk finds the row in L2 while all rows in flight together fit there: so there are no
+more programs than that. Rows kept in shared memory (Gluon, the next row loading behind the
+gradients) or in registers, which are read once, were hardly faster: README.md.
 """
 
 # mypy: disable-error-code="assignment"
 # (a tuple grows while the kernel is compiled)
-
-from typing import Any
 
 import torch
 import triton
@@ -28,21 +26,54 @@ from torch import Tensor
 from kernels.device import on_device, processors
 from kernels.launch import run
 from kernels.linear_cross_entropy.problem import Terms
-from kernels.linear_cross_entropy.rows_parts import (
-    GROUP,
-    LN_2,
-    LOG2_E,
-    LOWEST,
-    add_scores,
-    bend,
-    gradients,
-    whole_level,
-)
-from kernels.linear_cross_entropy.rows_registers import registers_rows_kernel
 from kernels.linear_cross_entropy.tiles import Tile, choose
 from kernels.sizes import cdiv
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# No infinity, whose difference to itself is no number; and a power of two, so that the fused
+# `peak * LOG2_E - scaled` is exactly 0 for it (of 1e38 it keeps a rounding of 1e30: NaN on an H200)
+LOWEST = tl.constexpr(-(2.0**126))
+GROUP = tl.constexpr(8)  # neighbours, 16 bytes of bf16: a thread has them all
 SCALE_BLOCK = 4096  # numbers of a program of the scaling kernel
+
+
+@triton.jit
+def bend(y, cap, SOFTCAP: tl.constexpr):
+    """x and `bent` of y."""
+    bent = y
+    if SOFTCAP:
+        # through exp2, because libdevice has no interpreter; exact at both ends
+        bent = 1.0 - 2.0 / (tl.exp2(y * (2.0 * LOG2_E / cap)) + 1.0)
+        y = cap * bent
+    return y, bent
+
+
+@triton.jit
+def add_scores(peak, total, x):
+    """The running maximum and the sum of e^(x - peak), both for each group, with a block more."""
+    higher = tl.maximum(peak, tl.max(x, 1))
+    scaled = higher * LOG2_E  # so that an exponent is one multiply-add
+    total = total * tl.exp2(peak * LOG2_E - scaled)
+    return higher, total + tl.sum(tl.exp2(x * LOG2_E - scaled[:, None]), 1)
+
+
+@triton.jit
+def whole_level(peak, total):
+    """`level` of a row from its groups' maxima and sums."""
+    highest = tl.max(peak, 0) * LOG2_E
+    return highest + tl.log2(tl.sum(total * tl.exp2(peak * LOG2_E - highest), 0))
+
+
+@triton.jit
+def gradients(y, cap, level, factor, here, SOFTCAP: tl.constexpr):
+    """dlogits of y; `here`: 1 for the label's column, which is written on its own, behind a
+    barrier: comparing every column to it would be two more instructions of ten."""
+    x, bent = bend(y, cap, SOFTCAP)
+    grad = tl.exp2(x * LOG2_E - level) * factor - here
+    if SOFTCAP:
+        grad = grad * (1.0 - bent * bent)
+    return grad
 
 
 @triton.jit
@@ -205,48 +236,18 @@ def launch(
     """logits [n, V] with rows stride(0) apart, of which the padding may be overwritten; labels [n]
     contiguous; statistics [2, n] fp32, rows contiguous.
 
-    Args:
-        tile: overrides the choice of tiles.py.
-
-    Raises:
-        ValueError: a tile that keeps rows, for one walk, for rows that do not fit, or for a stride
-            that is no multiple of 16 bytes.
+    tile: overrides the choice of tiles.py.
     """
     n, V = logits.shape
-    twice = V if measures and differentiates else None
-    tile = tile or choose(logits.device, logits.dtype, twice)
-    stride = logits.stride(0)
-    if tile.keeps and (
-        twice is None or not tile.fits(V, logits.dtype) or stride * logits.itemsize % 16
-    ):
-        raise ValueError(f"{tile} cannot keep rows of {V} words, {stride} apart, for two walks")
+    tile = tile or choose(logits.device, logits.dtype, V)
     programs = n
     if tile.programs:
         programs = min(programs, tile.programs * processors(logits.device))
-    numbers = (
-        labels, statistics[0], statistics[1],
-        n, stride, V, terms.first_word, terms.ignore_index, terms.softcap, terms.z_loss,
-    )  # fmt: skip
     with on_device(logits):
-        if tile.keeps:
-            run(
-                _keeping_kernel(tile.keeps), (programs,), logits, *numbers,
-                BLOCK=tile.block, TILES=cdiv(V, tile.block), SOFTCAP=terms.softcap > 0,
-                num_warps=tile.warps,
-            )  # fmt: skip
-        else:
-            run(
-                cross_entropy_rows_kernel, (programs,), logits, *numbers,
-                BLOCK=tile.block, UNROLL=tile.unroll, SOFTCAP=terms.softcap > 0,
-                MEASURE=measures, DIFFERENTIATE=differentiates, num_warps=tile.warps,
-            )  # fmt: skip
-
-
-def _keeping_kernel(where: str) -> Any:
-    """The kernel that keeps rows there."""
-    if where == "registers":
-        return registers_rows_kernel
-    # at the first call: Gluon has no interpreter
-    from kernels.linear_cross_entropy.rows_shared import shared_rows_kernel
-
-    return shared_rows_kernel
+        run(
+            cross_entropy_rows_kernel, (programs,),
+            logits, labels, statistics[0], statistics[1],
+            n, logits.stride(0), V, terms.first_word, terms.ignore_index, terms.softcap,
+            terms.z_loss, BLOCK=tile.block, UNROLL=tile.unroll, SOFTCAP=terms.softcap > 0,
+            MEASURE=measures, DIFFERENTIATE=differentiates, num_warps=tile.warps,
+        )  # fmt: skip

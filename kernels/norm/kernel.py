@@ -201,9 +201,10 @@ def backward(
 def add_up(sums: Tensor, total: Tensor) -> None:
     """total [width] = the sum over programs of sums [programs, width] fp32, contiguous both."""
     programs, width = sums.shape
-    rows, columns = (16, 16) if sums.device.type == "cpu" else (64, 32)
+    # 528 x 2048 in 3.3 µs; at 64 x 32 in 4 warps 6.6 (one H200, 2026-11-28)
+    rows, columns = (16, 16) if sums.device.type == "cpu" else (256, 16)
     with on_device(sums):
         run(
             add_up_kernel, (cdiv(width, columns),),
-            sums, total, programs, width, ROWS=rows, COLUMNS=columns, num_warps=4,
+            sums, total, programs, width, ROWS=rows, COLUMNS=columns, num_warps=8,
         )  # fmt: skip

@@ -45,6 +45,7 @@ from kernels.attention.hopper.forward_parts import (
     first_scores,
     first_softmax,
     key_step,
+    pass_by,
     store_lse,
     store_out,
     whole_total,
@@ -132,22 +133,10 @@ def _keys_seen(
         if SKIP:
             behind = n_iter
             low, n_iter = key_tiles(row, row + 63, b, T, S, limits, BN, CAUSAL, LIMITS)
+            if row >= T:  # none of the 64 rows is there
+                n_iter = low * 0 + 1
             behind -= n_iter
     return low, n_iter, before, behind, seen
-
-
-@gluon.jit
-def _pass_by(n, it, k_ring, v_ring, STAGES: gl.constexpr):
-    """Let n key tiles go that only other rows of this tile see."""
-    _, k_full, kv_empty = k_ring
-    _, v_full = v_ring
-    for _ in range(n):
-        s = it % STAGES
-        mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
-        mbarrier.wait(v_full.index(s), (it // STAGES) & 1)
-        mbarrier.arrive(kv_empty.index(s), count=1)
-        it += 1
-    return it
 
 
 @gluon.jit
@@ -184,7 +173,7 @@ def _consumer(
             row, turn, head // H, T, S, limits, ends, W, CONSUMERS, BN, ROW, CAUSAL, LIMITS, SKIP
         )
         if SKIP:
-            it = _pass_by(behind, it, k_ring, v_ring, STAGES)
+            it = pass_by(behind, it, k_ring, v_ring, STAGES)
 
         s = it % STAGES
         key = (low + n_iter - 1) * BN
@@ -216,7 +205,7 @@ def _consumer(
         acc = warpgroup_mma(p16, v_smem.index(s).reshape([BN, D]), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         if LIMITS:
-            it = _pass_by(before, it, k_ring, v_ring, STAGES)
+            it = pass_by(before, it, k_ring, v_ring, STAGES)
 
         total = whole_total(total, ROW)
         store_lse(lse_ptr, peak, total, ramp, head, row, T, scale, ROW, ALIBI)

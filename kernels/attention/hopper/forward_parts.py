@@ -146,6 +146,20 @@ def key_step(
 
 
 @gluon.jit
+def pass_by(n, it, k_ring, v_ring, STAGES: gl.constexpr):
+    """Let n key tiles go that only other rows of this tile see."""
+    _, k_full, kv_empty = k_ring
+    _, v_full = v_ring
+    for _ in range(n):
+        s = it % STAGES
+        mbarrier.wait(k_full.index(s), (it // STAGES) & 1)
+        mbarrier.wait(v_full.index(s), (it // STAGES) & 1)
+        mbarrier.arrive(kv_empty.index(s), count=1)
+        it += 1
+    return it
+
+
+@gluon.jit
 def whole_total(total, ROW: gl.constexpr):
     """[64]: what the four threads of each row have."""
     return gl.convert_layout(gl.sum(total, 1), ROW, assert_trivial=True)

@@ -5,8 +5,6 @@ import torch
 from tests.kernels.interpreter import platforms
 
 platform = platforms(
-    "kernels.linear_cross_entropy.rows_parts",
-    "kernels.linear_cross_entropy.rows_registers",
     "kernels.linear_cross_entropy.rows_triton",
     cpu=(torch.float32, torch.float16),
     cuda=(torch.bfloat16, torch.float16, torch.float32),

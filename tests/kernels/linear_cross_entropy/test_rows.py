@@ -11,7 +11,6 @@ from kernels.linear_cross_entropy import rows_torch
 from kernels.linear_cross_entropy.problem import Terms
 from kernels.linear_cross_entropy.tiles import PADDING, Tile, choose
 from tests.kernels.interpreter import Platform
-from tests.kernels.linear_cross_entropy.kept import check_kept
 
 ROWS, WORDS = 7, 75
 TILES = [
@@ -20,11 +19,6 @@ TILES = [
     Tile(block=32, warps=1, programs=2, unroll=2),
     Tile(block=64, warps=1, programs=9),
     Tile(block=128, warps=1, programs=3, unroll=3),  # more than a row
-]
-REGISTERS = [
-    Tile(block=16, warps=1, programs=3, keeps="registers"),
-    Tile(block=64, warps=1, programs=1, keeps="registers"),
-    Tile(block=128, warps=1, programs=9, keeps="registers"),
 ]
 MODES = {"both": (True, True), "loss": (True, False), "gradient": (False, True)}
 TERMS = Terms(ignore_index=-100, softcap=3.0, z_loss=0.02, first_word=10)
@@ -68,38 +62,13 @@ def test_any_tile_gives_the_rows_of_pytorch(mode: str, tile: Tile, platform: Pla
     assert torch.equal(buffer[ROWS:], behind)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 3.0])
-@pytest.mark.parametrize("tile", REGISTERS, ids=lambda tile: f"{tile.block}-{tile.programs}")
-def test_rows_kept_in_registers_are_those_of_pytorch(
-    tile: Tile, softcap: float, platform: Platform
-) -> None:
-    """In bf16, which the interpreter rounds towards 0."""
-    rows_triton = importlib.import_module("kernels.linear_cross_entropy.rows_triton")
-    check_kept(rows_triton.launch, WORDS, torch.bfloat16, softcap, platform.device, tile=tile)
-
-
-@pytest.mark.parametrize(
-    ("words", "dtype", "measures"),
-    [(75, torch.float32, True), (75, torch.bfloat16, False), (57345, torch.bfloat16, True)],
-)
-def test_rows_that_nothing_keeps_are_refused(
-    words: int, dtype: torch.dtype, measures: bool, platform: Platform
-) -> None:
-    rows_triton = importlib.import_module("kernels.linear_cross_entropy.rows_triton")
-    logits = torch.zeros(1, -(-words // PADDING) * PADDING, dtype=dtype, device=platform.device)
-    labels = torch.zeros(1, dtype=torch.int64, device=platform.device)
-    statistics = torch.zeros(2, 1, device=platform.device)
-    with pytest.raises(ValueError, match=f"cannot keep rows of {words} words"):
-        rows_triton.launch(
-            logits[:, :words], labels, statistics, TERMS,
-            measures=measures, differentiates=True, tile=REGISTERS[0],
-        )  # fmt: skip
-
-
+@pytest.mark.parametrize("words", [50_304, 128_256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_shipped_tiles_are_of_whole_loads_and_their_rows_fit_in_l2(dtype: torch.dtype) -> None:
-    tile = choose(torch.device("cuda"), dtype)
+def test_shipped_tiles_are_of_whole_loads_and_their_rows_fit_in_l2(
+    dtype: torch.dtype, words: int
+) -> None:
+    tile = choose(torch.device("cuda"), dtype, words)
     assert tile.block * dtype.itemsize % (32 * tile.warps * 16) == 0  # 16 bytes a thread
     if dtype.itemsize == 2:
-        in_flight = tile.programs * 132 * 50304 * dtype.itemsize
-        assert in_flight < 50 * 2**20 * 0.6  # other data pass through it, too
+        in_flight = tile.programs * 132 * words * dtype.itemsize
+        assert in_flight < 50 * 2**20 * 0.7  # other data pass through it, too
