@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from flashtrain.config import LinearKind, PrecisionConfig
 from flashtrain.model.float8_product import Float8Product, Recipe
 from flashtrain.model.gpt import GPT
+from flashtrain.model.linear import is_float8
+from flashtrain.model.mlp import GeluMLP
 from flashtrain.precision import MULTIPLE
 
 
@@ -64,6 +66,11 @@ def use_float8(
                     )
             layer.product = Float8Product(path, recipe, keeps_weight)
             layers.append(layer)
+        mlp = block.get_submodule("mlp")
+        if isinstance(mlp, GeluMLP) and is_float8(mlp.up):
+            product = mlp.up.product
+            assert isinstance(product, Float8Product)
+            product.measures = keeps_weight
     if keeps_weight:
         # before the model's forward, not in a layer's, where torch.compile would have to trace it
         model.register_forward_pre_hook(partial(_refresh, layers))

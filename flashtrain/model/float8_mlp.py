@@ -8,8 +8,8 @@ Dims: M tokens, K features of the stream, F hidden features; z is [M, F], gated 
     dD = dY^T a      da = dY D    dz = da a'(z)                  dX = dz U      dU = dz^T X
 
 Kept for backward: X and a in fp8, transposed, and z in 16 bits, as of two layers. Where the first
-layer `remakes` (trainer.recompute=light) a is cast from z once more, and not kept. All scales are
-of largest numbers but that of dz, which is of a bound.
+layer `remakes` (trainer.recompute=light) a is cast from z once more, and not kept. Scales are of
+largest numbers, but of bounds for dz and, behind a norm, for X and GELU's a.
 """
 
 from typing import Any
@@ -29,7 +29,9 @@ from kernels.fp8_cast import (
     cast_norm,
     cast_tensorwise,
     gradient_bound,
+    hidden_bound,
     hidden_maxima,
+    longest_row,
 )
 from kernels.norm import norm_gradient
 
@@ -74,16 +76,22 @@ def _run(
     before = (None, None, 0.0, False) if norm is None else (
         norm.weight, norm.bias, norm.eps, norm.centers
     )  # fmt: skip
+    reach = None
+    if norm is not None and not gated:
+        reach = first.reach
+        if reach is None:
+            reach = longest_row(up.weight.detach())
     y: Tensor = _MLP.apply(
         flat, *before, up.weight, up.bias, down.weight, down_bias,
         *first.cast(up.weight), first.columns, *second.cast(down.weight), second.columns,
-        gated, trains, first.recipe, getattr(up, "remakes", False),
+        reach, gated, trains, first.recipe, getattr(up, "remakes", False),
     )  # type: ignore[no-untyped-call]  # fmt: skip
     return y.view(x.shape)
 
 
 class _MLP(torch.autograd.Function):
-    """With a norm's weight: x + mlp(norm(x)); without: mlp(x)."""
+    """With a norm's weight: x + mlp(norm(x)); without: mlp(x). reach: of hidden_bound; None: z is
+    read for its largest number."""
 
     @staticmethod
     def forward(
@@ -91,7 +99,7 @@ class _MLP(torch.autograd.Function):
         centers: bool, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
         up_rows: Tensor, up_scale: Tensor, up_columns: Tensor | None,
         down_rows: Tensor, down_scale: Tensor, down_columns: Tensor | None,
-        gated: bool, trains: bool, recipe: Recipe, remakes: bool,
+        reach: Tensor | None, gated: bool, trains: bool, recipe: Recipe, remakes: bool,
     ) -> Tensor:  # fmt: skip
         backend = recipe.backend
         normed: tuple[Tensor | None, ...] = (None,) * 5
@@ -99,13 +107,16 @@ class _MLP(torch.autograd.Function):
             maximum = absolute_maximum(x, backend)
             x8 = cast_tensorwise(x, maximum, E4M3, columns=trains, backend=backend)
         else:
-            x8, *rows = cast_norm(
+            x8, mean, rstd, length = cast_norm(
                 x, norm_weight, norm_bias,
                 eps=eps, centers=centers, columns=trains, backend=backend,
             )  # fmt: skip
-            normed = (x, norm_weight, norm_bias, *rows)
+            normed = (x, norm_weight, norm_bias, mean, rstd)
         z = multiply(x8.rows, up_rows, x8.scale, up_scale, x.dtype, fast=True, bias=up_bias)
-        maximum, slope = hidden_maxima(z, gated=gated, backend=backend)
+        if reach is None:
+            maximum, slope = hidden_maxima(z, gated=gated, backend=backend)
+        else:
+            maximum, slope = hidden_bound(length, reach, up_bias)
         a8 = cast_hidden(z, maximum, gated=gated, columns=trains and not remakes, backend=backend)
         ctx.save_for_backward(
             *normed, x8.columns, x8.scale, z, maximum, slope, a8.columns, a8.scale,
@@ -154,5 +165,5 @@ class _MLP(torch.autograd.Function):
             )
         return (
             *of_norm, None, None, d_up, None if d_up_bias is None else d_up_bias.to(of_up_bias),
-            d_down, None if d_down_bias is None else d_down_bias.to(of_down_bias), *[None] * 10,
+            d_down, None if d_down_bias is None else d_down_bias.to(of_down_bias), *[None] * 11,
         )  # fmt: skip

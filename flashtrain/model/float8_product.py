@@ -36,6 +36,7 @@ from kernels.fp8_cast import (
     cast_norm,
     cast_rowwise,
     cast_tensorwise,
+    longest_row,
 )
 from kernels.linear import add_float8_product
 from kernels.norm import norm_gradient
@@ -65,11 +66,13 @@ class Float8Product(nn.Module):
         super().__init__()
         self.name, self.recipe, self.keeps_weight = name, recipe, keeps_weight
         self.version = -1  # of the weight that was cast
+        self.measures = False  # whether casting finds `reach`, too (kernels/fp8_cast/mlp.py)
         # no buffers: they are neither saved nor sent to other ranks
         self.rows: Tensor | None = None  # [N, K] fp8
         self.scale: Tensor | None = None  # of rows: 0-dim, or [N, 1]
         self.columns: Tensor | None = None  # [K, N] fp8
         self.column_scale: Tensor | None = None  # [K, 1]; None where `scale` is of both
+        self.reach: Tensor | None = None  # length of the weight's longest row
 
     def forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor | None = None
@@ -134,6 +137,7 @@ class Float8Product(nn.Module):
                 maximum = absolute_maximum(weight, self.recipe.backend)
             made = cast_tensorwise(weight, maximum, E4M3, backend=self.recipe.backend)
             self.rows, self.columns, self.scale = made
+        self.reach = longest_row(weight) if self.measures else None
         self.version = weight._version
 
     def extra_repr(self) -> str:
@@ -190,7 +194,7 @@ class _NormTensorwise(torch.autograd.Function):
         centers: bool, weight: Tensor, bias: Tensor | None, rows: Tensor, scale: Tensor,
         columns: Tensor | None, trains: bool, recipe: Recipe,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        x8, mean, rstd = cast_norm(
+        x8, mean, rstd, _ = cast_norm(
             x, norm_weight, norm_bias,
             eps=eps, centers=centers, columns=trains, backend=recipe.backend,
         )  # fmt: skip

@@ -4,7 +4,9 @@ from kernels.fp8_cast.mlp import (
     cast_hidden,
     cast_hidden_gradient,
     gradient_bound,
+    hidden_bound,
     hidden_maxima,
+    longest_row,
 )
 from kernels.fp8_cast.norm import cast_norm
 from kernels.fp8_cast.op import (
@@ -31,5 +33,7 @@ __all__ = [
     "cast_rowwise",
     "cast_tensorwise",
     "gradient_bound",
+    "hidden_bound",
     "hidden_maxima",
+    "longest_row",
 ]

@@ -24,9 +24,10 @@ from kernels.operation import operation, register_fake
 def cast_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float, centers: bool,
     columns: bool = True, backend: str = "auto",
-) -> tuple[Scaled, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Scaled, Tensor, Tensor, Tensor]:  # fmt: skip
     """norm(x) [N, D] in E4M3, as it lies and with `columns` transposed; then what the norm's
-    gradient takes (`kernels.norm.norm_gradient`): mean [N] ([0] for RMSNorm) and rstd [N], fp32.
+    gradient takes (`kernels.norm.norm_gradient`): mean [N] ([0] for RMSNorm) and rstd [N], fp32;
+    last what no row of norm(x) is longer than, 0-dim fp32 (`hidden_bound`).
 
     Args:
         x: [N, D], 16-bit or fp32; weight, bias: [D]; eps, centers: as in `kernels.norm.add_norm`.
@@ -38,13 +39,13 @@ def cast_norm(
     _check(x, weight, bias, centers, backend)
     if _takes_triton(x, backend):
         bias = None if bias is None else bias.contiguous()
-        q, qt, scale, mean, rstd = _cast(
+        q, qt, scale, mean, rstd, bounds = _cast(
             x.contiguous(), weight.contiguous(), bias, eps, centers, columns
         )
-        return Scaled(q, qt if columns else None, scale), mean, rstd
-    y, mean, rstd, bound = reference.norm(x, weight, bias, eps, centers)
+        return Scaled(q, qt if columns else None, scale), mean, rstd, bounds[1]
+    y, mean, rstd, bound, length = reference.norm(x, weight, bias, eps, centers)
     q, scale = reference.tensorwise(y, bound, E4M3)
-    return Scaled(q, q.t().contiguous() if columns else None, scale), mean, rstd
+    return Scaled(q, q.t().contiguous() if columns else None, scale), mean, rstd, length
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, centers: bool, backend: str) -> None:
@@ -75,25 +76,27 @@ def _takes_triton(x: Tensor, backend: str) -> bool:
 @operation("flashtrain_fp8::cast_norm")
 def _cast(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centers: bool, columns: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As it lies, transposed ([0]: not wished); scale; mean and rstd."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As it lies, transposed ([0]: not wished); scale; mean and rstd; [2], bounds of numbers and of
+    rows' lengths."""
     # at the first call: `import kernels` must work where Triton is absent
     from kernels.fp8_cast import norm_kernel
 
-    q, qt, scale, mean, rstd = _empty(x, weight, bias, eps, centers, columns)
+    q, qt, scale, mean, rstd, bounds = _empty(x, weight, bias, eps, centers, columns)
     norm_kernel.cast(
-        x, weight, bias, eps, q, qt if columns else None, scale, mean if centers else None, rstd
-    )
-    return q, qt, scale, mean, rstd
+        x, weight, bias, eps, q, qt if columns else None, scale, mean if centers else None, rstd,
+        bounds,
+    )  # fmt: skip
+    return q, qt, scale, mean, rstd, bounds
 
 
 @register_fake(_cast)
 def _empty(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centers: bool, columns: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     N, D = x.shape
     q = x.new_empty(x.shape, dtype=E4M3)
     qt = x.new_empty((D, N) if columns else (0,), dtype=E4M3)
-    mean = x.new_empty(N if centers else 0, dtype=torch.float32)
-    rstd = x.new_empty(N, dtype=torch.float32)
-    return q, qt, x.new_empty((), dtype=torch.float32), mean, rstd
+    sizes: list[tuple[int, ...]] = [(), (N if centers else 0,), (N,), (2,)]
+    scale, mean, rstd, bounds = (x.new_empty(size, dtype=torch.float32) for size in sizes)
+    return q, qt, scale, mean, rstd, bounds

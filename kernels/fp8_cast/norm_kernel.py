@@ -23,7 +23,7 @@ def statistics_kernel(
     x_ptr,  # [N, D]
     weight_ptr, bias_ptr,  # [D]; bias may be None
     mean_ptr, rstd_ptr,  # [N] fp32; no mean for RMSNorm
-    bound_ptr,  # 0-dim fp32: what no number of the norm exceeds
+    bounds_ptr,  # [2] fp32: what no number of the norm exceeds, and no row's length
     N, D, eps, root,
     R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -41,9 +41,13 @@ def statistics_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=rows < N)
     if tl.program_id(0) == 0:
         bound = root * largest(weight_ptr, columns, inside)
+        length = bound
         if bias_ptr is not None:
             bound += largest(bias_ptr, columns, inside)
-        tl.store(bound_ptr, bound)
+            bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+            length += tl.sqrt_rn(tl.sum(bias * bias, 0))
+        tl.store(bounds_ptr, bound)
+        tl.store(bounds_ptr + 1, length)
 
 
 @triton.jit
@@ -58,7 +62,7 @@ def norm_cast_kernel(
     x_ptr,  # [N, D]
     weight_ptr, bias_ptr,  # [D]; bias may be None
     mean_ptr, rstd_ptr,  # [N] fp32; no mean for RMSNorm
-    bound_ptr,  # 0-dim fp32
+    bounds_ptr,  # [2] fp32
     q_ptr, qt_ptr,  # [N, D] and [D, N] fp8; one may be None
     scale_ptr,  # 0-dim fp32
     N, D,
@@ -78,7 +82,7 @@ def norm_cast_kernel(
     y *= tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
-    factor, scale = factors(tl.load(bound_ptr).to(tl.int32, bitcast=True), TOP)
+    factor, scale = factors(tl.load(bounds_ptr).to(tl.int32, bitcast=True), TOP)
     # rounded, as if it had been written: numbers of 16 bits may move to other threads (ONE_PASS)
     put(y.to(x_ptr.dtype.element_ty), factor, q_ptr, qt_ptr, rows, columns, inside, N, D)
     if tile == 0:
@@ -87,25 +91,24 @@ def norm_cast_kernel(
 
 def cast(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, q: Tensor, qt: Tensor | None,
-    scale: Tensor, mean: Tensor | None, rstd: Tensor, tile: Tile | None = None,
+    scale: Tensor, mean: Tensor | None, rstd: Tensor, bounds: Tensor, tile: Tile | None = None,
 ) -> None:  # fmt: skip
     """norm(x) into q [N, D] and, transposed, qt if that is there; its scale; mean (None: RMSNorm)
-    and rstd [N]. All contiguous."""
+    and rstd [N]; bounds [2], of its numbers and of its rows' lengths. All contiguous."""
     N, D = x.shape
     tile = tile or tiles.choose(x.device).tensorwise
     whole = norm_tiles.forward_tile(D, x.device)
-    bound = torch.empty((), dtype=torch.float32, device=x.device)
     layouts = [(q, qt)] if qt is None or ONE_PASS else [(q, None), (None, qt)]
     with on_device(x):
         run(
             statistics_kernel, (cdiv(N, whole.rows),),
-            x, weight, bias, mean, rstd, bound, N, D, eps, D**0.5,
+            x, weight, bias, mean, rstd, bounds, N, D, eps, D**0.5,
             R=whole.rows, BLOCK=padded(D), num_warps=whole.warps,
         )  # fmt: skip
         for lying, turned in layouts:
             run(
                 norm_cast_kernel, (cdiv(N, tile.rows) * cdiv(D, tile.columns),),
-                x, weight, bias, mean, rstd, bound, lying, turned, scale, N, D,
+                x, weight, bias, mean, rstd, bounds, lying, turned, scale, N, D,
                 TOP=torch.finfo(q.dtype).max, BM=tile.rows, BK=tile.columns,
                 num_warps=tile.warps,
             )  # fmt: skip

@@ -43,18 +43,19 @@ def gradient(z: Tensor, d: Tensor, gated: bool) -> Tensor:
 
 def norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centers: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """norm(x) [N, D] in x's dtype, mean ([0] for RMSNorm) and rstd [N], and what no |norm(x)|
-    exceeds, 0-dim: sqrt(D) max |weight| + max |bias|. The three in fp32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """norm(x) [N, D] in x's dtype; mean ([0] for RMSNorm) and rstd [N]; 0-dim what no number of it
+    exceeds, sqrt(D) max |weight| + max |bias|, and no row's length. All but the first in fp32."""
     wide = x.to(torch.float32)
     mean = wide.mean(1) if centers else wide.new_empty(0)
     h = wide - mean[:, None] if centers else wide
     rstd = (h.square().mean(1) + eps).rsqrt()
     y = h * rstd[:, None] * weight.to(torch.float32)
-    bound = absolute_maximum(weight) * math.sqrt(x.size(1))
+    bound = length = absolute_maximum(weight) * math.sqrt(x.size(1))
     if bias is not None:
-        y, bound = y + bias.to(torch.float32), bound + absolute_maximum(bias)
-    return y.to(x.dtype), mean, rstd, bound
+        bias = bias.to(torch.float32)
+        y, bound, length = y + bias, bound + absolute_maximum(bias), length + bias.norm()
+    return y.to(x.dtype), mean, rstd, bound, length
 
 
 def absolute_maximum(x: Tensor) -> Tensor:

@@ -344,6 +344,18 @@ def test_only_products_of_backward_ask_for_what_the_config_says(
     assert asked == [True] * 12 + [fast] * 24
 
 
+@pytest.mark.parametrize("mlp", [Mlp.gelu, Mlp.swiglu])
+def test_only_a_weight_before_a_gelu_is_measured(mlp: Mlp) -> None:
+    model = gpt(LinearKind.fp8_tensorwise, mlp=mlp)
+    model(torch.zeros(2, 16, dtype=torch.int64))
+    for name, layer in model.blocks.named_modules():
+        if hasattr(layer, "product"):
+            reach = layer.product.reach
+            assert (reach is not None) == name.endswith("mlp.up"), name
+            if reach is not None:
+                torch.testing.assert_close(reach, layer.weight.norm(dim=1).max())
+
+
 def test_names_of_parameters_and_checkpoints_stay() -> None:
     plain, fp8 = (gpt(kind) for kind in (LinearKind.compute, LinearKind.fp8_tensorwise))
     tokens = torch.randint(64, (2, 16))

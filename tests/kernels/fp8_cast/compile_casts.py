@@ -87,7 +87,7 @@ def compile_for(capability: int, name: str, x: str, fp8: str) -> dict[str, objec
         ),
         "statistics": (
             {
-                "x_ptr": f"*{x}", **rows, "bound_ptr": "*fp32", "N": "i32", "D": "i32",
+                "x_ptr": f"*{x}", **rows, "bounds_ptr": "*fp32", "N": "i32", "D": "i32",
                 "eps": "fp32", "root": "fp32",
             },
             {"R": WHOLE.rows, "BLOCK": WIDTH},
@@ -95,7 +95,7 @@ def compile_for(capability: int, name: str, x: str, fp8: str) -> dict[str, objec
         ),
         "norm_cast": (
             {
-                "x_ptr": f"*{x}", **rows, "bound_ptr": "*fp32", "q_ptr": f"*{fp8}",
+                "x_ptr": f"*{x}", **rows, "bounds_ptr": "*fp32", "q_ptr": f"*{fp8}",
                 "qt_ptr": f"*{fp8}", "scale_ptr": "*fp32", "N": "i32", "D": "i32",
             },
             {**top, "BM": TILES.tensorwise.rows, "BK": TILES.tensorwise.columns},
@@ -108,7 +108,7 @@ def compile_for(capability: int, name: str, x: str, fp8: str) -> dict[str, objec
         (i,): [["tt.divisibility", 16]]
         for i, (argument, kind) in enumerate(signature.items())
         if kind not in ("constexpr", "fp32")
-        and argument not in ("scale_ptr", "maximum_ptr", "bits_ptr", "bound_ptr")
+        and argument not in ("scale_ptr", "maximum_ptr", "bits_ptr", "bounds_ptr")
     }
     module, short = kernel, name
     if name in hidden(x, fp8):

@@ -14,9 +14,12 @@ from kernels.fp8_cast import (
     absolute_maximum,
     cast_hidden,
     cast_hidden_gradient,
+    cast_norm,
     cast_tensorwise,
     gradient_bound,
+    hidden_bound,
     hidden_maxima,
+    longest_row,
     mlp,
 )
 from tests.kernels.fp8_cast.conftest import KERNELS
@@ -216,3 +219,30 @@ def test_refusals_say_what_and_why(name: str) -> None:
     call, sentence = REFUSED[name]
     with pytest.raises(ValueError, match=sentence):
         call(torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_no_activation_exceeds_the_bound_of_lengths(
+    aligned: bool, bias: bool, platform: Platform
+) -> None:
+    """Of a norm's output and a weight, both cast; reached within roundings where a row of one lies
+    along a row of the other."""
+    N, K, features = 48, 64, 80
+    options: Any = {"device": platform.device}
+    x, weight = torch.randn(N, K, **options) * 3, torch.randn(features, K, **options) * 0.3
+    if aligned:
+        weight[5] = 2 * (x[7] - x[7].mean())
+    b = torch.randn(features, **options) if bias else None
+    ones = torch.ones(K, **options)
+    call: Any = {"eps": 1e-5, "centers": True, "backend": "torch"}
+    x8, _, _, length = cast_norm(x.bfloat16(), ones, None, **call)
+    weight8 = cast_tensorwise(weight, absolute_maximum(weight), E4M3, backend="torch")
+    assert x8.rows is not None and weight8.rows is not None
+    z = (x8.rows.double() * x8.scale.double()) @ (weight8.rows.double() * weight8.scale).t()
+    z = (z if b is None else z + b).bfloat16()
+    maximum, slope = hidden_bound(length, longest_row(weight), b)
+    most, steepest = hidden_maxima(z, gated=False, backend="torch")
+    assert most <= maximum and slope == steepest
+    if aligned:
+        assert most > 0.8 * maximum

@@ -67,7 +67,7 @@ def test_a_norm_is_cast_as_it_is_computed(
 ) -> None:
     x, weight, bias = inputs(shape, kind, platform, dtype)
     call: Any = {"eps": EPS, "centers": kind != "rmsnorm", "backend": backend}
-    made, mean, rstd = cast_norm(x, weight, bias, **call)
+    made, mean, rstd, length = cast_norm(x, weight, bias, **call)
     right = exact(x, weight, bias, kind)
     assert made.rows is not None and made.rows.dtype == E4M3
     all_ = platform.on_gpu or backend == "torch"
@@ -80,6 +80,8 @@ def test_a_norm_is_cast_as_it_is_computed(
     assert mean.shape == (x.size(0) if kind != "rmsnorm" else 0,)
     if kind != "rmsnorm":
         torch.testing.assert_close(mean.double(), centre, rtol=1e-5, atol=1e-6)
+    longest = right.norm(dim=1).max()
+    assert longest <= length.double() * (1 + 1e-6)
     alone, *_ = cast_norm(x, weight, bias, columns=False, **call)
     assert alone.columns is None and alone.rows is not None
     assert torch.equal(alone.rows.float(), made.rows.float())
@@ -97,10 +99,15 @@ def test_nothing_exceeds_the_bound(
     weight = torch.full((D,), 0.25, device=platform.device)
     weight[3] = 3.0
     bias = torch.full((D,), 0.5, device=platform.device) if kind == "layernorm" else None
-    made, *_ = cast_norm(x, weight, bias, eps=EPS, centers=kind != "rmsnorm", backend=backend)
+    made, _, _, length = cast_norm(
+        x, weight, bias, eps=EPS, centers=kind != "rmsnorm", backend=backend
+    )
     assert made.rows is not None
     largest = made.rows.float().abs().max().item()
     assert largest == 448
+    longest = exact(x, weight, bias, kind).norm(dim=1).max().item()
+    # of a layernorm with a bias both would have to point one way
+    assert 0.8 * length.item() < longest <= length.item() * (1 + 1e-6)
 
 
 @KINDS
@@ -111,7 +118,7 @@ def test_what_is_not_a_number_stays_so(kind: str, platform: Platform) -> None:
     call: Any = {"eps": EPS, "centers": kind != "rmsnorm", "backend": "triton"}
     spoiled = x.clone()
     spoiled[3, 5] = math.nan
-    made, _, rstd = cast_norm(spoiled, weight, bias, **call)
+    made, _, rstd, _ = cast_norm(spoiled, weight, bias, **call)
     assert made.rows is not None and made.scale.isfinite()
     assert rstd.isnan().nonzero().tolist() == [[3]]
     if platform.on_gpu:
