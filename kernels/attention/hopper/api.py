@@ -122,7 +122,7 @@ def _forward(
             launch = plan_forward(q, k, options, tile, _n_sm(q.device))
             _remember(_forward_plans, key, launch)
     made = forward_buffers(q)
-    counter = _counter(q.get_device())
+    counter = None if launch.arguments["CHAINED"] else _counter(q.get_device())
     launch.run({"q": q, "k": k, "v": v, "counter": counter, **more, **made})
     return made["out"], made["lse"]
 

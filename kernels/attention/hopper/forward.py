@@ -59,7 +59,7 @@ from kernels.attention.hopper.shim import tma_load
 def _producer(
     sources, rings, counter_ptr, sizes, limits, ends,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, LIMITS: gl.constexpr, PLACES: gl.constexpr,
+    CAUSAL: gl.constexpr, LIMITS: gl.constexpr, PLACES: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
     """One warp: loads Q, K and V of every tile as soon as their places are free."""
     q_desc, k_desc, v_desc = sources
@@ -73,7 +73,9 @@ def _producer(
     turn = 0
     position = gl.program_id(0)
     while position < n_tiles * n_heads:
-        number = draw(counter_ptr)
+        number = 0
+        if not CHAINED:
+            number = draw(counter_ptr)
         rank, head = tile_at(position, n_tiles, n_heads, chunk)
         row = rank * BM
         if CAUSAL or LIMITS:
@@ -99,7 +101,10 @@ def _producer(
             mbarrier.expect(v_full.index(s), v_desc.block_type.nbytes)
             tma_load(v_desc, [b, key, h // GROUP, 0], v_full.index(s), v_smem.index(s))
             it += 1
-        position = drawn(number, n_tiles * n_heads, turn, counter_ptr, ticket)
+        if CHAINED:
+            position += gl.num_programs(0)
+        else:
+            position = drawn(number, n_tiles * n_heads, turn, counter_ptr, ticket)
         turn += 1
 
 
@@ -225,18 +230,18 @@ def _work(
     W: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, LIMITS: gl.constexpr, EDGE: gl.constexpr,
     SKIP: gl.constexpr, HALF: gl.constexpr, ALIBI: gl.constexpr, SOFTCAP: gl.constexpr,
-    SINKS: gl.constexpr, SHARE: gl.constexpr, PLACES: gl.constexpr,
+    SINKS: gl.constexpr, SHARE: gl.constexpr, PLACES: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
-    """A consumer, of either kind: tiles of equal length go through without a gap between them."""
-    if CAUSAL or LIMITS or SHARE:
-        _consumer(
-            results, biases, scale, rings, out_smem, sizes, limits, ends, W, D, CONSUMERS, BN,
-            STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP, SINKS, SHARE, PLACES,
-        )  # fmt: skip
-    else:
+    """A consumer, of either kind."""
+    if CHAINED:
         chained_consumer(
             results, biases, scale, rings, out_smem, sizes, W, D, CONSUMERS, BN, STAGES, EDGE,
             SOFTCAP, SINKS,
+        )  # fmt: skip
+    else:
+        _consumer(
+            results, biases, scale, rings, out_smem, sizes, limits, ends, W, D, CONSUMERS, BN,
+            STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP, SINKS, SHARE, PLACES,
         )  # fmt: skip
 
 
@@ -247,7 +252,7 @@ def attention_fwd_kernel(
     slopes_ptr,  # [H] fp32
     sinks_ptr,  # [H]
     bounds_ptr,  # [B, 2, T] int32: where each token's document starts and ends
-    counter_ptr,  # [1] int32, zero before and after
+    counter_ptr,  # [1] int32, zero before and after; not read if CHAINED
     scale,  # of the scores, in log2 units; 1 with a soft cap
     cap,  # in log2 units
     inner,  # scale / cap: what the products are multiplied by before tanh
@@ -265,6 +270,7 @@ def attention_fwd_kernel(
     SKIP: gl.constexpr,  # key tiles may be of no use to some warpgroups
     ALIBI: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
     SHARE: gl.constexpr,  # out leaves through the place of Q
+    CHAINED: gl.constexpr,  # tiles of equal length go through in turn, without a gap between them
 ):  # fmt: skip
     """out and lse of the tiles this program gets; one launch has at most one program per SM."""
     DTYPE: gl.constexpr = q_desc.dtype
@@ -313,25 +319,25 @@ def attention_fwd_kernel(
         gl.warp_specialize([
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 0, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
-                         SINKS, SHARE, PLACES)),
+                         SINKS, SHARE, PLACES, CHAINED)),
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 1, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
-                         SINKS, SHARE, PLACES)),
+                         SINKS, SHARE, PLACES, CHAINED)),
             (_producer, (sources, rings, counter_ptr, sizes, limits, ends,
-                         GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, PLACES)),
+                         GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, PLACES, CHAINED)),
         ], [4, 1], [240, 24])
     else:
         gl.warp_specialize([
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 0, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
-                         SINKS, SHARE, PLACES)),
+                         SINKS, SHARE, PLACES, CHAINED)),
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 1, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
-                         SINKS, SHARE, PLACES)),
+                         SINKS, SHARE, PLACES, CHAINED)),
             (_work, (results, biases, scale, rings, out_smem, sizes, limits, ends, 2, D,
                          CONSUMERS, BN, STAGES, CAUSAL, LIMITS, EDGE, SKIP, HALF, ALIBI, SOFTCAP,
-                         SINKS, SHARE, PLACES)),
+                         SINKS, SHARE, PLACES, CHAINED)),
             (_producer, (sources, rings, counter_ptr, sizes, limits, ends,
-                         GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, PLACES)),
+                         GROUP, CONSUMERS, BN, STAGES, CAUSAL, LIMITS, PLACES, CHAINED)),
         ], [4, 4, 1], [160, 160, 24])
     # fmt: on

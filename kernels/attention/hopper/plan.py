@@ -134,7 +134,8 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
     even = keys % rows == 0 and past % keys == 0
     skip = masks["LIMITS"] > 0 or (causal and not even)
     chunk = 1  # tiles of one length come one head after the other
-    if causal or masks["LIMITS"]:
+    one_length = not causal and not masks["LIMITS"]
+    if not one_length:
         chunk = _together(TOGETHER["forward"] // (4 * S * D), H // H_kv, B * H)
     values = dict(
         q_desc=Blocks("q", (1, 64, 1, BD)),
@@ -163,6 +164,7 @@ def plan_forward(q: Tensor, k: Tensor, options: Options, tile: ForwardTile, n_sm
         ALIBI=options.alibi,
         SINKS=options.sinks is not None,
         SHARE=BD == 256,
+        CHAINED=one_length and BD != 256,
         **masks,
         **options.caps(),
     )
