@@ -16,20 +16,19 @@ from flashtrain.planning.gpus import Gpu
 # of 989.4. For 4096 fitted: a product of 8192^3 alone reaches 792, but not one in a step.
 PRODUCTS = {768: 0.632, 2048: 0.695, 4096: 0.70}
 
-# fp8 products run so many times as fast, and so with fast accumulation in the backward pass, which
-# took 6 of 202 ms of gpt_1.3b on an H200 (2026-11-27). Fitted with their casts to gpt_1.3b,
-# gpt2_350m and 8 layers of llama_8b with fast_backward on one H100: 82.5, 229.2 and 48.7 thousand
-# tokens/s (2026-11-28). 16384 x {6144 x 2048, 2048 x 8192} alone are at 1,313 to 1,341 TFLOP/s
+# fp8 products run so many times as fast, and so with fast accumulation in the backward pass. Fitted
+# with their casts to gpt2_124m, gpt2_350m and gpt_1.3b, with and without fast_backward, on one H200
+# (2026-11-28, README.md). 16384 x {6144 x 2048, 2048 x 8192} alone are at 1,313 to 1,341 TFLOP/s
 # beside 677 and 707 in bf16, 1.92 times that
-FP8, FP8_FAST = 1.78, 1.96
+FP8, FP8_FAST = 1.92, 2.07
 
 # Attention, TFLOP/s forward and backward by head size and length, causal:
 # kernels/attention/README.md, "Measured" (hopper, triton, and FA2, which `torch` runs); used as
 # shares of 989.4.
 ATTENTION = {
     "hopper": {
-        64: {1024: (354, 313), 4096: (458, 464), 16384: (501, 537)},
-        128: {1024: (471, 353), 4096: (583, 514), 16384: (634, 584)},
+        64: {1024: (353, 314), 4096: (499, 470), 16384: (529, 535)},
+        128: {1024: (486, 351), 4096: (622, 511), 16384: (643, 588)},
     },
     "triton": {
         64: {1024: (299, 225), 4096: (396, 325), 16384: (434, 361)},
@@ -46,8 +45,8 @@ MEASURED_PEAK = 989.4  # TFLOP/s of the card of the two tables above
 # rotations, activations and casts of gpt_1.3b 3,717 together, the optimizer 4,087
 # (scripts/profile_step.py, 2026-11-27).
 STREAM = 0.77
-# the row kernel of linear_cross_entropy: 2,578 of 4,800 GB/s (its README)
-ROWS = 0.54
+# the row kernel of linear_cross_entropy: 3,415 of 4,800 GB/s (its README)
+ROWS = 0.71
 
 # NCCL on two H200 with NVLink: 67 MB all-gathered in 156 us, all-reduced in 245 us. That is 67 us
 # and then 376 of 450 GB/s.
