@@ -7,7 +7,8 @@ where z is positive, and nowhere else is |a| above LOW: the largest z gives the 
 
 Where x is a norm's output even that pass is spared: z_j = x u_j + b_j is at most |x| |u_j| + |b_j|
 (Cauchy-Schwarz), with the length of a row of x and of U known beforehand (`hidden_bound`). For
-random weights that is 4 to 5 times the largest |z|; E4M3 is as exact over 14 powers of two.
+random weights of gpt2_124m that is 6.5 times the largest |z|; E4M3 is as exact over 14 powers of
+two.
 
 Backward casts dz, which z and d, the gradient of a, give. Its scale is of a bound, not of the
 largest number, so that one pass is enough, 6 bytes in place of 12. E5M2 is as exact over 29 powers

@@ -21,8 +21,8 @@ def step(overrides: str, gpus: int, cluster: Cluster = H100) -> Step:
 def test_within_15_percent_of_the_measured_speed(
     case: str, gpus: int, speed: int, _gigabytes: float | None
 ) -> None:
-    """Most of them rates.py was fitted to; the farthest are gpt_1.3b on tensor 2, -8.8 %, pipeline
-    2 x tensor 2 with short micro-batches, +9.7 %, and fp8 from before casts became fewer, +9.4 %."""
+    """Most of them rates.py was fitted to; the farthest: gpt_1.3b on tensor 2, -8.8 %, pipeline 2 x
+    tensor 2 with short micro-batches, +9.7 %, fp8 from before casts became fewer, +9.4 %."""
     config = config_of(case, gpus)
     assert tokens_per_second(config, predict_step(config, H200)) == pytest.approx(speed, rel=0.15)
 
